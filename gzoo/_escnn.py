@@ -1,0 +1,41 @@
+"""Imports escnn where py3nj and lie_learn are missing. Both serve escnn's 3D groups only; gzoo works in the plane.
+
+Neither installs everywhere (py3nj needs a Fortran compiler, lie_learn numpy < 2), so gzoo installs without them. Every
+other module of gzoo gets escnn from `load`; an installed lie_learn or py3nj is used as it is.
+"""
+
+import sys
+import warnings
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, NoReturn
+
+
+@cache
+def load() -> ModuleType:
+    """Returns the module ``escnn`` with ``escnn.gspaces``, ``escnn.nn`` and ``escnn.group`` imported."""
+    if find_spec("lie_learn") is None and "lie_learn" not in sys.modules:
+        # escnn.group.groups.so3_utils takes this one name at import; SO(3) code alone calls it.
+        for name in ("lie_learn", "lie_learn.representations", "lie_learn.representations.SO3"):
+            sys.modules[name] = ModuleType(name)
+        wigner = ModuleType("lie_learn.representations.SO3.wigner_d")
+        wigner.wigner_D_matrix = _needs_lie_learn  # type: ignore[attr-defined]
+        sys.modules[wigner.__name__] = wigner
+    with warnings.catch_warnings():
+        # Without py3nj escnn warns that 3D Clebsch-Gordan coefficients are slow; its own docstrings hold bad escapes.
+        warnings.filterwarnings("ignore", message="`py3nj` package not found")
+        warnings.filterwarnings("ignore", category=SyntaxWarning, module="escnn")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        import escnn
+        import escnn.group
+        import escnn.gspaces
+        import escnn.nn
+    return escnn
+
+
+def _needs_lie_learn(*args: Any, **kwargs: Any) -> NoReturn:
+    raise ImportError(
+        "this part of escnn works with 3D rotations and needs the package lie_learn, which gzoo leaves out because it "
+        "serves the plane. Install lie_learn and py3nj for 3D groups."
+    )

@@ -1,0 +1,7 @@
+"""Plain networks that timm lacks, with timm's interface. None of them has heard of a group."""
+
+from gzoo.backbones.allcnn import allcnnc
+from gzoo.backbones.cnn7 import cnn7
+from gzoo.backbones.resnet_cifar import resnet_cifar
+
+__all__ = ["allcnnc", "cnn7", "resnet_cifar"]

@@ -1,0 +1,190 @@
+"""Measuring equivariance: how far f(g.x) is from g.f(x), for the logits, the stages, and layer by layer.
+
+The equivariance error is max abs(f(g.x) - g.f(x)) / max abs(f(x)), a pure number.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gzoo.groups import Group
+
+
+@dataclass(frozen=True)
+class Report:
+    """Equivariance errors: ``errors[output][g]``, outputs in order of depth, "logits" last."""
+
+    group: Group
+    size: tuple[int, int]
+    dtype: torch.dtype
+    errors: dict[str, dict[int, float]]
+
+    @property
+    def worst(self) -> float:
+        """The largest error."""
+        return max(error for row in self.errors.values() for error in row.values())
+
+    def __str__(self) -> str:
+        labels = [self.group.label(g) for g in self.group.grid_elements]
+        names = [*self.errors, "output"]
+        width = max(map(len, names))
+        dtype = str(self.dtype).removeprefix("torch.")
+        lines = [
+            f"equivariance error under {self.group.name}, {self.size[0]}x{self.size[1]} pixels, {dtype}",
+            " ".join([f"{'output':{width}}", *(f"{label:>9}" for label in labels)]),
+        ]
+        for name, row in self.errors.items():
+            lines.append(" ".join([f"{name:{width}}", *(f"{row[g]:9.1e}" for g in self.group.grid_elements)]))
+        return "\n".join([*lines, f"worst: {self.worst:.1e}"])
+
+
+def group_of(model: nn.Module) -> Group | None:
+    """The group of the first equivariant layer in ``model``; None if there is none."""
+    for module in model.modules():
+        group = getattr(module, "group", None)
+        if isinstance(group, Group):
+            return group
+    return None
+
+
+def equivariance_error(f: Callable[[Tensor], Tensor], x: Tensor, act_in: Callable, act_out: Callable) -> float:
+    """max abs(f(act_in(x)) - act_out(f(x))) / max abs(f(x)); inf if the shapes differ."""
+    return relative_error(f(act_in(x)), act_out(f(x)))
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """max abs(value - expected) / max abs(expected); inf if the shapes differ or a number is not finite."""
+    if value.shape != expected.shape:
+        return float("inf")
+    scale = expected.abs().max().item()
+    error = (value - expected).abs().max().item()
+    if error == 0:
+        return 0.0
+    return error / scale if scale > 0 and error == error else float("inf")
+
+
+@torch.no_grad()
+def check(
+    model: nn.Module,
+    size: int | tuple[int, int] = 33,
+    group: Group | None = None,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Report:
+    """Measures the equivariance error of logits and stage feature maps for every element that is exact on the grid.
+
+    The model is copied, so its weights, mode and dtype stay as they are.
+
+    Args:
+        model: a classifier (B, C, H, W) -> (B, classes); with timm's ``forward_intermediates`` its stages are measured too.
+            Or a ``features_only`` model.
+        size: height and width of the image in pixels; one number for a square.
+        group: which group; by default the model's own.
+        dtype: float64 tells a broken symmetry from rounding; float32 is what runs in use.
+        seed: of the random image.
+
+    Raises:
+        ValueError: the model has no group of its own and none is given.
+    """
+    group = group or group_of(model)
+    if group is None:
+        raise ValueError(
+            f"{type(model).__name__} is a plain network, so say which group to check: group=gzoo.groups.get('p4m')"
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    model = copy.deepcopy(model).to(dtype).eval()
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, in_channels(model), height, width, dtype=dtype, generator=generator).to(parameter.device)
+
+    expected = _outputs(model, x)
+    errors: dict[str, dict[int, float]] = {name: {} for name in expected}
+    for g in group.grid_elements:
+        for name, value in _outputs(model, group.transform_image(x, g)).items():
+            invariant = name == "logits"
+            moved = expected[name] if invariant else group.transform_features(expected[name], g)
+            errors[name][g] = relative_error(value, moved)
+    return Report(group, (height, width), dtype, errors)
+
+
+def in_channels(model: nn.Module) -> int:
+    """The channels of the image that ``model`` takes: those of its first convolution."""
+    for module in model.modules():
+        channels = getattr(module, "in_channels", None)
+        if isinstance(channels, int):
+            return channels
+    raise ValueError(f"{type(model).__name__} has no convolution, so it takes no image")
+
+
+def _outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Stage feature maps and logits of ``model``, by name."""
+    if hasattr(model, "forward_intermediates") and hasattr(model, "forward_head"):
+        features, stages = model.forward_intermediates(x)
+        return {**_named(stages), "logits": model.forward_head(features)}
+    output = model(x)
+    return {"logits": output} if isinstance(output, Tensor) else _named(output)
+
+
+def _named(stages: list[Tensor]) -> dict[str, Tensor]:
+    return {f"stage {i}": stage for i, stage in enumerate(stages)}
+
+
+@contextmanager
+def _recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Collects the first output tensor of every leaf module, in order of execution."""
+    outputs: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def record(module: nn.Module, inputs: tuple, output: object) -> None:
+            if isinstance(output, Tensor):
+                outputs.setdefault(name, output.clone())  # cloned: an in-place activation may follow
+
+        return record
+
+    leaves = [(name, module) for name, module in model.named_modules() if not any(module.children())]
+    handles = [module.register_forward_hook(hook(name)) for name, module in leaves]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def first_broken_layer(model: nn.Module, x: Tensor, group: Group, tolerance: float = 1e-8) -> str | None:
+    """The name of the first leaf module whose output does not transform with x; None if all do.
+
+    A leaf's own law is not known here: its output may be an image, regular fields with channels first or last, or a
+    vector. A leaf is blamed only if no law that fits its shape holds.
+
+    Args:
+        model: float64, in eval mode.
+        x: (B, C, H, W) with H = W.
+    """
+    with _recorded(model) as outputs:
+        model(x)
+    for g in group.grid_elements:
+        with _recorded(model) as transformed:
+            model(group.transform_image(x, g))
+        for name, value in transformed.items():
+            if min(relative_error(value, moved) for moved in _possible(group, outputs[name], g)) > tolerance:
+                return name
+    return None
+
+
+def _possible(group: Group, y: Tensor, g: int) -> Iterator[Tensor]:
+    """y transformed by g under every law that its shape allows."""
+    yield y
+    regular_first = y.ndim > 1 and y.shape[1] % group.order == 0
+    if y.ndim == 2 and regular_first:
+        yield group.transform_features(y, g)
+    if y.ndim == 4:
+        yield group.transform_image(y, g)
+        if regular_first:
+            yield group.transform_features(y, g)
+        if y.shape[-1] % group.order == 0:
+            yield group.transform_features(y.permute(0, 3, 1, 2), g).permute(0, 2, 3, 1)

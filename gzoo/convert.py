@@ -1,0 +1,478 @@
+"""The recipe: a plain CNN becomes its equivariant counterpart, layer by layer.
+
+`convert` walks a plain network and replaces each leaf by the rule for its type; the network's own classes, and with them
+everything that timm lets one do with them, stay. The rules are the functions under `rule`; the table at the end of
+them lists what passes unchanged. What no rule knows is an error. Then the result checks itself.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import timm.layers as tl
+import torch
+from timm.models.convnext import ConvNeXtBlock
+from torch import Tensor, nn
+
+from gzoo import groups
+from gzoo.check import first_broken_layer, group_of, in_channels, relative_error
+from gzoo.groups import Group
+from gzoo.nn import FibreNorm, GroupConv2d, GroupLinear, GroupPool, InvariantLinear, LiftingConv2d, SymmetricPool2d
+from gzoo.nn.fibre import share_along_fibre
+from gzoo.nn.linear import Pooling
+from gzoo.nn.resample import square
+
+Match = Literal["params", "flops", "width"]
+
+_SCALE: dict[str, Callable[[int], float]] = {
+    "params": lambda order: 1 / math.sqrt(order),
+    "flops": lambda order: 1 / order,
+    "width": lambda order: 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a rule needs to know: the group, how plain channels become fields, and where the module stands."""
+
+    group: Group
+    match: Match
+    widths: Mapping[int, int]
+    group_pool: Pooling
+    first_conv: str
+    classifier: str | None
+    path: str = ""
+
+    def fields(self, channels: int) -> int:
+        """Regular fields in place of ``channels`` plain channels."""
+        return self.widths.get(channels) or max(1, round(channels * _SCALE[self.match](self.group.order)))
+
+    def at(self, path: str) -> "Recipe":
+        """This recipe for the module called ``path``."""
+        return Recipe(self.group, self.match, self.widths, self.group_pool, self.first_conv, self.classifier, path)
+
+
+Rule = Callable[[Any, Recipe], nn.Module]
+_RULES: dict[type[nn.Module], Rule] = {}
+
+
+def rule(*types: type[nn.Module]) -> Callable[[Rule], Rule]:
+    """Teaches `convert` what replaces modules of exactly these types.
+
+    The decorated function gets the plain module, whose children are converted already, and the `Recipe`; it returns the
+    module to put in its place, which must commute with the group: ``convert`` checks the whole network afterwards.
+    """
+
+    def register(function: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(types, function))
+        return function
+
+    return register
+
+
+@rule(nn.Conv2d)
+def _conv(plain: nn.Conv2d, recipe: Recipe) -> nn.Module:
+    if isinstance(plain.padding, str):
+        padding: int | Literal["same"] = "same" if plain.padding == "same" else 0
+    else:
+        padding = square(plain.padding, "padding")
+    options: dict[str, Any] = {
+        "kernel_size": square(plain.kernel_size, "kernel_size"),
+        "stride": square(plain.stride, "stride"),
+        "padding": padding,
+        "dilation": square(plain.dilation, "dilation"),
+        "bias": plain.bias is not None,
+        "padding_mode": plain.padding_mode,
+    }
+    out_fields = recipe.fields(plain.out_channels)
+    new: LiftingConv2d | GroupConv2d
+    if recipe.path == recipe.first_conv:
+        new = LiftingConv2d(recipe.group, plain.in_channels, out_fields, groups=plain.groups, **options)
+    else:
+        in_fields = recipe.fields(plain.in_channels)
+        depthwise = 1 < plain.groups == plain.in_channels
+        new = GroupConv2d(
+            recipe.group, in_fields, out_fields, groups=in_fields if depthwise else plain.groups, **options
+        )
+    _initialize_like(new, plain, new.fan_in)
+    return new
+
+
+@rule(nn.Linear)
+def _linear(plain: nn.Linear, recipe: Recipe) -> nn.Module:
+    in_fields, bias = recipe.fields(plain.in_features), plain.bias is not None
+    new: GroupLinear | InvariantLinear
+    if recipe.path == recipe.classifier:
+        new = InvariantLinear(recipe.group, in_fields, plain.out_features, bias, recipe.group_pool)
+        _initialize_like(new, plain, in_fields)
+    else:
+        new = GroupLinear(recipe.group, in_fields, recipe.fields(plain.out_features), bias)
+        _initialize_like(new, plain, new.fan_in)
+    return new
+
+
+@torch.no_grad()
+def _initialize_like(new: Any, plain: nn.Conv2d | nn.Linear, fan_in: int) -> None:
+    """Draws weights of the plain layer's size, corrected for the number of inputs; a constant bias is kept."""
+    size = plain.weight.square().mean().sqrt() * math.sqrt(plain.weight[0].numel() / fan_in)
+    new.weight.normal_().mul_(size)
+    if plain.bias is not None:
+        new.bias.fill_(plain.bias.mean())
+
+
+@rule(nn.BatchNorm2d, nn.SyncBatchNorm, tl.BatchNormAct2d, nn.InstanceNorm2d)
+def _batch_norm(plain: Any, recipe: Recipe) -> nn.Module:
+    plain.num_features = recipe.fields(plain.num_features)
+    return _fibre_norm(plain, plain.num_features, recipe)
+
+
+@rule(nn.GroupNorm, tl.GroupNorm, tl.GroupNorm1, tl.GroupNormAct, tl.GroupNorm1Act)
+def _group_norm(plain: Any, recipe: Recipe) -> nn.Module:
+    fields = recipe.fields(plain.num_channels)
+    plain.num_channels = fields
+    plain.num_groups = max(n for n in range(1, plain.num_groups + 1) if fields % n == 0)
+    return _fibre_norm(plain, fields, recipe)
+
+
+def _fibre_norm(plain: nn.Module, fields: int, recipe: Recipe) -> FibreNorm:
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters(recurse=False):
+            shrunk = nn.Parameter(parameter.mean().expand(fields).clone(), parameter.requires_grad)
+            plain.register_parameter(name, shrunk)
+        for name, buffer in plain.named_buffers(recurse=False):
+            if buffer.ndim == 1:
+                plain.register_buffer(name, buffer.mean().expand(fields).clone())
+    return FibreNorm(plain, recipe.group.order)
+
+
+@rule(nn.LayerNorm, tl.LayerNorm, tl.LayerNorm2d, tl.RmsNorm, tl.RmsNorm2d, tl.SimpleNorm, tl.SimpleNorm2d)
+def _layer_norm(plain: Any, recipe: Recipe) -> nn.Module:
+    if len(plain.normalized_shape) != 1:
+        raise ValueError(
+            f"layer norm over {tuple(plain.normalized_shape)} holds one parameter per pixel; norm channels only"
+        )
+    fields = recipe.fields(plain.normalized_shape[0])
+    plain.normalized_shape = (fields * recipe.group.order,)
+    share_along_fibre(plain, ("weight", "bias"), recipe.group.order, fields)
+    return plain
+
+
+@rule(tl.LayerScale, tl.LayerScale2d, ConvNeXtBlock)
+def _layer_scale(plain: Any, recipe: Recipe) -> nn.Module:
+    if plain.gamma is not None:
+        share_along_fibre(plain, ("gamma",), recipe.group.order, recipe.fields(plain.gamma.numel()))
+    return plain
+
+
+@rule(nn.MaxPool2d, nn.AvgPool2d)
+def _pool(plain: Any, recipe: Recipe) -> nn.Module:
+    return SymmetricPool2d(plain)
+
+
+@rule(
+    # These act on each number, or on each channel, alike.
+    *(nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, tl.DropPath, tl.DropBlock2d),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh),
+    *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Tanhshrink, nn.Threshold),
+    *(tl.Swish, tl.Mish, tl.Sigmoid, tl.Tanh, tl.HardSwish, tl.HardSigmoid, tl.HardMish, tl.GELU, tl.GELUTanh),
+    tl.QuickGELU,
+    # These reduce all pixels alike; a flattened map that still has pixels meets an error at the next layer.
+    *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, tl.SelectAdaptivePool2d, tl.AdaptiveAvgMaxPool2d, nn.Flatten),
+)
+def _unchanged(plain: nn.Module, recipe: Recipe) -> nn.Module:
+    return plain
+
+
+def convert(
+    model: nn.Module,
+    group: str | Group,
+    match: Match = "params",
+    widths: Mapping[int, int] | None = None,
+    group_pool: Pooling = "mean",
+) -> nn.Module:
+    """The equivariant counterpart of a plain CNN, freshly initialised; ``model`` itself stays as it is.
+
+    Args:
+        model: a plain network (B, C, H, W) -> logits: a timm model or any ``nn.Module`` of known layers. Its classifier is
+            timm's, or else the linear layer that runs last.
+        group: a name that `gzoo.groups.get` knows, or a group.
+        match: what to keep of the plain network: its "params" (C / sqrt|G| fields for C channels), its "flops" (C / |G|
+            fields, the cost of the plain network), or its "width" (C fields, C * |G| channels).
+        widths: plain channels -> fields, where they differ from ``match``.
+        group_pool: how the classifier pools a fibre, "mean" or "max".
+
+    Returns:
+        The network; ``model.group`` is its group. Feature maps are (B, fields * |G|, H, W); logits are invariant.
+
+    Raises:
+        ValueError: a module has no equivariant counterpart here, or the result is not equivariant; names the module.
+    """
+    copied = copy.deepcopy(model)
+    converted = convert_in_place(copied, group, match, widths, group_pool)
+    check_itself(converted)
+    return converted
+
+
+def convert_in_place(
+    model: nn.Module,
+    group: str | Group,
+    match: Match = "params",
+    widths: Mapping[int, int] | None = None,
+    group_pool: Pooling = "mean",
+) -> nn.Module:
+    """`convert`, but uses up ``model`` and does not check the result; for networks that a test checks."""
+    group = groups.get(group) if isinstance(group, str) else group
+    if match not in _SCALE:
+        raise ValueError(f"match is {match!r}; accepted are {', '.join(map(repr, _SCALE))}")
+    if group_of(model) is not None:
+        raise ValueError(f"{type(model).__name__} is equivariant already; convert the plain network")
+    order = _execution_order(model)
+    first_conv = next((name for name in order if isinstance(model.get_submodule(name), nn.Conv2d)), None)
+    if first_conv is None:
+        raise ValueError(f"{type(model).__name__} has no Conv2d; gzoo converts convolutional networks")
+    recipe = Recipe(group, match, widths or {}, group_pool, first_conv, _classifier(model, order))
+    for name in order[: order.index(first_conv)]:
+        if type(model.get_submodule(name)) not in _RULES:
+            raise ValueError(_unknown(name, model.get_submodule(name)))
+    _update_channel_counts(model, recipe)
+    converted = _walk(model, recipe, set(order[: order.index(first_conv)]))
+    converted.register_buffer("group_signature", _signature(group))
+    converted.group, converted.group_pool = group, GroupPool(group.order, group_pool)
+    converted.__class__ = _equivariant_class(type(converted))
+    return converted
+
+
+def _walk(module: nn.Module, recipe: Recipe, before_lifting: set[str]) -> nn.Module:
+    path = recipe.path
+    for name, child in module.named_children():
+        child_path = f"{path}.{name}" if path else name
+        if child_path not in before_lifting:
+            setattr(module, name, _walk(child, recipe.at(child_path), before_lifting))
+    if type(module) in _RULES:
+        try:
+            return _RULES[type(module)](module, recipe)
+        except ValueError as error:
+            raise ValueError(f"{path or type(module).__name__}: {error}") from error
+    own = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+    is_leaf = not any(True for _ in module.children())
+    if own or (is_leaf and type(module) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        raise ValueError(_unknown(path, module, own))
+    return module
+
+
+def _unknown(path: str, module: nn.Module, own: list[str] | None = None) -> str:
+    holds = f" with parameters of its own ({', '.join(own)})" if own else ""
+    return (
+        f"{path or 'the network'} is a {type(module).__module__}.{type(module).__qualname__}{holds}, which gzoo has no "
+        "equivariant counterpart for. Replace it in the plain network by layers that gzoo knows (convolution, batch, "
+        "group and layer norm, pointwise activation, pooling, linear), or teach it with gzoo.convert.rule"
+    )
+
+
+def _execution_order(model: nn.Module) -> list[str]:
+    """Names of the leaf modules in the order in which they run."""
+    order: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, inputs: order.append(name) if name not in order else None
+
+    leaves = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in leaves]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(_example(model))
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} does not run on a random image of {tuple(_example(model).shape)}: {error}"
+        ) from error
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return order
+
+
+def _example(model: nn.Module, most: int = 64) -> Tensor:
+    """A random image that the network takes: at most 64x64 pixels, its own input size if that is less."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    size = min(most, *(config.get("input_size") or (3, most, most))[1:])
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, in_channels(model), size, size, generator=generator)
+    return x.to(parameter.device, parameter.dtype)
+
+
+def _classifier(model: nn.Module, order: list[str]) -> str | None:
+    """The name of the final linear layer: timm's classifier, else the last layer to run if that is linear."""
+    if hasattr(model, "get_classifier"):
+        last = model.get_classifier()
+        return next((name for name, module in model.named_modules() if module is last), None)
+    return order[-1] if type(model.get_submodule(order[-1])) is nn.Linear else None
+
+
+def _update_channel_counts(model: nn.Module, recipe: Recipe) -> None:
+    """Brings the channel counts that timm's code reads back from its models up to date."""
+    order = recipe.group.order
+    for module in (model, getattr(model, "head", None)):
+        for name in ("num_features", "in_features"):
+            if isinstance(getattr(module, name, None), int) and not isinstance(module, nn.Linear):
+                setattr(module, name, recipe.fields(getattr(module, name)) * order)
+    if hasattr(model, "head_hidden_size"):
+        model.head_hidden_size = recipe.fields(model.head_hidden_size)  # what forward_head gives before the classifier
+    info = getattr(model, "feature_info", None)
+    for level in getattr(info, "info", info) or ():
+        level["num_chs"] = recipe.fields(level["num_chs"]) * order
+
+
+def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
+    """Runs a random image in all poses, in float64, through a copy of ``model`` with random norms and biases.
+
+    Raises:
+        ValueError: the outputs do not transform with the image; names the first layer that fails.
+    """
+    group = group_of(model)
+    assert group is not None
+    probe = copy.deepcopy(model).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        # Fresh norms, zero biases and zero-initialised branches hide errors: whatever is constant becomes random.
+        for tensor in (*probe.parameters(), *probe.buffers()):
+            if tensor.is_floating_point() and tensor.ndim == 1:
+                tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5)
+    x = _example(probe)
+    try:
+        broken = first_broken_layer(probe, x, group, tolerance)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the converted {type(model).__name__} does not run ({error}). Plain widths that are added, concatenated or "
+            "flattened must turn into fitting numbers of fields: try another match, give widths, or replace a flattened "
+            "feature map by global pooling"
+        ) from error
+    if broken is not None:
+        module = probe.get_submodule(broken)
+        raise ValueError(
+            f"{broken} ({type(module).__name__}) is not equivariant under {group.name}: neither its output nor any "
+            "permutation of it follows the image. Look for a step just before it that treats some pixels or channels "
+            "unlike others, such as an asymmetric padding, a position embedding or a split of channels"
+        )
+    with torch.no_grad():
+        expected = probe(x)
+        for g in group.grid_elements:
+            value = probe(group.transform_image(x, g))
+            if isinstance(value, Tensor) and value.ndim == 2:
+                law = min(relative_error(value, y) for y in (expected, _regular(group, expected, g)))
+                if law > tolerance:
+                    raise ValueError(
+                        f"the output of {type(model).__name__} is not equivariant under {group.name}, though each of its "
+                        "modules is: look for a step in its forward that treats some pixels or channels unlike others"
+                    )
+
+
+def _regular(group: Group, y: Tensor, g: int) -> Tensor:
+    return group.transform_features(y, g) if y.shape[1] % group.order == 0 else y
+
+
+# The basis a state_dict was made for. A checkpoint of another group can have tensors of the same shapes (p4 and d2), so
+# the state_dict itself says what it belongs to: N, reflections, basis.
+_PIXEL_BASIS = 0
+
+
+def _signature(group: Group) -> Tensor:
+    return torch.tensor([group.rotations, int(group.reflections), _PIXEL_BASIS])
+
+
+class Equivariant(nn.Module):
+    """What a converted network adds to its plain class."""
+
+    plain_class: type[nn.Module]
+    group: Group
+    group_pool: GroupPool
+    group_signature: Tensor
+
+    @property
+    def group_name(self) -> str:
+        """The canonical name of the group."""
+        return self.group.name
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As ``nn.Module.load_state_dict``, but refuses what belongs to another group, basis or architecture.
+
+        Raises:
+            ValueError: names the mismatch.
+        """
+        own = self.state_dict()
+        found = state_dict.get("group_signature")
+        if found is None and strict:
+            raise ValueError(
+                f"this checkpoint is of a plain network, or of another library: it does not say its group. The model is "
+                f"{type(self).__name__} over {self.group.name}"
+            )
+        if found is not None and found.tolist() != own["group_signature"].tolist():
+            rotations, reflections, basis = found.tolist()
+            name = Group(rotations, bool(reflections)).name
+            raise ValueError(
+                f"this checkpoint is of a {name} network (basis {basis}), the model is over {self.group.name} (basis "
+                f"{_PIXEL_BASIS}); create the {name}_... model to load it"
+            )
+        wrong = [
+            f"{key} is {tuple(state_dict[key].shape)}, not {tuple(own[key].shape)}"
+            for key in own
+            if key in state_dict and state_dict[key].shape != own[key].shape
+        ]
+        if strict:
+            wrong += [f"{key} is missing" for key in own if key not in state_dict]
+            wrong += [f"{key} is not in the model" for key in state_dict if key not in own]
+        if wrong:
+            rest = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise ValueError(
+                f"this checkpoint is of another architecture or width than {type(self).__name__} over {self.group.name}: "
+                f"{'; '.join(wrong[:3])}{rest}"
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class exists in this process only, so copies and pickles name the plain class that it was made of.
+        return _rebuild, (self.plain_class,), self.__dict__.copy()
+
+
+class EquivariantClassifier(Equivariant):
+    """A converted timm model: its head stays invariant through timm's own calls."""
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features (B, fields * |G|, H, W) to logits (B, num_classes), or to group-pooled features (B, fields).
+
+        Without a classifier (``num_classes=0``) or with ``pre_logits`` the features are pooled over pixels and over the
+        fibre, so that whatever a user puts on top is invariant. Without spatial pooling they stay regular fields.
+        """
+        y = super().forward_head(x, pre_logits=pre_logits)  # type: ignore[misc]
+        without_classifier = pre_logits or isinstance(self.get_classifier(), nn.Identity)  # type: ignore[operator]
+        return self.group_pool(y) if without_classifier and y.ndim == 2 else y
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, **kwargs: Any) -> None:
+        """Replaces the classifier; see timm. The new one pools over the group like the old one."""
+        super().reset_classifier(num_classes, global_pool, **kwargs)  # type: ignore[misc]
+        plain = self.get_classifier()  # type: ignore[operator]
+        if type(plain) is nn.Linear:
+            order = self.group.order
+            new = InvariantLinear(self.group, plain.in_features // order, num_classes, True, self.group_pool.pool)
+            _initialize_like(new, plain, new.in_features)
+            path = next(name for name, module in self.named_modules() if module is plain)
+            self.set_submodule(path, new.to(plain.weight.device, plain.weight.dtype))
+            self.head_hidden_size = new.in_features
+        elif self.num_features % self.group.order == 0:
+            self.head_hidden_size = self.num_features // self.group.order
+
+
+@cache
+def _equivariant_class(plain: type[nn.Module]) -> type[nn.Module]:
+    mixin = EquivariantClassifier if hasattr(plain, "forward_head") else Equivariant
+    return type(f"Equivariant{plain.__name__}", (mixin, plain), {"__module__": __name__, "plain_class": plain})
+
+
+def _rebuild(plain: type[nn.Module]) -> nn.Module:
+    cls = _equivariant_class(plain)
+    return cls.__new__(cls)

@@ -1,0 +1,149 @@
+"""Groups by name, and how their elements act on images and on feature maps.
+
+An element is its index in escnn's order of the point group: first the N rotations, g = r; then, where there are
+reflections, g = N + r: reflect the width axis, then rotate by r. A rotation by r is counterclockwise by r * 360 / N
+degrees. The tests compare order, products and action with escnn's.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gzoo import _escnn
+
+if TYPE_CHECKING:
+    from escnn.gspaces import GSpace
+    from escnn.nn import FieldType
+
+_ALIASES = {"c4": "p4", "d4": "p4m"}
+_GRAMMAR = (
+    "p4 (rotations by 90 degrees), p4m (those and reflections), cN (N rotations: c1, c2, c4 = p4, c8, ...), "
+    "dN (N rotations and reflections: d1, d2, d4 = p4m, d8, ...)"
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A point group of the plane: N rotations about the centre of the image, with or without reflections.
+
+    Two groups are equal if rotations and reflections are, so ``get("d4") == get("p4m")``. Get one with `get`.
+    """
+
+    rotations: int
+    reflections: bool
+
+    @property
+    def name(self) -> str:
+        """The canonical name: "p4" for c4, "p4m" for d4, else cN or dN."""
+        name = f"{'d' if self.reflections else 'c'}{self.rotations}"
+        return _ALIASES.get(name, name)
+
+    @property
+    def order(self) -> int:
+        """|G|, the number of elements."""
+        return self.rotations * (2 if self.reflections else 1)
+
+    @property
+    def on_grid(self) -> bool:
+        """Whether every element maps the pixel grid onto itself: N is 1, 2 or 4."""
+        return self.rotations in (1, 2, 4)
+
+    @cached_property
+    def grid_elements(self) -> tuple[int, ...]:
+        """The elements that map the pixel grid onto itself; all of them if `on_grid`."""
+        return tuple(g for g in range(self.order) if (g % self.rotations) * 4 % self.rotations == 0)
+
+    def label(self, g: int) -> str:
+        """A short name of element g for tables: "90", "flip", "flip 90" (degrees)."""
+        angle = f"{g % self.rotations * 360 / self.rotations:g}"
+        if g < self.rotations:
+            return angle
+        return "flip" if angle == "0" else f"flip {angle}"
+
+    def multiply(self, g: int, h: int) -> int:
+        """The product gh: h acts first."""
+        n = self.rotations
+        turn = -(h % n) if g >= n else h % n  # a reflection turns the rotations that follow it backwards
+        return (g % n + turn) % n + n * ((g >= n) != (h >= n))
+
+    def inverse(self, g: int) -> int:
+        """The element h with gh = hg = e."""
+        return g if g >= self.rotations else -g % self.rotations
+
+    def transform_image(self, x: Tensor, g: int) -> Tensor:
+        """g.x for an image or any trivial field: moves pixels, exactly.
+
+        Args:
+            x: (..., H, W).
+            g: an element of `grid_elements`.
+
+        Shape:
+            (..., H, W), or (..., W, H) after a quarter turn.
+
+        Raises:
+            ValueError: g is no element of the group, or maps pixels between pixels.
+        """
+        if not 0 <= g < self.order:
+            raise ValueError(f"{g} is no element of {self.name}; its elements are 0 to {self.order - 1}")
+        if g not in self.grid_elements:
+            raise ValueError(
+                f"element {g} of {self.name} turns by {self.label(g)} degrees, between the pixels; exact on the grid "
+                f"are the elements {self.grid_elements}"
+            )
+        if g >= self.rotations:
+            x = x.flip(-1)
+        return x.rot90(g % self.rotations * 4 // self.rotations, (-2, -1))
+
+    def transform_features(self, x: Tensor, g: int) -> Tensor:
+        """g.x for regular fields: moves pixels, and the value at h in a fibre to gh.
+
+        Args:
+            x: (B, fields * |G|, H, W), channel = field * |G| + h; or (B, fields * |G|) without pixels.
+            g: an element of `grid_elements`.
+
+        Raises:
+            ValueError: as `transform_image`, or the channels are no whole number of fields.
+        """
+        if x.shape[1] % self.order:
+            raise ValueError(f"{x.shape[1]} channels are no whole number of {self.name} fields of |G| = {self.order}")
+        inverse = self.inverse(g)
+        source = torch.tensor([self.multiply(inverse, h) for h in range(self.order)], device=x.device)
+        y = x.unflatten(1, (-1, self.order)).index_select(2, source).flatten(1, 2)
+        return self.transform_image(y, g) if x.ndim > 2 else y
+
+    @property
+    def gspace(self) -> "GSpace":
+        """The group as an escnn gspace."""
+        return _gspace(self)
+
+    def field_type(self, fields: int) -> "FieldType":
+        """The escnn type of ``fields`` regular fields."""
+        return _escnn.load().nn.FieldType(self.gspace, fields * [self.gspace.regular_repr])
+
+    def image_type(self, channels: int) -> "FieldType":
+        """The escnn type of an image: ``channels`` trivial fields."""
+        return _escnn.load().nn.FieldType(self.gspace, channels * [self.gspace.trivial_repr])
+
+
+@cache
+def _gspace(group: Group) -> "GSpace":
+    gspaces = _escnn.load().gspaces
+    if group.reflections:
+        return gspaces.flipRot2dOnR2(group.rotations) if group.rotations > 1 else gspaces.flip2dOnR2()
+    return gspaces.rot2dOnR2(group.rotations) if group.rotations > 1 else gspaces.trivialOnR2()
+
+
+def get(name: str) -> Group:
+    """The group called ``name``: p4, p4m, cN or dN; c4 is p4 and d4 is p4m.
+
+    Raises:
+        ValueError: there is no such group; the message lists the names.
+    """
+    match = re.fullmatch(r"(c|d)([1-9][0-9]*)", {"p4": "c4", "p4m": "d4"}.get(name, name))
+    if match is None:
+        raise ValueError(f"unknown group {name!r}; accepted are {_GRAMMAR}")
+    return Group(int(match[2]), match[1] == "d")

@@ -1,0 +1,213 @@
+"""Group convolutions: images to regular fields, and regular fields to regular fields."""
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gzoo.bases import lifting_index, regular_index
+from gzoo.groups import Group
+from gzoo.nn.expand import ExpandedLayer
+from gzoo.nn.resample import Window, resample
+
+if TYPE_CHECKING:
+    from escnn.nn import FieldType
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+class _GroupConv2d(ExpandedLayer):
+    """What both convolutions share: window, bias, and the one conv2d."""
+
+    def __init__(
+        self,
+        group: Group,
+        kernels: tuple[int, ...],
+        index: Tensor,
+        stride: int,
+        padding: int | Literal["same"],
+        dilation: int,
+        groups: int,
+        bias: bool,
+        padding_mode: PaddingMode,
+    ) -> None:
+        super().__init__(torch.empty(kernels), index)
+        self.group = group
+        self.out_fields = kernels[0]
+        self.kernel_size, self.stride, self.dilation, self.groups = kernels[-1], stride, dilation, groups
+        total = dilation * (self.kernel_size - 1) if padding == "same" else 2 * padding
+        self.window = Window(self.kernel_size, stride, total, dilation)
+        self.padding_mode = padding_mode
+        self.bias = nn.Parameter(torch.empty(self.out_fields)) if bias else None
+        self.reset_parameters()
+
+    @property
+    def fan_in(self) -> int:
+        """How many inputs one output sums up."""
+        return self.weight[0].numel()
+
+    def reset_parameters(self) -> None:
+        """Draws kernels that keep the variance through a ReLU (He et al. 2015, arXiv:1502.01852, equation 10)."""
+        nn.init.normal_(self.weight, std=math.sqrt(2 / self.fan_in))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        x, padding = resample(x, self.window)
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, 4 * (padding,), mode=self.padding_mode), 0
+        bias = None if self.bias is None else self.bias.repeat_interleave(self.group.order)
+        return F.conv2d(x, self.filter(), bias, self.stride, padding, self.dilation, self.groups)
+
+    @property
+    def out_type(self) -> "FieldType":
+        """The result's escnn type: ``out_fields`` regular fields."""
+        return self.group.field_type(self.out_fields)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.group.name}, {tuple(self.weight.shape)}, stride={self.stride}, padding={self.window.padding / 2:g}, "
+            f"dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
+        )
+
+
+class LiftingConv2d(_GroupConv2d):
+    """Lifting convolution: an image to regular fields. Each kernel is applied in all |G| poses.
+
+    Exact for groups on the pixel grid, at every image size: strides follow the rule of `gzoo.nn.resample`.
+
+    Args:
+        group: p4, p4m or a subgroup.
+        in_channels: channels of the image (trivial fields).
+        out_fields: number of regular fields.
+        kernel_size: side of the square kernel in pixels, odd or even.
+        stride: in pixels.
+        padding: pixels on either side; "same" keeps the size at stride 1.
+        dilation: pixels between taps.
+        groups: as in ``nn.Conv2d``; divides in_channels and out_fields.
+        bias: whether each field has one.
+        padding_mode: as in ``nn.Conv2d``.
+
+    Shape:
+        x: (B, in_channels, H, W); result: (B, out_fields * |G|, H', W') with H', W' as of ``nn.Conv2d``.
+        weight: (out_fields, in_channels / groups, k, k).
+
+    Raises:
+        ValueError: the group does not fit the pixel grid; groups do not divide the widths; x has other channels.
+
+    Source: Cohen & Welling 2016, arXiv:1602.07576, equation 10.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        in_channels: int,
+        out_fields: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int | Literal["same"] = 0,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+    ) -> None:
+        require_grid(group, kernel_size)
+        _require_divisible(groups, in_channels, out_fields)
+        kernels = (out_fields, in_channels // groups, kernel_size, kernel_size)
+        index = lifting_index(group, kernel_size)
+        super().__init__(group, kernels, index, stride, padding, dilation, groups, bias, padding_mode)
+        self.in_channels = in_channels
+
+    @property
+    def in_type(self) -> "FieldType":
+        """The image's escnn type: ``in_channels`` trivial fields."""
+        return self.group.image_type(self.in_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"the image has shape {tuple(x.shape)}, not (B, {self.in_channels}, H, W); give it {self.in_channels} "
+                f"channels, or create the model with in_chans={x.shape[1] if x.ndim == 4 else '...'}"
+            )
+        return self._convolve(x)
+
+
+class GroupConv2d(_GroupConv2d):
+    """Group convolution: regular fields to regular fields.
+
+    Exact for groups on the pixel grid, at every image size; with a 1x1 kernel exact for every group.
+
+    Args:
+        group: p4, p4m or a subgroup.
+        in_fields: number of regular fields in.
+        out_fields: number of regular fields out.
+        groups: divides both; ``groups=in_fields`` is depthwise: a field sees its own |G| channels only.
+
+        The others are those of `LiftingConv2d`.
+
+    Shape:
+        x: (B, in_fields * |G|, H, W); result: (B, out_fields * |G|, H', W') with H', W' as of ``nn.Conv2d``.
+        weight: (out_fields, in_fields / groups, |G|, k, k).
+
+    Raises:
+        ValueError: as `LiftingConv2d`.
+
+    Source: Cohen & Welling 2016, arXiv:1602.07576, equation 11.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        in_fields: int,
+        out_fields: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int | Literal["same"] = 0,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+    ) -> None:
+        require_grid(group, kernel_size)
+        _require_divisible(groups, in_fields, out_fields)
+        kernels = (out_fields, in_fields // groups, group.order, kernel_size, kernel_size)
+        index = regular_index(group, kernel_size)
+        super().__init__(group, kernels, index, stride, padding, dilation, groups, bias, padding_mode)
+        self.in_fields = in_fields
+
+    @property
+    def in_type(self) -> "FieldType":
+        """The input's escnn type: ``in_fields`` regular fields."""
+        return self.group.field_type(self.in_fields)
+
+    def forward(self, x: Tensor) -> Tensor:
+        require_fields(x, 1, self.in_fields, self.group)
+        return self._convolve(x)
+
+
+def require_fields(x: Tensor, dim: int, fields: int, group: Group) -> None:
+    """Raises ValueError if dimension ``dim`` of x does not hold ``fields`` regular fields of ``group``."""
+    if x.shape[dim] != fields * group.order:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} has {x.shape[dim]} channels, not {fields} fields * |G| = {group.order}; "
+            "lift an image with LiftingConv2d first"
+        )
+
+
+def require_grid(group: Group, kernel_size: int) -> None:
+    """Raises ValueError if the pixel basis has no exact kernels of this size for ``group``."""
+    if not group.on_grid and kernel_size > 1:
+        raise ValueError(
+            f"{group.name} turns a {kernel_size}x{kernel_size} kernel between the pixels, so the pixel basis is not exact "
+            "for it. Accepted are c1, c2, p4, d1, d2, p4m; 1x1 kernels take every group"
+        )
+
+
+def _require_divisible(groups: int, *widths: int) -> None:
+    for width in widths:
+        if width % groups:
+            low = width - width % groups
+            near = f"{low} or {low + groups}" if low else f"{groups}"
+            raise ValueError(f"groups={groups} does not divide a width of {width}; the nearest that works: {near}")

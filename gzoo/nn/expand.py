@@ -1,0 +1,49 @@
+"""Layers whose filter is expanded from a smaller weight; in eval mode the filter is kept until the weight changes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gzoo.bases import expand
+
+
+class ExpandedLayer(nn.Module):
+    """Holds kernels ``weight`` and gives the `filter` that they expand to.
+
+    The filter is computed anew wherever a gradient may flow or a compiler looks on. Else it is cached: it survives until
+    the weight changes in place (torch counts that), moves, changes dtype, or the module is copied or switched between
+    train and eval. Torch does not count edits through ``weight.data``; call ``eval()`` after one.
+    """
+
+    weight: nn.Parameter
+    index: Tensor
+
+    def __init__(self, weight: Tensor, index: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        # Not in the state_dict: it follows from the group and the kernel size.
+        self.register_buffer("index", index, persistent=False)
+        self._cached: tuple[int, Tensor] | None = None  # the weight's version, its filter
+
+    def filter(self) -> Tensor:
+        """The expanded filter, (channels out, channels in, k, k)."""
+        weight = self.weight
+        tracked = torch.is_grad_enabled() and weight.requires_grad
+        if self.training or tracked or torch.compiler.is_compiling() or weight.is_inference():
+            return expand(weight, self.index)
+        version = weight._version
+        if self._cached is None or self._cached[0] != version:
+            self._cached = version, expand(weight.detach(), self.index)
+        return self._cached[1]
+
+    def train(self, mode: bool = True) -> "ExpandedLayer":
+        self._cached = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "ExpandedLayer":  # .to(), .half(), .cuda(): same version, new data
+        self._cached = None
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:  # deepcopy and pickle
+        return {**self.__dict__, "_cached": None}

@@ -1,0 +1,54 @@
+"""Plain modules made equivariant by sharing their per-channel parameters along the fibre.
+
+Layer norm, layer scale and the like combine channels in a way that any permutation of a fibre commutes with, once their
+parameters are constant along it. Such a module keeps its class's forward: it stores one number per field, and reading the
+parameter repeats it |G| times.
+"""
+
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def share_along_fibre(module: nn.Module, names: tuple[str, ...], group_order: int, fields: int) -> None:
+    """Shrinks parameters of ``module``, in place, from one number per channel to one per field.
+
+    Each is set to its mean, which keeps a constant initial value (one, zero, a small layer scale).
+
+    Args:
+        module: any module whose forward reads the parameters as attributes.
+        names: attribute names; None-valued ones are skipped.
+        group_order: |G|.
+        fields: regular fields; the parameter reads as fields * |G| numbers.
+    """
+    held = tuple(name for name in names if module._parameters.get(name) is not None)
+    for name in held:
+        plain = module._parameters[name]
+        assert plain is not None
+        module._parameters[name] = nn.Parameter(plain.detach().mean().expand(fields).clone(), plain.requires_grad)
+    module.fibre_order = group_order
+    module.__class__ = _sharing_class(type(module), held)
+
+
+@cache
+def _sharing_class(plain: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    def repeated(name: str) -> property:
+        def read(self: nn.Module) -> Tensor:
+            parameter = self._parameters[name]
+            assert parameter is not None
+            return parameter.repeat_interleave(self.fibre_order)
+
+        return property(read)
+
+    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+        # The class exists in this process only, so copies and pickles name what it was made of.
+        return _rebuild, (plain, names), self.__dict__.copy()
+
+    members: dict[str, Any] = {name: repeated(name) for name in names}
+    return type(f"Fibre{plain.__name__}", (plain,), {**members, "__reduce_ex__": reduce, "__module__": __name__})
+
+
+def _rebuild(plain: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    cls = _sharing_class(plain, names)
+    return cls.__new__(cls)

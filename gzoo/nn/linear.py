@@ -1,0 +1,126 @@
+"""Linear maps on fibres: equivariant inside a network, invariant at its end."""
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gzoo.bases import regular_index
+from gzoo.groups import Group
+from gzoo.nn.conv import require_fields
+from gzoo.nn.expand import ExpandedLayer
+
+if TYPE_CHECKING:
+    from escnn.nn import FieldType
+
+Pooling = Literal["mean", "max"]
+
+
+class GroupLinear(ExpandedLayer):
+    """Equivariant linear map between regular fibres: a group convolution without pixels. Exact for every group.
+
+    Args:
+        group: any point group.
+        in_fields: number of regular fields in.
+        out_fields: number of regular fields out.
+        bias: whether each field has one.
+
+    Shape:
+        x: (..., in_fields * |G|); result: (..., out_fields * |G|). weight: (out_fields, in_fields, |G|).
+
+    Raises:
+        ValueError: x does not have in_fields * |G| channels.
+
+    Source: Cohen & Welling 2016, arXiv:1602.07576, equation 11 at a single pixel.
+    """
+
+    def __init__(self, group: Group, in_fields: int, out_fields: int, bias: bool = True) -> None:
+        super().__init__(torch.empty(out_fields, in_fields, group.order), regular_index(group, 1))
+        self.group, self.in_fields, self.out_fields = group, in_fields, out_fields
+        self.bias = nn.Parameter(torch.zeros(out_fields)) if bias else None
+        nn.init.normal_(self.weight, std=math.sqrt(2 / self.fan_in))
+
+    @property
+    def fan_in(self) -> int:
+        """How many inputs one output sums up."""
+        return self.weight[0].numel()
+
+    @property
+    def in_type(self) -> "FieldType":
+        """The input's escnn type: ``in_fields`` regular fields."""
+        return self.group.field_type(self.in_fields)
+
+    @property
+    def out_type(self) -> "FieldType":
+        """The result's escnn type: ``out_fields`` regular fields."""
+        return self.group.field_type(self.out_fields)
+
+    def forward(self, x: Tensor) -> Tensor:
+        require_fields(x, -1, self.in_fields, self.group)
+        bias = None if self.bias is None else self.bias.repeat_interleave(self.group.order)
+        return F.linear(x, self.filter().flatten(1), bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.group.name}, {tuple(self.weight.shape)}, bias={self.bias is not None}"
+
+
+class GroupPool(nn.Module):
+    """Group pooling: the mean or the maximum of each fibre, regular to trivial. Exact for every group.
+
+    Args:
+        group_order: |G|.
+        pool: "mean" or "max".
+
+    Shape:
+        x: (B, fields * |G|, ...); result: (B, fields, ...).
+
+    Source: coset pooling over all of G, Cohen & Welling 2016, arXiv:1602.07576, section 6.3.
+    """
+
+    def __init__(self, group_order: int, pool: Pooling = "mean") -> None:
+        super().__init__()
+        self.group_order, self.pool = group_order, pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        fibres = x.unflatten(1, (-1, self.group_order))  # (B, fields, |G|, ...)
+        return fibres.amax(2) if self.pool == "max" else fibres.mean(2)
+
+    def extra_repr(self) -> str:
+        return f"group_order={self.group_order}, pool={self.pool!r}"
+
+
+class InvariantLinear(nn.Linear):
+    """Classifier: group pooling, then a linear map. Logits do not change when the image is transformed.
+
+    Weight and bias are those of a plain ``nn.Linear`` on ``in_fields`` inputs, so timm can swap or drop them.
+
+    Args:
+        group: any point group.
+        in_fields: number of regular fields in.
+        out_features: number of logits.
+        pool: group pooling, "mean" or "max".
+
+    Shape:
+        x: (B, in_fields * |G|); result: (B, out_features). weight: (out_features, in_fields).
+
+    Raises:
+        ValueError: x does not have in_fields * |G| channels.
+    """
+
+    def __init__(
+        self, group: Group, in_fields: int, out_features: int, bias: bool = True, pool: Pooling = "mean"
+    ) -> None:
+        super().__init__(in_fields, out_features, bias)
+        self.group = group
+        self.group_pool = GroupPool(group.order, pool)
+
+    @property
+    def in_type(self) -> "FieldType":
+        """The input's escnn type: ``in_features`` regular fields."""
+        return self.group.field_type(self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        require_fields(x, 1, self.in_features, self.group)
+        return super().forward(self.group_pool(x))

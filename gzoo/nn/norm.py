@@ -1,0 +1,38 @@
+"""Norms whose statistics and affine parameters are shared along the fibre."""
+
+from torch import Tensor, nn
+
+
+class FibreNorm(nn.Module):
+    """Batch, instance or group norm of regular fields: one mean, variance, scale and shift for all of a fibre.
+
+    G permutes a fibre, so statistics over the whole fibre are the same for x and g.x. Exact for every group. The fibre is
+    handed to ``norm`` as further rows of pixels; ``norm`` itself may be any module that treats each channel alike at
+    all pixels, with or without a pointwise activation after it (timm's ``BatchNormAct2d``, ``GroupNormAct``). It
+    stays visible as a submodule, so that SyncBN conversion finds it.
+
+    Args:
+        norm: a norm over ``fields`` channels.
+        group_order: |G|.
+
+    Shape:
+        x and result: (B, fields * |G|, H, W), channel = field * |G| + g.
+
+    Raises:
+        ValueError: the channels of x are no whole number of fields.
+
+    Source: with batch norm the same function as ``escnn.nn.InnerBatchNorm``; the tests compare the two.
+    """
+
+    def __init__(self, norm: nn.Module, group_order: int) -> None:
+        super().__init__()
+        self.norm = norm
+        self.group_order = group_order
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = self.group_order
+        if x.shape[1] % order:
+            raise ValueError(f"x has {x.shape[1]} channels, no whole number of fields of |G| = {order}; lift it first")
+        height = x.shape[2]
+        rows = x.unflatten(1, (-1, order)).flatten(2, 3)  # (B, fields, |G| * H, W), a view of x
+        return self.norm(rows).unflatten(2, (order, height)).flatten(1, 2)

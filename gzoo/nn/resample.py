@@ -1,0 +1,110 @@
+"""Symmetric resampling: window operations (convolution, pooling) that commute with the group at every image size.
+
+A window of k pixels, stride s and padding p on either side covers n pixels symmetrically only if (n + 2p - k) % s == 0;
+otherwise the last pixels on one side are dropped, and the result of a turned image is not the turned result. The rule
+keeps the output size m of the plain operation and resamples its input to the size n' = (m - 1) s + k - 2p, at which the
+windows fit exactly. Bilinear resampling (align_corners=False) is symmetric itself. Each axis is treated alone.
+"""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Window(NamedTuple):
+    """A window operation along one axis, in pixels. Both axes share it, or a quarter turn would mix them up.
+
+    ``padding`` is the sum over both ends. An odd sum, as "same" padding with an even kernel has, is rounded up and
+    the input resampled to one pixel less.
+    """
+
+    kernel: int
+    stride: int
+    padding: int
+    dilation: int = 1
+    ceil_mode: bool = False
+
+    @property
+    def extent(self) -> int:
+        """Pixels from the first to the last tap."""
+        return self.dilation * (self.kernel - 1) + 1
+
+    def output_size(self, size: int) -> int:
+        """Output pixels of the plain operation on ``size`` pixels, as torch counts them."""
+        room = size + self.padding - self.extent
+        if not self.ceil_mode:
+            return room // self.stride + 1
+        count = -(-room // self.stride) + 1
+        starts_inside = (count - 1) * self.stride < size + self.padding // 2
+        return count if starts_inside else count - 1
+
+
+def resample(x: Tensor, window: Window) -> tuple[Tensor, int]:
+    """x at the nearest size where ``window`` is symmetric, and the padding for either side.
+
+    Args:
+        x: (B, C, H, W).
+        window: the operation that will follow, with stride and the padding that is returned.
+
+    Raises:
+        ValueError: the map is smaller than the window.
+    """
+    height, width = x.shape[-2:]
+    counts = window.output_size(height), window.output_size(width)
+    if min(counts) < 1:
+        raise ValueError(
+            f"a map of {height}x{width} pixels is too small for a window of {window.extent} pixels with "
+            f"{window.padding} pixels of padding in all; give the network a larger image"
+        )
+    padding = (window.padding + 1) // 2
+    size = [(count - 1) * window.stride + window.extent - 2 * padding for count in counts]
+    if min(size) < 1:  # a single pixel under an even kernel: round the padding down and enlarge instead
+        padding = window.padding // 2
+        size = [(count - 1) * window.stride + window.extent - 2 * padding for count in counts]
+    if size != [height, width]:
+        x = F.interpolate(x, size, mode="bilinear", align_corners=False)
+    return x, padding
+
+
+class SymmetricPool2d(nn.Module):
+    """Max or average pooling behind the symmetric resampling rule. Acts on each channel, so any field type passes.
+
+    Args:
+        pool: ``nn.MaxPool2d`` or ``nn.AvgPool2d`` with a square window.
+
+    Shape:
+        x: (B, C, H, W); result: (B, C, H', W') with the size that ``pool`` itself would give.
+
+    Raises:
+        ValueError: kernel, stride or padding differ between the axes; or x is smaller than the window.
+    """
+
+    def __init__(self, pool: nn.MaxPool2d | nn.AvgPool2d) -> None:
+        super().__init__()
+        self.pool = pool
+        self.window = Window(
+            kernel=square(pool.kernel_size, "kernel_size"),
+            stride=square(pool.stride, "stride"),
+            padding=2 * square(pool.padding, "padding"),
+            dilation=square(getattr(pool, "dilation", 1), "dilation"),
+            ceil_mode=pool.ceil_mode,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(resample(x, self.window)[0])
+
+
+def square(value: int | tuple[int, ...], what: str) -> int:
+    """The one value of an int or a pair of equal ints.
+
+    Raises:
+        ValueError: the two differ.
+    """
+    if isinstance(value, int):
+        return value
+    if len(set(value)) != 1:
+        raise ValueError(
+            f"{what}={tuple(value)} differs between the axes, which a quarter turn exchanges; use one value"
+        )
+    return value[0]
