@@ -1,13 +1,13 @@
 """Kernel bases: how the free parameters of a kernel fill the filter that is equivariant.
 
-The pixel basis is exact for groups that map the grid onto itself. One kernel w is a function on G (or on the plane, for a
-lifting kernel), and the filter for output element g is w transformed by g:
+The pixel basis is exact for groups that map the grid onto itself. One kernel w is a function on G (or on the plane, for
+a lifting kernel), and the filter for output element g is w transformed by g:
 
     lifting:           filter[g](y)    = w(g^-1 y)            Cohen & Welling 2016, equation 10
     group convolution: filter[g, h](y) = w(g^-1 h, g^-1 y)    equation 11
 
-Every parameter of w stands once in each filter[g], so the expansion is a gather. A 3x3 kernel between two regular fields
-keeps all 9|G| parameters.
+Every parameter of w stands once in each filter[g], so the expansion is a gather. A 3x3 kernel between two regular
+fields keeps all 9|G| parameters.
 """
 
 from functools import cache

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,11 +78,12 @@ def check(
 ) -> Report:
     """Measures the equivariance error of logits and stage feature maps for every element that is exact on the grid.
 
-    The model is copied, so its weights, mode and dtype stay as they are.
+    Vectors are held to be invariant. Feature maps are regular fields, or plain channels where the model is a plain
+    network. The model is copied, so its weights, mode and dtype stay as they are.
 
     Args:
-        model: a classifier (B, C, H, W) -> (B, classes); with timm's ``forward_intermediates`` its stages are measured too.
-            Or a ``features_only`` model.
+        model: a classifier (B, C, H, W) -> (B, classes); with timm's ``forward_intermediates`` its stages are measured
+            too. Or a ``features_only`` model.
         size: height and width of the image in pixels; one number for a square.
         group: which group; by default the model's own.
         dtype: float64 tells a broken symmetry from rounding; float32 is what runs in use.
@@ -90,7 +92,8 @@ def check(
     Raises:
         ValueError: the model has no group of its own and none is given.
     """
-    group = group or group_of(model)
+    own_group = group_of(model)
+    group = group or own_group
     if group is None:
         raise ValueError(
             f"{type(model).__name__} is a plain network, so say which group to check: group=gzoo.groups.get('p4m')"
@@ -105,8 +108,9 @@ def check(
     errors: dict[str, dict[int, float]] = {name: {} for name in expected}
     for g in group.grid_elements:
         for name, value in _outputs(model, group.transform_image(x, g)).items():
-            invariant = name == "logits"
-            moved = expected[name] if invariant else group.transform_features(expected[name], g)
+            moved = expected[name]
+            if moved.ndim == 4:
+                moved = (group.transform_features if own_group else group.transform_image)(moved, g)
             errors[name][g] = relative_error(value, moved)
     return Report(group, (height, width), dtype, errors)
 
@@ -120,7 +124,7 @@ def in_channels(model: nn.Module) -> int:
     raise ValueError(f"{type(model).__name__} has no convolution, so it takes no image")
 
 
-def _outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def _outputs(model: Any, x: Tensor) -> dict[str, Tensor]:
     """Stage feature maps and logits of ``model``, by name."""
     if hasattr(model, "forward_intermediates") and hasattr(model, "forward_head"):
         features, stages = model.forward_intermediates(x)

@@ -1,8 +1,8 @@
 """CNN7: the seven-layer Z2CNN for rotated MNIST, 28x28 pixels, no padding.
 
-Source: Cohen & Welling 2016, arXiv:1602.07576, section 8.1: 3x3 convolutions of 20 channels (4x4 in the last layer), max
-pooling after the second. Ours differs in two places: the seventh layer keeps its 20 channels and a linear classifier
-follows, where the paper's has one channel per class; larger images are averaged over the remaining pixels.
+Source: Cohen & Welling 2016, arXiv:1602.07576, section 8.1: 3x3 convolutions of 20 channels (4x4 in the last layer),
+max pooling after the second. Ours differs in two places: the seventh layer keeps its 20 channels and a linear
+classifier follows, where the paper's has one channel per class; larger images are averaged over the remaining pixels.
 """
 
 from torch import nn

@@ -5,6 +5,9 @@ Source: He et al. 2015, arXiv:1512.03385, section 4.2, in the variant of Cohen &
 the width. As everywhere in timm, the last batch norm of a block starts at zero.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 from timm.layers.drop import DropPath, calculate_drop_path_rates
 from timm.models.resnet import BasicBlock, downsample_conv
 from torch import nn
@@ -38,7 +41,7 @@ def resnet_cifar(
     blocks_per_stage, rest = divmod(depth - 2, 6)
     if rest or blocks_per_stage < 1:
         raise ValueError(f"depth is {depth}; a CIFAR ResNet has 6n + 2 layers: 8, 14, 20, 26, 32, 44, 56, 110 ...")
-    drop_paths = iter(calculate_drop_path_rates(drop_path_rate, 3 * blocks_per_stage))
+    drop_paths: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, 3 * blocks_per_stage))
     stem = nn.Sequential(
         nn.Conv2d(in_chans, base_width, 3, padding=1, bias=False), nn.BatchNorm2d(base_width), nn.ReLU(inplace=True)
     )

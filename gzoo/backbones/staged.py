@@ -1,8 +1,8 @@
 """A plain CNN of stages with timm's interface; the other files of this folder say which stages.
 
-timm has the interface (`forward_features`, `forward_intermediates`, `reset_classifier` ...) inside each of its families.
-The small networks of the papers are all of one form, a stem and a row of stages under a pooled linear head, so one class
-with their tables serves them all.
+timm has the interface (`forward_features`, `forward_intermediates`, `reset_classifier` ...) inside each of its
+families. The small networks of the papers are all of one form, a stem and a row of stages under a pooled linear head,
+so one class with their tables serves them all.
 """
 
 from typing import Any, NamedTuple
@@ -57,6 +57,7 @@ class StagedCNN(nn.Module):
         self.num_features = stages[-1].channels
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
         self.head_hidden_size = self.num_features
+        module: Any
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

@@ -68,8 +68,9 @@ class _GroupConv2d(ExpandedLayer):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.group.name}, {tuple(self.weight.shape)}, stride={self.stride}, padding={self.window.padding / 2:g}, "
-            f"dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
+            f"{self.group.name}, {tuple(self.weight.shape)}, stride={self.stride}, "
+            f"padding={self.window.padding / 2:g}, dilation={self.dilation}, groups={self.groups}, "
+            f"bias={self.bias is not None}"
         )
 
 
@@ -200,8 +201,8 @@ def require_grid(group: Group, kernel_size: int) -> None:
     """Raises ValueError if the pixel basis has no exact kernels of this size for ``group``."""
     if not group.on_grid and kernel_size > 1:
         raise ValueError(
-            f"{group.name} turns a {kernel_size}x{kernel_size} kernel between the pixels, so the pixel basis is not exact "
-            "for it. Accepted are c1, c2, p4, d1, d2, p4m; 1x1 kernels take every group"
+            f"{group.name} turns a {kernel_size}x{kernel_size} kernel between the pixels, so the pixel basis is not "
+            "exact for it. Accepted are c1, c2, p4, d1, d2, p4m; 1x1 kernels take every group"
         )
 
 

@@ -11,9 +11,9 @@ from gzoo.bases import expand
 class ExpandedLayer(nn.Module):
     """Holds kernels ``weight`` and gives the `filter` that they expand to.
 
-    The filter is computed anew wherever a gradient may flow or a compiler looks on. Else it is cached: it survives until
-    the weight changes in place (torch counts that), moves, changes dtype, or the module is copied or switched between
-    train and eval. Torch does not count edits through ``weight.data``; call ``eval()`` after one.
+    The filter is computed anew wherever a gradient may flow or a compiler looks on. Else it is cached: it survives
+    until the weight is replaced, changes in place (torch counts that), moves, changes dtype, or the module is copied or
+    switched between train and eval. Torch does not count edits through ``weight.data``; call ``eval()`` after one.
     """
 
     weight: nn.Parameter
@@ -24,7 +24,7 @@ class ExpandedLayer(nn.Module):
         self.weight = nn.Parameter(weight)
         # Not in the state_dict: it follows from the group and the kernel size.
         self.register_buffer("index", index, persistent=False)
-        self._cached: tuple[int, Tensor] | None = None  # the weight's version, its filter
+        self._cached: tuple[Tensor, int, Tensor] | None = None  # the weight, its version, its filter
 
     def filter(self) -> Tensor:
         """The expanded filter, (channels out, channels in, k, k)."""
@@ -33,9 +33,11 @@ class ExpandedLayer(nn.Module):
         if self.training or tracked or torch.compiler.is_compiling() or weight.is_inference():
             return expand(weight, self.index)
         version = weight._version
-        if self._cached is None or self._cached[0] != version:
-            self._cached = version, expand(weight.detach(), self.index)
-        return self._cached[1]
+        if self._cached is None or self._cached[0] is not weight or self._cached[1] != version:
+            # A tensor made in inference mode could not serve a gradient with respect to x later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._cached = weight, version, expand(weight, self.index)
+        return self._cached[2]
 
     def train(self, mode: bool = True) -> "ExpandedLayer":
         self._cached = None

@@ -1,8 +1,8 @@
 """Plain modules made equivariant by sharing their per-channel parameters along the fibre.
 
-Layer norm, layer scale and the like combine channels in a way that any permutation of a fibre commutes with, once their
-parameters are constant along it. Such a module keeps its class's forward: it stores one number per field, and reading the
-parameter repeats it |G| times.
+Layer norm, layer scale and the like combine channels in a way that any permutation of a fibre commutes with, once
+their parameters are constant along it. Such a module keeps its class's forward: it stores one number per field, and
+reading the parameter repeats it |G| times.
 """
 
 from functools import cache
@@ -27,28 +27,28 @@ def share_along_fibre(module: nn.Module, names: tuple[str, ...], group_order: in
         plain = module._parameters[name]
         assert plain is not None
         module._parameters[name] = nn.Parameter(plain.detach().mean().expand(fields).clone(), plain.requires_grad)
-    module.fibre_order = group_order
-    module.__class__ = _sharing_class(type(module), held)
+    # mypy: it takes the class for an instance, whose hash differs.
+    module.__class__ = _sharing_class(type(module), held, group_order)  # type: ignore[arg-type]
 
 
 @cache
-def _sharing_class(plain: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def _sharing_class(plain: type[nn.Module], names: tuple[str, ...], group_order: int) -> type[nn.Module]:
     def repeated(name: str) -> property:
         def read(self: nn.Module) -> Tensor:
             parameter = self._parameters[name]
             assert parameter is not None
-            return parameter.repeat_interleave(self.fibre_order)
+            return parameter.repeat_interleave(group_order)
 
         return property(read)
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         # The class exists in this process only, so copies and pickles name what it was made of.
-        return _rebuild, (plain, names), self.__dict__.copy()
+        return _rebuild, (plain, names, group_order), self.__dict__.copy()
 
     members: dict[str, Any] = {name: repeated(name) for name in names}
     return type(f"Fibre{plain.__name__}", (plain,), {**members, "__reduce_ex__": reduce, "__module__": __name__})
 
 
-def _rebuild(plain: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    cls = _sharing_class(plain, names)
+def _rebuild(plain: type[nn.Module], names: tuple[str, ...], group_order: int) -> nn.Module:
+    cls = _sharing_class(plain, names, group_order)  # type: ignore[arg-type]
     return cls.__new__(cls)

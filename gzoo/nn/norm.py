@@ -6,10 +6,10 @@ from torch import Tensor, nn
 class FibreNorm(nn.Module):
     """Batch, instance or group norm of regular fields: one mean, variance, scale and shift for all of a fibre.
 
-    G permutes a fibre, so statistics over the whole fibre are the same for x and g.x. Exact for every group. The fibre is
-    handed to ``norm`` as further rows of pixels; ``norm`` itself may be any module that treats each channel alike at
-    all pixels, with or without a pointwise activation after it (timm's ``BatchNormAct2d``, ``GroupNormAct``). It
-    stays visible as a submodule, so that SyncBN conversion finds it.
+    G permutes a fibre, so statistics over the whole fibre are the same for x and g.x. Exact for every group. The fibre
+    is handed to ``norm`` as further rows of pixels; ``norm`` itself may be any module that treats each channel alike at
+    all pixels, with or without a pointwise activation after it (timm's ``BatchNormAct2d``, ``GroupNormAct``). It stays
+    visible as a submodule, so that SyncBN conversion finds it.
 
     Args:
         norm: a norm over ``fields`` channels.

@@ -52,16 +52,16 @@ def resample(x: Tensor, window: Window) -> tuple[Tensor, int]:
     """
     height, width = x.shape[-2:]
     counts = window.output_size(height), window.output_size(width)
-    if min(counts) < 1:
-        raise ValueError(
-            f"a map of {height}x{width} pixels is too small for a window of {window.extent} pixels with "
-            f"{window.padding} pixels of padding in all; give the network a larger image"
-        )
     padding = (window.padding + 1) // 2
     size = [(count - 1) * window.stride + window.extent - 2 * padding for count in counts]
     if min(size) < 1:  # a single pixel under an even kernel: round the padding down and enlarge instead
         padding = window.padding // 2
         size = [(count - 1) * window.stride + window.extent - 2 * padding for count in counts]
+    if min(*counts, *size) < 1:
+        raise ValueError(
+            f"a map of {height}x{width} pixels is too small for a window of {window.extent} pixels with "
+            f"{window.padding} pixels of padding in all; give the network a larger image"
+        )
     if size != [height, width]:
         x = F.interpolate(x, size, mode="bilinear", align_corners=False)
     return x, padding
