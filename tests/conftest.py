@@ -1,0 +1,85 @@
+"""What several test files share: random fields, the action on them, and errors of values and gradients."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gzoo import groups
+from gzoo.groups import Group
+
+GRID_GROUPS = ("c1", "c2", "p4", "d1", "d2", "p4m")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_configure():
+    torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
+
+
+def elements(group: str) -> range:
+    return range(groups.get(group).order)
+
+
+def random_fields(group: str, fields: int, size: tuple[int, int] = (5, 5), batch: int = 2) -> Tensor:
+    """Regular fields, float64."""
+    return torch.randn(batch, fields * groups.get(group).order, *size, dtype=torch.float64)
+
+
+def random_image(channels: int, size: tuple[int, int] = (5, 5), batch: int = 2) -> Tensor:
+    return torch.randn(batch, channels, *size, dtype=torch.float64)
+
+
+def act(group: Group, law: str, x: Tensor, g: int) -> Tensor:
+    """g.x for an "image", for regular "fields", for "channels last" fields, or for what is "invariant"."""
+    if law == "image":
+        return group.transform_image(x, g)
+    if law == "fields":
+        return group.transform_features(x, g)
+    if law == "channels last":
+        return group.transform_features(x.movedim(-1, 1), g).movedim(1, -1)
+    assert law == "invariant"
+    return x
+
+
+def worst_error(layer: nn.Module, group: str, x: Tensor, law: str = "fields", out_law: str | None = None) -> float:
+    """The largest relative error over all elements of the group, of the value, of the gradient with respect to the
+    input, and of the gradients with respect to the parameters, which must be the same for x and g.x."""
+    G = groups.get(group)
+    worst = 0.0
+    x = x.requires_grad_()
+    parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    y = layer(x)
+    cotangent = torch.randn_like(y)
+    input_gradient, *gradients = torch.autograd.grad(y, (x, *parameters), cotangent)
+    for g in range(G.order):
+        turned = act(G, law, x.detach(), g).requires_grad_()
+        y_g = layer(turned)
+        worst = max(worst, relative(y_g, act(G, out_law or law, y, g)))
+        turned_gradient, *turned_gradients = torch.autograd.grad(
+            y_g, (turned, *parameters), act(G, out_law or law, cotangent, g)
+        )
+        worst = max(worst, relative(turned_gradient, act(G, law, input_gradient, g)))
+        worst = max(worst, *map(relative, turned_gradients, gradients), 0.0)
+    return worst
+
+
+def relative(value: Tensor, expected: Tensor) -> float:
+    """max abs(value - expected) / max abs(expected); inf if the shapes differ."""
+    if value.shape != expected.shape:
+        return float("inf")
+    return ((value - expected).abs().max() / expected.abs().max().clamp_min(1e-300)).item()
+
+
+def with_random_statistics(model: nn.Module) -> nn.Module:
+    """A float64 copy in which all that starts constant, and so hides errors, is random: norms, biases, layer scales."""
+    model = copy.deepcopy(model).double()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point() and tensor.ndim <= 1:
+                tensor.copy_(torch.rand_like(tensor) + 0.5)
+    return model

@@ -1,0 +1,33 @@
+"""escnn imports without lie_learn and py3nj, and what needs them says so."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from gzoo import _escnn
+
+
+def test_escnn_loads_with_its_parts():
+    escnn = _escnn.load()
+    assert escnn.gspaces.rot2dOnR2(4).fibergroup.order() == 4
+    assert escnn.nn.R2Conv.__name__ == "R2Conv"
+
+
+def test_loading_escnn_twice_gives_the_same_module():
+    assert _escnn.load() is _escnn.load()
+
+
+@pytest.mark.skipif(find_spec("lie_learn") is not None, reason="the real lie_learn is installed and used")
+def test_3d_code_without_lie_learn_says_what_to_install():
+    _escnn.load()
+    from lie_learn.representations.SO3.wigner_d import wigner_D_matrix
+
+    with pytest.raises(ImportError, match="Install lie_learn and py3nj for 3D groups"):
+        wigner_D_matrix(1, 0.0, 0.0, 0.0)
+
+
+def test_importing_gzoo_does_not_import_escnn():
+    code = "import sys, gzoo; raise SystemExit('escnn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0
