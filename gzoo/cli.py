@@ -1,0 +1,168 @@
+"""The `gzoo` command: each subcommand is its parser lines and one function, which imports what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import shlex
+import sys
+from typing import Any
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `gzoo ARGUMENTS`. Returns the exit code: 0, or 1 after an error; a wrong command line exits with 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser(argv).parse_args(argv)
+    args.command_line = shlex.join(["gzoo", *argv])
+    try:
+        return args.run(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"gzoo: error: {error}", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        if error.name not in ("datasets", "matplotlib", "tqdm", "yaml"):
+            raise
+        print(f"gzoo: error: {error.name} is not installed; pip install 'gzoo[train]'", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"\ngzoo: error: {error or 'interrupted'}", file=sys.stderr)
+    return 1
+
+
+def _parser(argv: list[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("gzoo", description="Group-equivariant CNNs for timm.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("train", help="train or fine-tune a model")
+    command.set_defaults(run=_train)
+    command.add_argument("--recipe", help="a YAML file with these options as its keys; flags override it")
+    command.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    if argv[:1] == ["train"]:  # the flags come from gzoo.train, whose import the other commands do not wait for
+        _add_config_flags(command)
+
+    command = commands.add_parser("eval", help="measure a model on a data set")
+    command.set_defaults(run=_eval)
+    command.add_argument("--model", required=True, help="a registered model, or a folder that `gzoo train` wrote")
+    command.add_argument("--pretrained", action="store_true", help="load a registered model's weights")
+    command.add_argument("--data", required=True, help="folder of images or parquet files, or dataset on the Hub")
+    command.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: test")
+    command.add_argument("--batch-size", type=int, default=256)
+    command.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    command.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    command.add_argument("--transforms", action="store_true", help="also under the 8 rotations and flips of a square")
+    command.add_argument("--rotation-seed", type=int, help="also with each image rotated by an angle from this seed")
+    command.add_argument("--json", help="write the result to this file")
+
+    command = commands.add_parser("predict", help="classify images")
+    command.set_defaults(run=_predict)
+    command.add_argument("images", nargs="+", metavar="IMAGE")
+    command.add_argument("--model", required=True, help="a folder that `gzoo train` wrote, or a pretrained model")
+    command.add_argument("--topk", type=int, default=5, help="classes to print, default: 5")
+
+    data = commands.add_parser("data", help="make data sets").add_subparsers(required=True, metavar="DATA")
+    command = data.add_parser("rotmnist", help="rotated MNIST: 12,000 images to train, 50,000 to test")
+    command.set_defaults(run=_data_rotmnist)
+    command.add_argument("--mnist", required=True, help="MNIST: folder of parquet files, or dataset on the Hub")
+    command.add_argument("--out", required=True, help="folder to write train.parquet and test.parquet to")
+    command.add_argument("--seed", type=int, default=20161, help="of the angles, default: 20161")
+    return parser
+
+
+def _add_config_flags(command: argparse.ArgumentParser) -> None:
+    """One flag for every field of `TrainConfig`; what is not given stays out of the namespace."""
+    from dataclasses import MISSING, fields
+
+    from gzoo.train import TrainConfig
+
+    for field in fields(TrainConfig):
+        text = field.metadata["help"].replace("%", "%%")
+        if field.default is not MISSING and field.default not in (None, 0, False):
+            text += f" (default: {field.default})"
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+        if str(field.type).startswith("dict"):
+            options |= {"nargs": "+", "type": _pair, "metavar": "KEY=VALUE"}
+        elif field.type == "bool":
+            options |= {"action": argparse.BooleanOptionalAction}
+        else:
+            options |= {"type": str if field.type == "str" else _value, "metavar": field.name.upper()}
+        command.add_argument(f"--{field.name.replace('_', '-')}", **options)
+
+
+def _value(text: str) -> Any:
+    """A number, a list or None where the text spells one, else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE, such as lr=0.1")
+    return key, _value(value)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from dataclasses import fields
+
+    from gzoo.train import TrainConfig, make_config, merge, read_recipe, resume_config, train
+
+    flags = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if hasattr(args, f.name)}
+    flags = {k: dict(v) if str(TrainConfig.__annotations__[k]).startswith("dict") else v for k, v in flags.items()}
+    entries = merge(read_recipe(args.recipe) if args.recipe else {}, flags)
+    config = resume_config(entries) if args.resume else make_config(entries)
+    train(config, args.resume, args.command_line)
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    import torch
+
+    from gzoo.data import open_split
+    from gzoo.evaluate import evaluate
+    from gzoo.predict import load_model
+
+    data = open_split(args.data, args.split)
+    is_folder = Path(args.model).expanduser().is_dir()
+    model = load_model(args.model, args.pretrained or is_folder)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    result = evaluate(
+        model, data, args.batch_size, args.workers, args.bf16, args.transforms, rotation_seed=args.rotation_seed
+    )
+    views = result.get("transforms", {})
+    rows = {k: v for k, v in result.items() if k != "transforms"} | {f"top1, {k}": v for k, v in views.items()}
+    for name, value in rows.items():
+        print(f"{name:<24}{value:>12.4f}" if isinstance(value, float) else f"{name:<24}{value:>12}")
+    if args.json:
+        report = {"model": args.model, "data": args.data, "split": args.split, "command": args.command_line, **result}
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from gzoo.predict import load_model, predict
+
+    predictions = predict(load_model(args.model, pretrained=True), args.images, args.topk)
+    for prediction in predictions:
+        if prediction.error is None:
+            print(prediction.path)
+            for name, probability in zip(prediction.names, prediction.probabilities, strict=True):
+                print(f"  {probability:8.2%}  {name}")
+    failed = [p for p in predictions if p.error is not None]
+    for prediction in failed:
+        print(f"gzoo: error: {prediction.path} cannot be read: {prediction.error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _data_rotmnist(args: argparse.Namespace) -> int:
+    from gzoo.data import make_rotated_mnist
+
+    sizes = make_rotated_mnist(args.mnist, args.out, args.seed)
+    print(f"{args.out}: {sizes['train']} images to train and validate, {sizes['test']} to test, seed {args.seed}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,516 @@
+"""From a folder, a parquet directory or a Hub name to batches of normalised images and labels.
+
+`open_split` finds the images and decodes each of them once, so a corrupt one is known, skipped and listed before the
+first step. What fits the memory budget stays decoded: small images then cost an epoch no decoding. `train_loader` and
+`eval_loader` put timm's transforms on top. `make_rotated_mnist` writes the rotated-MNIST set.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import timm.data
+import torch
+from PIL import Image
+from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms  # type: ignore[import-untyped]
+
+Split = Literal["train", "val", "test"]
+
+# How folders and Hub datasets spell the three splits, in order of preference.
+_SPLIT_NAMES: dict[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+_LABEL_COLUMNS = ("label", "labels", "fine_label")  # in order of preference where several columns hold classes
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels of a model -> how PIL calls such an image
+_MEMORY_BUDGET = 2 << 30  # bytes of decoded images that are kept
+_ACCEPTED = (
+    "accepted are a folder with train/<class>/* and optionally val/ and test/, a folder with <class>/*, a folder of "
+    "parquet files in the Hub's format, and the name of a dataset on the Hugging Face Hub"
+)
+
+
+class ImageData(Dataset):
+    """Images with labels, as (PIL image, class index).
+
+    Args:
+        images: one a label; each is a decoded image, or a function that decodes it.
+        labels: class indices.
+        classes: the name of each class.
+        skipped: one line for every image that could not be read.
+    """
+
+    def __init__(self, images: list[Any], labels: list[int], classes: list[str], skipped: Sequence[str] = ()) -> None:
+        self.images, self.labels, self.classes, self.skipped = images, labels, classes, list(skipped)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image = self.images[index]
+        return (image if isinstance(image, Image.Image) else image()), self.labels[index]
+
+    def subset(self, indices: Sequence[int]) -> ImageData:
+        return ImageData([self.images[i] for i in indices], [self.labels[i] for i in indices], self.classes)
+
+
+# --- finding the images ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Rows:
+    """Images that are found and not decoded yet: for each a name, a function that decodes it, and a label."""
+
+    names: list[str]
+    decoders: list[partial]
+    labels: list[int]
+    classes: list[str]
+
+
+def open_split(source: str, split: Split, memory_budget: int = _MEMORY_BUDGET) -> ImageData:
+    """Open one split of a data set. Unreadable images are left out and listed in `.skipped`.
+
+    Args:
+        source: a folder of images, a folder of parquet files, or the name of a dataset on the Hub.
+        split: "train", "val" or "test", whichever way the source spells it.
+        memory_budget: bytes of decoded images that are kept in memory; later images are decoded at each access.
+
+    Raises:
+        FileNotFoundError: there is no such folder or dataset.
+        ValueError: it has no such split, no images, one class only, or columns that cannot be told apart.
+    """
+    found = _find_splits(source)
+    if split not in found:
+        raise ValueError(
+            f"{source}: there is no {split} split, only {', '.join(sorted(found))}. Choose one of these; a folder of "
+            f"images gets one as {source}/{split}/<class>/*"
+        )
+    rows = found[split]
+    images, skipped = _decode_all(rows, memory_budget, f"reading {split}")
+    good = [i for i, image in enumerate(images) if image is not None]
+    if not good:
+        raise ValueError(f"{source}: none of the {len(images)} {split} images can be read; the first: {skipped[0]}")
+    data = ImageData([images[i] for i in good], [rows.labels[i] for i in good], rows.classes, skipped)
+    if split == "train" and len(set(data.labels)) < 2:
+        name = rows.classes[data.labels[0]]
+        raise ValueError(f"{source}: every training image is of the one class {name!r}; a classifier needs two or more")
+    if skipped:
+        print(f"gzoo: {source}: skipped {len(skipped)} unreadable {split} images, first {skipped[0]}", file=sys.stderr)
+    return data
+
+
+def split_names(source: str) -> list[str]:
+    """Which of "train", "val" and "test" the source has."""
+    return sorted(_find_splits(source))
+
+
+def _find_splits(source: str) -> dict[str, _Rows]:
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        if folder.exists():
+            raise ValueError(f"{source}: this is a file; {_ACCEPTED}")
+        return _hub_splits(source, f"{source}: no such folder")
+    # os.walk says nothing about a folder that it may not list; the class would just be missing.
+    has_parquet = any(name.endswith(".parquet") for _, _, names in os.walk(folder, onerror=_raise) for name in names)
+    return _hub_splits(str(folder), source) if has_parquet else _folder_splits(folder)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _folder_splits(folder: Path) -> dict[str, _Rows]:
+    children = {child.name: child for child in sorted(folder.iterdir()) if child.is_dir()}
+    named = {
+        split: children[name] for split, names in _SPLIT_NAMES.items() for name in reversed(names) if name in children
+    }
+    # A folder <class>/* may have a class "test": only "train", or nothing but splits, makes it a folder of splits.
+    if "train" not in named and len(named) < len(children):
+        named = {}
+    if not named:
+        return {"train": _folder_rows(folder, None)}
+    first = "train" if "train" in named else next(iter(named))
+    rows = {first: _folder_rows(named[first], None)}
+    for split in named.keys() - rows.keys():
+        rows[split] = _folder_rows(named[split], rows[first].classes)
+    return rows
+
+
+def _folder_rows(folder: Path, classes: list[str] | None) -> _Rows:
+    """The images below `folder`, labelled by the name of the folder they lie in; `classes` sets the numbering."""
+    samples, found = find_images_and_targets(str(folder))
+    names = [name for name in found if not name.startswith(".")]  # .ipynb_checkpoints is no class
+    if not names:
+        kinds = " ".join(sorted(get_img_extensions()))
+        raise ValueError(f"{folder}: no images in class folders (searched for {kinds}); {_ACCEPTED}")
+    if "" in names:
+        raise ValueError(f"{folder}: some images lie outside a class folder; move each to {folder}/<class>/")
+    if unknown := sorted(set(names) - set(classes or names)):
+        raise ValueError(f"{folder}: classes {unknown} have no training images; the training classes are {classes}")
+    classes = classes or names
+    samples, _ = find_images_and_targets(str(folder), class_to_idx={name: i for i, name in enumerate(classes)})
+    paths = [path for path, _ in samples]
+    return _Rows(paths, [partial(decode_file, path) for path in paths], [label for _, label in samples], classes)
+
+
+def _hub_splits(source: str, complaint: str) -> dict[str, _Rows]:
+    """The splits of a parquet folder or a Hub dataset, through `datasets`."""
+    is_folder = Path(source).is_dir()
+    name_like = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not Path(source.split("/")[0]).is_dir()
+    if not is_folder and not name_like:
+        raise FileNotFoundError(f"{complaint}; {_ACCEPTED}")
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(source)
+    # Which exception a missing name, a missing network or a broken file gives has changed with every version of
+    # datasets; none of them is a fault of gzoo, and all of them mean the same to the caller.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if is_folder:
+            raise ValueError(f"{source}: its parquet files cannot be read ({reason})") from error
+        raise FileNotFoundError(
+            f"{complaint}, and no dataset of that name could be opened on the Hugging Face Hub ({reason}). "
+            f"Check the spelling and the network; {_ACCEPTED}"
+        ) from error
+    found = {split: loaded[name] for split, names in _SPLIT_NAMES.items() for name in reversed(names) if name in loaded}
+    if not found:
+        raise ValueError(f"{source}: its splits are {list(loaded)}; none of them is train, validation or test")
+    image, label = _columns(next(iter(found.values())).features, source)
+    classes = _class_names(next(iter(found.values())), label)
+    return {split: _hub_rows(rows, image, label, classes, f"{source} {split}") for split, rows in found.items()}
+
+
+def _columns(features: Any, source: str) -> tuple[str, str]:
+    """The names of the image column and the label column."""
+    import datasets
+
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    labels = labels or [name for name in _LABEL_COLUMNS if name in features]
+    for kind, names, preferred in (("image", images, ("image", "img")), ("label", labels, _LABEL_COLUMNS)):
+        names[:] = [name for name in preferred if name in names][:1] or names
+        if len(names) != 1:
+            problem = f"several could be the {kind}: {names}" if names else f"none of them is the {kind}"
+            raise ValueError(
+                f"{source}: of the columns {list(features)} {problem}. One column of type Image and one of type "
+                f"ClassLabel are needed; among several, {kind} columns named {' or '.join(preferred)} are taken."
+            )
+    return images[0], labels[0]
+
+
+def _class_names(rows: Any, label: str) -> list[str]:
+    feature = rows.features[label]
+    return list(feature.names) if hasattr(feature, "names") else sorted(map(str, rows.unique(label)))
+
+
+def _hub_rows(rows: Any, image: str, label: str, classes: list[str], where: str) -> _Rows:
+    import datasets
+
+    values = list(rows[label])
+    if not hasattr(rows.features[label], "names"):
+        index = {name: i for i, name in enumerate(classes)}
+        values = [index.get(str(value), -1) for value in values]
+    if bad := [i for i, value in enumerate(values) if value is None or not 0 <= value < len(classes)]:
+        raise ValueError(f"{where}: row {bad[0]} and {len(bad) - 1} others have no label among the classes {classes}")
+    encoded = rows.cast_column(image, datasets.Image(decode=False))
+    decoders = [partial(_decode_row, encoded, image, i) for i in range(len(values))]
+    return _Rows([f"{where} row {i}" for i in range(len(values))], decoders, values, classes)
+
+
+# --- decoding -------------------------------------------------------------------------------------------------------
+
+
+def decode_file(path: str) -> Image.Image:
+    with open(path, "rb") as file:
+        return _decode(file)
+
+
+def _decode_row(rows: Any, column: str, index: int) -> Image.Image:
+    cell = rows[index][column]
+    if cell["bytes"] is None:
+        return decode_file(cell["path"])
+    return _decode(io.BytesIO(cell["bytes"]))
+
+
+def _decode(file: Any) -> Image.Image:
+    """Decode to 8 bits a channel, in mode L, RGB or RGBA."""
+    image = Image.open(file)
+    image.load()
+    if image.mode.startswith("I"):  # 16 bit grey; PIL's own conversion to 8 bits clips at 255
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in ("1", "L"):
+        return image.convert("L")
+    return image.convert("RGBA" if "transparency" in image.info or image.mode in ("LA", "RGBA") else "RGB")
+
+
+def _decode_all(rows: _Rows, memory_budget: int, title: str) -> tuple[list[Any], list[str]]:
+    """Decode every image once: what is kept of each (None if it is unreadable), and one line a failure."""
+    from tqdm import tqdm
+
+    kept: list[Any] = []
+    skipped: list[str] = []
+    room = memory_budget
+    bar = tqdm(total=len(rows.decoders), desc=title, unit="image", leave=False, delay=2, disable=None)
+    with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        # In pieces: a pool that runs ahead of this loop would hold every decoded image, whatever the budget.
+        for start in range(0, len(rows.decoders), 256):
+            piece = rows.decoders[start : start + 256]
+            names = rows.names[start : start + 256]
+            for name, decoder, result in zip(names, piece, pool.map(_try_decode, piece), strict=True):
+                if isinstance(result, str):
+                    skipped.append(f"{name}: {result}")
+                    kept.append(None)
+                    continue
+                room -= result.width * result.height * len(result.getbands())
+                kept.append(result if room >= 0 else decoder)
+            bar.update(len(piece))
+    return kept, skipped
+
+
+def _try_decode(decoder: partial) -> Image.Image | str:
+    try:
+        return decoder()
+    except Exception as error:  # PIL's plugins raise a dozen kinds on broken bytes, SyntaxError and struct.error too
+        return f"{type(error).__name__}: {error}"
+
+
+# --- splitting ------------------------------------------------------------------------------------------------------
+
+
+def split_validation(data: ImageData, fraction: float, seed: int) -> tuple[ImageData, ImageData]:
+    """Split off `fraction` of every class, the same images for the same seed: (training, validation)."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"val_fraction is {fraction}; a number above 0 and below 1 splits off a validation set")
+    labels, rng = np.asarray(data.labels), np.random.default_rng(seed)
+    held_out = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        held_out[members[: round(fraction * len(members))]] = True
+    if held_out.all() or not held_out.any():
+        raise ValueError(
+            f"val_fraction {fraction} of {len(labels)} images in {len(data.classes)} classes leaves "
+            f"{int(held_out.sum())} to validate on; choose another fraction, or 0 to train without validation"
+        )
+    return data.subset(np.flatnonzero(~held_out).tolist()), data.subset(np.flatnonzero(held_out).tolist())
+
+
+# --- transforms and loaders -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to a training image. Names and meanings are those of `timm.data.create_transform`, but for two."""
+
+    scale: tuple[float, float] | None = None
+    ratio: tuple[float, float] | None = None
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float = 0.0
+    auto_augment: str | None = None
+    re_prob: float = 0.0
+    crop_padding: int = 0  # pixels: crop from the image padded by zeros, as in CIFAR recipes, not by resizing a part
+    rotate: float = 0.0  # degrees: rotate by a uniform angle in [-rotate, rotate], bilinear, corners black
+
+
+def input_config(model: nn.Module, **changes: Any) -> dict[str, Any]:
+    """timm's data config of the model (input_size, mean, std, interpolation, crop_pct ...), with changes.
+
+    A mean or std for another number of channels, which timm leaves when a model is built with other `in_chans`, becomes
+    its average for each channel.
+    """
+    config = timm.data.resolve_model_data_config(model, args={k: v for k, v in changes.items() if v is not None})
+    channels = config["input_size"][0]
+    for key in ("mean", "std"):
+        if len(config[key]) != channels:
+            config[key] = (sum(config[key]) / len(config[key]),) * channels
+    return config
+
+
+def eval_transform(config: dict[str, Any]) -> transforms.Compose:
+    """PIL image to a normalised tensor (C, H, W), for a data config of `input_config`."""
+    return transforms.Compose([_to_channels(config), timm.data.create_transform(**config, is_training=False)])
+
+
+def train_transform(config: dict[str, Any], augmentation: Augmentation) -> transforms.Compose:
+    """PIL image to a randomly changed, normalised tensor (C, H, W)."""
+    a, size = augmentation, config["input_size"][1:]
+    if a.crop_padding and (a.scale or a.ratio):
+        raise ValueError("crop_padding and scale or ratio are two ways to crop; set one of them")
+    steps: list[Any] = [_to_channels(config)]
+    if a.rotate:
+        steps.append(transforms.RandomRotation(a.rotate, transforms.InterpolationMode.BILINEAR))
+    scale, ratio = a.scale or (0.35, 1.0), a.ratio or (3 / 4, 4 / 3)
+    if a.crop_padding:
+        interpolation = timm.data.transforms.str_to_interp_mode(config["interpolation"])
+        steps += [transforms.Resize(min(size), interpolation), transforms.RandomCrop(size, a.crop_padding)]
+        scale = ratio = (1.0, 1.0)  # timm's crop then is the whole image
+    steps.append(
+        timm.data.create_transform(
+            input_size=config["input_size"],
+            is_training=True,
+            mean=config["mean"],
+            std=config["std"],
+            interpolation=config["interpolation"],
+            scale=scale,
+            ratio=ratio,
+            hflip=a.hflip,
+            vflip=a.vflip,
+            color_jitter=a.color_jitter,
+            auto_augment=a.auto_augment,
+            re_prob=a.re_prob,
+        )
+    )
+    return transforms.Compose(steps)
+
+
+def _to_channels(config: dict[str, Any]) -> partial:
+    channels = config["input_size"][0]
+    if channels not in _MODES:
+        raise ValueError(f"the model takes {channels} channels; images have {' or '.join(map(str, _MODES))}")
+    return partial(_convert, mode=_MODES[channels])
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)
+
+
+class _Batches(Dataset):
+    """Transformed batches whose random numbers depend on (seed, epoch, first image), not on who computes them.
+
+    So the number of workers changes nothing, and a resumed run draws what the unbroken run would have drawn.
+    """
+
+    def __init__(self, data: ImageData, transform: transforms.Compose, seed: int) -> None:
+        self.data, self.transform, self.seed, self.epoch = data, transform, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        python, numpy_state = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng(devices=[]):
+            seed_everything(self.seed, self.epoch, indices[0])
+            pairs = [self.data[i] for i in indices]
+            images = torch.stack([self.transform(image) for image, _ in pairs])  # (B, C, H, W)
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        return images, torch.tensor([label for _, label in pairs])
+
+
+class _Order(torch.utils.data.Sampler):
+    """A new order every epoch, from (seed, epoch) alone."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.random.default_rng((self.seed, self.epoch)).permutation(self.length).tolist())
+
+
+def train_loader(
+    data: ImageData, transform: transforms.Compose, batch_size: int, seed: int, workers: int, device: torch.device
+) -> DataLoader:
+    """Batches in random order; a last incomplete one is left out. Call `set_epoch` before each epoch."""
+    return DataLoader(
+        _Batches(data, transform, seed),
+        min(batch_size, len(data)),
+        sampler=_Order(len(data), seed),
+        drop_last=True,
+        num_workers=workers,
+        collate_fn=_same,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def eval_loader(
+    data: ImageData, transform: transforms.Compose, batch_size: int, workers: int, device: torch.device
+) -> DataLoader:
+    """Batches in the order of the data, all of it."""
+    return DataLoader(
+        _Batches(data, transform, 0),
+        batch_size,
+        num_workers=workers,
+        collate_fn=_same,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def set_epoch(loader: DataLoader, epoch: int) -> None:
+    loader.dataset.epoch = loader.sampler.epoch = epoch  # type: ignore[attr-defined]
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed Python's, numpy's and torch's generators from a few whole numbers."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _same(batch: Any) -> Any:
+    return batch  # _Batches stacks a batch itself
+
+
+# --- rotated MNIST --------------------------------------------------------------------------------------------------
+
+
+def make_rotated_mnist(
+    source: str, out: str, seed: int = 20161, train_rows: int = 12_000, more_test_rows: int = 40_000
+) -> dict[str, int]:
+    """Write rotated MNIST as `out/train.parquet` and `out/test.parquet`, in the Hub's format.
+
+    Training and validation: the first 12,000 rows of MNIST's training set. Test: MNIST's 10,000 test rows, then the
+    next 40,000 rows of its training set. The images, in this order, are rotated about their centre by angles that are
+    drawn at once from `numpy.random.default_rng(seed).uniform(0, 360)`; PIL, bicubic, black corners, still 28x28.
+
+    Returns:
+        the number of images in each file.
+    """
+    import datasets
+
+    train, test = open_split(source, "train"), open_split(source, "test")
+    if len(train) < train_rows + more_test_rows:
+        raise ValueError(f"{source}: {len(train)} training images; {train_rows + more_test_rows} are needed")
+    pairs = [train[i] for i in range(train_rows)]
+    pairs += [test[i] for i in range(len(test))]
+    pairs += [train[i] for i in range(train_rows, train_rows + more_test_rows)]
+    angles = np.random.default_rng(seed).uniform(0, 360, len(pairs))
+    cells = [
+        {"bytes": _png(image.convert("L").rotate(angle, Image.Resampling.BICUBIC)), "path": None}
+        for (image, _), angle in zip(pairs, angles.tolist(), strict=True)
+    ]
+    labels = [label for _, label in pairs]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=train.classes)})
+    os.makedirs(out, exist_ok=True)
+    sizes = {}
+    for name, rows in (("train", slice(0, train_rows)), ("test", slice(train_rows, None))):
+        table = datasets.Dataset.from_dict({"image": cells[rows], "label": labels[rows]}, features=features)
+        table.to_parquet(os.path.join(out, f"{name}.parquet"))
+        sizes[name] = len(table)
+    return sizes
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

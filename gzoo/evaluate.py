@@ -1,0 +1,138 @@
+"""Accuracy and loss on a data set: upright, under the eight rotations and flips of the square, under any rotation."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.utils import AverageMeter
+from torch import Tensor, nn
+
+from gzoo.data import ImageData, eval_loader, eval_transform, input_config
+from gzoo.predict import label_names
+
+View = Callable[[Tensor], Tensor]  # images (B, C, H, W) to changed images
+
+
+def evaluate(
+    model: nn.Module,
+    data: ImageData,
+    batch_size: int = 256,
+    workers: int = 0,
+    bf16: bool = False,
+    transforms: bool = False,
+    rotation_seed: int | None = None,
+) -> dict[str, Any]:
+    """Measure a model on a data set, with the preprocessing that the model's config asks for.
+
+    Args:
+        transforms: also turn and flip every batch by the eight symmetries of the square: top1 of each, and their mean.
+        rotation_seed: also rotate each image by a uniform random angle from this seed (bilinear, borders mirrored).
+
+    Returns:
+        top1 and, past five classes, top5 in percent; loss; n; images_per_second of the plain pass over all views;
+        if asked for, `transforms` and `transforms_mean`, and `random_rotation`, top1 in percent.
+
+    Raises:
+        ValueError: the model has other classes than the data.
+    """
+    device = next(model.parameters()).device
+    relabelled = match_classes(model, data)
+    loader = eval_loader(relabelled, eval_transform(input_config(model)), batch_size, workers, device)
+    views: dict[str, View] = {"upright": _same}
+    if transforms:
+        views.update(_symmetries())
+    if rotation_seed is not None:
+        views["random_rotation"] = _RandomRotation(rotation_seed)
+    start = time.perf_counter()
+    measured = measure(model, loader, device, bf16, views)
+    seconds = time.perf_counter() - start
+    result: dict[str, Any] = {**measured["upright"], "n": len(data), "images_per_second": len(data) / seconds}
+    if transforms:
+        result["transforms"] = {name: measured[name]["top1"] for name in _symmetries()}
+        result["transforms_mean"] = sum(result["transforms"].values()) / len(result["transforms"])
+    if rotation_seed is not None:
+        result["random_rotation"] = measured["random_rotation"]["top1"]
+    return result
+
+
+@torch.no_grad()  # not inference_mode: a layer may keep what it computes here and use it in training later
+def measure(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    bf16: bool,
+    views: dict[str, View] | None = None,
+) -> dict[str, dict[str, float]]:
+    """Loss, top1 and (past five classes) top5 under each view of the batches; the model is left in eval mode."""
+    model.eval()
+    views = views or {"upright": _same}
+    meters: dict[str, dict[str, AverageMeter]] = {name: {} for name in views}
+    for images, labels in batches:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        for name, view in views.items():
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                logits = model(view(images)).float()  # (B, classes)
+            _update(meters[name], logits, labels)
+    return {name: {key: float(meter.avg) for key, meter in row.items()} for name, row in meters.items()}
+
+
+def _update(meters: dict[str, AverageMeter], logits: Tensor, labels: Tensor) -> None:
+    ranks = (1, 5) if logits.shape[1] > 5 else (1,)
+    right = logits.topk(ranks[-1]).indices == labels[:, None]  # (B, ranks)
+    values = {f"top{k}": 100 * right[:, :k].any(1).double().mean() for k in ranks}
+    values["loss"] = F.cross_entropy(logits, labels).double()
+    for key, value in values.items():
+        meters.setdefault(key, AverageMeter()).update(value, len(labels))
+
+
+def match_classes(model: nn.Module, data: ImageData) -> ImageData:
+    """The data with its labels numbered as the model numbers its classes, which are matched by name."""
+    classes = int(model.num_classes)  # type: ignore[arg-type]
+    names = label_names(model, classes)
+    if set(data.classes) <= set(names):
+        labels = [names.index(name) for name in data.classes]
+        return ImageData(data.images, [labels[i] for i in data.labels], names)
+    named_by_number = names == [str(i) for i in range(classes)]
+    if named_by_number and classes == len(data.classes):
+        return data
+    known = f"{classes} classes" if named_by_number else f"the classes {names}"
+    raise ValueError(f"the model knows {known}, the data have {len(data.classes)}: {data.classes}; fine-tune it first")
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _symmetries() -> dict[str, View]:
+    """The eight symmetries of the square by name; the reflection, where there is one, comes first."""
+    views: dict[str, View] = {}
+    for flip in (False, True):
+        for turns in range(4):
+            name = f"{'flip + ' if flip else ''}{90 * turns} degrees"
+            views[name] = partial(_symmetry, flip=flip, turns=turns)
+    return views
+
+
+def _symmetry(x: Tensor, flip: bool, turns: int) -> Tensor:
+    return (x.flip(3) if flip else x).rot90(turns, (2, 3))
+
+
+class _RandomRotation:
+    """Rotate each image of a batch by its own uniform angle; the angles follow from the seed and the order."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        angle = torch.rand(len(x), generator=self.generator).to(x.device) * 2 * math.pi
+        cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+        aspect = x.shape[3] / x.shape[2]  # grid coordinates run from -1 to 1 on both axes, whatever the lengths
+        rows = torch.stack([cos, -sin / aspect, zero, sin * aspect, cos, zero], 1)
+        grid = F.affine_grid(rows.view(-1, 2, 3), list(x.shape), align_corners=False)
+        return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)

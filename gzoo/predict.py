@@ -1,0 +1,87 @@
+"""From image files to class names and probabilities, by a registered model or a folder that `gzoo train` wrote."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from gzoo.data import decode_file, eval_transform, input_config
+
+
+def load_model(name: str, pretrained: bool, **model_args: Any) -> nn.Module:
+    """`timm.create_model` that also takes a folder: one with config.json and model.safetensors, or a run's `out`.
+
+    Raises:
+        FileNotFoundError: the name is a path, and there is no such folder.
+        ValueError: there is no such model, it has no weights, or they do not fit or cannot be read.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+        name = f"local-dir:{folder}"
+    elif ":" not in name:
+        if "/" in name:
+            raise FileNotFoundError(f"{name}: no such folder; a model is a folder, a registered name or hf-hub:NAME")
+        if not timm.is_model(name.split(".")[0]):
+            near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
+            raise ValueError(
+                f"{name}: no such model; near are {near}. `timm.list_models()` lists all after import gzoo"
+            )
+        if pretrained and not timm.models.is_model_pretrained(name):
+            raise ValueError(f"{name}: there are no pretrained weights; `timm.list_pretrained()` lists what has some")
+    try:
+        return timm.create_model(name, pretrained=pretrained, **model_args)
+    # AttributeError: timm looks for the layers that the config of the weights names.
+    except (RuntimeError, TypeError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"{name}: the model cannot be built, or its weights cannot be loaded: {error}") from error
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of one image, best first, or why it could not be read."""
+
+    path: str
+    names: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    error: str | None = None
+
+
+@torch.no_grad()
+def predict(model: nn.Module, paths: list[str], topk: int = 5) -> list[Prediction]:
+    """Classify image files; one that cannot be read gives a `Prediction` with `error`, and the others go on.
+
+    Raises:
+        ValueError: topk is less than one.
+    """
+    if topk < 1:
+        raise ValueError(f"topk is {topk}; at least one class is printed")
+    model.eval()
+    transform = eval_transform(input_config(model))
+    parameter = next(model.parameters())
+    predictions = []
+    for path in paths:
+        try:
+            image = decode_file(path)
+        except Exception as error:  # PIL's plugins raise a dozen kinds on broken bytes
+            predictions.append(Prediction(path, error=f"{type(error).__name__}: {error}"))
+            continue
+        logits = model(transform(image)[None].to(parameter))[0]  # (classes,)
+        best = logits.float().softmax(0).topk(min(topk, len(logits)))
+        names = label_names(model, len(logits))
+        indices = best.indices.tolist()
+        predictions.append(Prediction(path, tuple(names[i] for i in indices), tuple(best.values.tolist())))
+    return predictions
+
+
+def label_names(model: nn.Module, num_classes: int) -> list[str]:
+    """The class names that the model's weights came with, else the class numbers."""
+    names = model.pretrained_cfg.get("label_names")  # type: ignore[union-attr, operator]
+    names = list(names.values()) if isinstance(names, dict) else list(names or [])
+    return names if len(names) == num_classes else [str(i) for i in range(num_classes)]

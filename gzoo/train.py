@@ -1,0 +1,715 @@
+"""Training and fine-tuning, from a recipe to a folder that `timm.create_model("local-dir:...")` loads.
+
+One flat recipe is read into a `TrainConfig`; `train` runs it. The state at the end of every epoch is in
+`checkpoint.pt`, and every random number of an epoch follows from (seed, epoch): a run that was stopped and resumed
+equals, bit for bit on the same machine, the one that was not. Optimizers, schedules, losses, EMA and transforms are
+timm's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import difflib
+import io
+import json
+import math
+import os
+import platform
+import re
+import signal
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import safetensors.torch
+import timm
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models._hub import save_config_for_hf
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from gzoo.data import (
+    Augmentation,
+    ImageData,
+    eval_loader,
+    eval_transform,
+    input_config,
+    open_split,
+    seed_everything,
+    set_epoch,
+    split_names,
+    split_validation,
+    train_loader,
+    train_transform,
+)
+from gzoo.evaluate import measure
+from gzoo.predict import load_model
+
+CHECKPOINT = "checkpoint.pt"
+_MAY_CHANGE = ("epochs", "out", "workers")  # on resuming
+
+# --- the recipe -----------------------------------------------------------------------------------------------------
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Every field is a key of a recipe and a flag of `gzoo train`."""
+
+    model: str = field(metadata={"help": "a registered model, or a folder that a run wrote"})
+    data: str = field(metadata={"help": "folder of images, folder of parquet files, or dataset on the Hub"})
+    out: str = field(metadata={"help": "folder for checkpoint, log, curves, results and the trained model"})
+    model_args: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "arguments for timm.create_model: drop_rate, in_chans ..."}
+    )
+    pretrained: bool = _option(False, "start from pretrained weights")
+    freeze_backbone: bool = _option(False, "train the classifier only; norm statistics stay as they are")
+    epochs: int = _option(10, "passes over the training images")
+    batch_size: int = _option(64, "images a step")
+    optimizer: dict[str, Any] = field(
+        default_factory=lambda: {"name": "adamw", "lr": 1e-3, "weight_decay": 0.05},
+        metadata={"help": "name, lr, weight_decay ... for timm's create_optimizer_v2"},
+    )
+    schedule: dict[str, Any] = field(
+        default_factory=lambda: {"name": "cosine"},
+        metadata={"help": "name, warmup_epochs, min_lr ... for timm's create_scheduler_v2; steps at each update"},
+    )
+    layer_decay: float | None = _option(None, "learning rate factor from each layer to the one below it")
+    label_smoothing: float = _option(0.0, "share of the target spread over all classes")
+    mixup_alpha: float = _option(0.0, "mixup; 0 is off")
+    cutmix_alpha: float = _option(0.0, "cutmix; 0 is off")
+    ema_decay: float | None = _option(None, "validate and save a moving average of the weights, with this decay")
+    clip_grad: float | None = _option(None, "largest norm of the gradient")
+    bf16: bool = _option(False, "autocast to bfloat16")
+    channels_last: bool = _option(False, "channels_last memory format")
+    compile: bool = _option(False, "torch.compile the model")
+    seed: int = _option(0, "seeds weights, order, augmentation and the validation split")
+    val_fraction: float = _option(0.1, "share of the training images to validate on if there is no val split; 0: none")
+    image_size: int | None = _option(None, "height and width of the images, the model's own if not given")
+    image_sizes: tuple[tuple[int, int], ...] | None = _option(
+        None, "progressive training: [[epochs, size], ...]; the last size stays; validation is at image_size"
+    )
+    mean: tuple[float, ...] | None = _option(None, "mean of each channel, the model's own if not given")
+    std: tuple[float, ...] | None = _option(None, "standard deviation of each channel, the model's own if not given")
+    interpolation: str | None = _option(None, "bilinear, bicubic ..., the model's own if not given")
+    crop_pct: float | None = _option(None, "share of the image that validation crops, the model's own if not given")
+    scale: tuple[float, float] | None = _option(None, "area of the random crop, 0.35 to 1 if not given")
+    ratio: tuple[float, float] | None = _option(None, "aspect ratio of the random crop, 3/4 to 4/3 if not given")
+    crop_padding: int = _option(0, "in place of scale: crop from the image padded by this many black pixels")
+    rotate: float = _option(0.0, "rotate by a random angle up to this many degrees")
+    hflip: float = _option(0.5, "probability of a horizontal flip")
+    vflip: float = _option(0.0, "probability of a vertical flip")
+    color_jitter: float = _option(0.0, "strength of brightness, contrast and saturation changes")
+    auto_augment: str | None = _option(None, "timm's policies: rand-m9-mstd0.5, augmix-m3 ...")
+    re_prob: float = _option(0.0, "probability of random erasing")
+    workers: int = _option(0, "processes that decode and augment; changes no result")
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(TrainConfig)
+        for name, hint in hints.items():
+            value = _tuples(getattr(self, name))
+            object.__setattr__(self, name, value)
+            _reject_number_as_text(name, value if hint is not str else None)
+            if not _fits(value, hint):
+                raise ValueError(f"{name} is {value!r}; it takes {_spell(hint)}")
+        for name, low in {"epochs": 1, "batch_size": 1, "workers": 0, "seed": 0, "crop_padding": 0}.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}; the least is {low}")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction is {self.val_fraction}; it is a share, from 0 to below 1")
+        for name in ("optimizer", "schedule"):
+            if "name" not in getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}; it needs a name, such as name: sgd or name: cosine")
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """The entries of a recipe, one flat YAML; a key that is no field of `TrainConfig` is an error."""
+    import yaml
+
+    try:
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such recipe; a recipe is a YAML file such as those in recipes/") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: a recipe is a list of `key: value` lines, such as `epochs: 10`")
+    known = [f.name for f in fields(TrainConfig)]
+    for key in entries:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+            raise ValueError(f"{path}: {key!r} is no entry of a recipe; the nearest is {near[0]!r}. All: {known}")
+    return entries
+
+
+def make_config(entries: dict[str, Any]) -> TrainConfig:
+    """A `TrainConfig` from recipe entries and flags, which together must name model, data and out."""
+    if missing := [name for name in ("model", "data", "out") if name not in entries]:
+        raise ValueError(f"{' and '.join(missing)} missing; give {', '.join(f'--{name}' for name in missing)}")
+    return TrainConfig(**entries)
+
+
+def resume_config(entries: dict[str, Any]) -> TrainConfig:
+    """The config of the run in `out`; what `entries` say on top is compared with it by `train`."""
+    if "out" not in entries:
+        raise ValueError("--resume needs --out, the folder of the run to go on with")
+    return TrainConfig(**{**_load_checkpoint(Path(entries["out"]))["config"], **entries})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _reject_number_as_text(name: str, value: Any) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _reject_number_as_text(f"{name}.{key}", item)
+    elif isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", value):
+        raise ValueError(f"{name} is the text {value!r}, not a number: YAML reads 1e-4 as text and 1.0e-4 as a number")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is tuple:
+        items = args[:1] * len(value) if isinstance(value, tuple) and args[-1] is ... else args
+        return isinstance(value, tuple) and len(value) == len(items) and all(map(_fits, value, items))
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def _spell(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
+
+
+# --- the run --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Run:
+    """Everything that one run works with."""
+
+    config: TrainConfig
+    out: Path
+    device: torch.device
+    train_data: ImageData
+    val_data: ImageData | None
+    model: nn.Module
+    input: dict[str, Any]  # timm's data config, of validation and of the saved model
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    schedule: Scheduler | None
+    steps: int  # an epoch
+    epoch: int = 0  # finished ones
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of log.csv
+    best: dict[str, Any] | None = None  # the row of the epoch that was saved to model/
+    seconds: float = 0.0  # of the finished epochs
+    commands: list[str] = field(default_factory=list)
+
+
+def train(config: TrainConfig, resume: bool = False, command: str = "") -> dict[str, Any]:
+    """Run a recipe, or go on with the run in `config.out`.
+
+    Writes to `config.out`: checkpoint.pt, log.csv, curves.png, results.json, skipped.txt where images were skipped, and
+    model/ with the weights of the best validation epoch (of the last epoch if there is no validation).
+
+    Returns:
+        what results.json says.
+
+    Raises:
+        FileNotFoundError, ValueError: the config cannot be run, or differs from that of the run to resume.
+        FloatingPointError: the loss is not finite; the checkpoint is that of the epoch before.
+        OSError: the disk is full; the checkpoint is that of the epoch before.
+        KeyboardInterrupt: on Ctrl-C and SIGTERM, with what to type to go on.
+    """
+    out = Path(config.out)
+    saved = _load_checkpoint(out) if resume else None
+    if saved:
+        _check_same(config, saved["config"])
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not an empty folder; give another --out, or --resume to go on with the run in it")
+    run = _set_up(config, out, pretrained=config.pretrained and not resume)  # to resume needs no download
+    if saved:
+        _restore(run, saved)
+        done = run.epoch >= config.epochs
+        print(f"gzoo: {out}: {'already finished' if done else 'resuming'} after epoch {run.epoch} of {config.epochs}")
+        run.commands += [] if done else [command]
+    else:
+        run.commands = [command]
+        _save_checkpoint(run)  # a run that is killed in its first epoch can be resumed, too
+    try:
+        with _deterministic(), _sigterm_as_interrupt():
+            _train_epochs(run)
+    except KeyboardInterrupt:
+        again = f"gzoo train --resume --out {out}"
+        raise KeyboardInterrupt(f"stopped in epoch {run.epoch + 1}; go on with: {again}") from None
+    return _finish(run)
+
+
+def _set_up(config: TrainConfig, out: Path, pretrained: bool) -> _Run:
+    """Everything up to the first step. What cannot work fails here, before anything is written to `out`."""
+    train_data, val_data = _open_data(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    seed_everything(config.seed)
+    model = load_model(config.model, pretrained, num_classes=len(train_data.classes), **config.model_args)
+    data_config = _input_config(model, config)
+    _try_sizes(model, data_config, config)
+    train_transform(data_config, _augmentation(config))
+    _freeze_backbone(model, config)
+    model.to(device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    batch_size = min(config.batch_size, len(train_data))
+    if (config.mixup_alpha or config.cutmix_alpha) and batch_size % 2:
+        raise ValueError(f"mixup and cutmix pair the images of a batch; a batch of {batch_size} images is odd")
+    steps = len(train_data) // batch_size
+    optimizer = _optimizer(model, config)
+    schedule = _schedule(optimizer, config, steps)
+    ema = None
+    if config.ema_decay is not None:
+        # With warm-up: an average that starts at the random weights would still be near them after a short run.
+        ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
+    out.mkdir(parents=True, exist_ok=True)
+    skipped = train_data.skipped + (val_data.skipped if val_data else [])
+    if skipped:
+        (out / "skipped.txt").write_text("\n".join(skipped) + "\n", encoding="utf-8")
+    return _Run(config, out, device, train_data, val_data, model, data_config, ema, optimizer, schedule, steps)
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    options = {key: value for key, value in config.optimizer.items() if key != "name"}
+    try:
+        return create_optimizer_v2(model, opt=config.optimizer["name"], layer_decay=config.layer_decay, **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"optimizer {config.optimizer}: {error}") from error
+
+
+def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Scheduler | None:
+    name = config.schedule["name"]
+    if name == "plateau":
+        raise ValueError("schedule plateau steps by epochs and metrics; choose one that steps by updates: cosine")
+    options = {key: value for key, value in config.schedule.items() if key != "name"}
+    try:
+        schedule, epochs = create_scheduler_v2(
+            optimizer, name, config.epochs, step_on_epochs=False, updates_per_epoch=steps, **options
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"schedule {config.schedule}: {error}") from error
+    if epochs != config.epochs:
+        raise ValueError(f"this schedule runs for {epochs} epochs, the recipe for {config.epochs}; make them the same")
+    return schedule
+
+
+def _open_data(config: TrainConfig) -> tuple[ImageData, ImageData | None]:
+    """Training and validation images; the test split is never looked at."""
+    train_data = open_split(config.data, "train")
+    if "val" in split_names(config.data):
+        return train_data, open_split(config.data, "val")
+    if config.val_fraction == 0:
+        return train_data, None
+    part, held_out = split_validation(train_data, config.val_fraction, config.seed)
+    part.skipped = train_data.skipped
+    return part, held_out
+
+
+def _input_config(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
+    own = dict(model.pretrained_cfg)  # type: ignore[arg-type]
+    channels = config.model_args.get("in_chans", own["input_size"][0])
+    size = config.image_size or (config.image_sizes[-1][1] if config.image_sizes else None)
+    shape = (channels, size, size) if size else (channels, *own["input_size"][1:])
+    for key in ("mean", "std"):
+        value = getattr(config, key)
+        if value and len(value) not in (1, channels):
+            raise ValueError(f"{key} has {len(value)} values; the model takes {channels} channels")
+    return input_config(
+        model,
+        input_size=shape,
+        mean=config.mean,
+        std=config.std,
+        interpolation=config.interpolation,
+        crop_pct=config.crop_pct,
+    )
+
+
+def _try_sizes(model: nn.Module, data_config: dict[str, Any], config: TrainConfig) -> None:
+    """Push a blank image of each size through the model."""
+    channels, height, width = data_config["input_size"]
+    model.eval()
+    for h, w in [(height, width)] + [(size, size) for _, size in config.image_sizes or ()]:
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, channels, h, w))
+        # A model that has one size says so by an assertion, one that shrinks an image to nothing by a RuntimeError.
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{config.model} cannot take images of {h}x{w} with {channels} channels: {error}. "
+                f"Set image_size, or in_chans or img_size in model_args."
+            ) from error
+
+
+def _augmentation(config: TrainConfig) -> Augmentation:
+    return Augmentation(**{f.name: getattr(config, f.name) for f in fields(Augmentation)})
+
+
+def _freeze_backbone(model: nn.Module, config: TrainConfig) -> None:
+    if config.freeze_backbone:
+        model.requires_grad_(False)
+        model.get_classifier().requires_grad_(True)  # type: ignore[operator]
+
+
+def _training_mode(model: nn.Module, config: TrainConfig) -> None:
+    # In eval mode a norm uses its statistics and leaves them, whatever class of norm it is.
+    model.train(not config.freeze_backbone)
+    if config.freeze_backbone:
+        model.get_classifier().train()  # type: ignore[operator]
+
+
+def _size_at(config: TrainConfig, epoch: int, default: int) -> int:
+    """The size of training images in an epoch, counted from 0."""
+    end = 0
+    for epochs, size in config.image_sizes or ():
+        end += epochs
+        if epoch < end:
+            return size
+    return config.image_sizes[-1][1] if config.image_sizes else default
+
+
+def _train_epochs(run: _Run) -> None:
+    config = run.config
+    forward = torch.compile(run.model) if config.compile else run.model
+    validated = run.ema.module if run.ema else run.model
+    val = None
+    if run.val_data:
+        val = eval_loader(run.val_data, eval_transform(run.input), config.batch_size, config.workers, run.device)
+    bar = tqdm(total=config.epochs * run.steps, initial=run.epoch * run.steps, unit="step", disable=None)
+    with bar:
+        while run.epoch < config.epochs:
+            start = time.perf_counter()
+            size = _size_at(config, run.epoch, run.input["input_size"][1])
+            bar.set_description(f"epoch {run.epoch + 1}/{config.epochs}")
+            train_loss, lr = _train_one_epoch(run, forward, size, bar)
+            trained = time.perf_counter() - start
+            row: dict[str, Any] = {"epoch": run.epoch + 1, "lr": lr}
+            row |= {"train_loss": train_loss, "val_loss": "", "val_top1": ""}
+            if val:
+                measured = measure(validated, val, run.device, config.bf16)["upright"]
+                if not math.isfinite(measured["loss"]):
+                    raise _not_finite(run, f"the validation loss after epoch {run.epoch + 1}", measured["loss"])
+                row |= {"val_loss": measured["loss"], "val_top1": measured["top1"]}
+            seconds = time.perf_counter() - start
+            images = run.steps * min(config.batch_size, len(run.train_data))
+            row |= {"seconds": round(seconds, 3), "images_per_second": round(images / trained, 1), "size": size}
+            run.epoch, run.seconds, run.rows = run.epoch + 1, run.seconds + seconds, [*run.rows, row]
+            if _is_best(row, run.best):
+                run.best = row
+                export(validated, run.out / "model", run.input, run.train_data.classes, config)
+            _save_checkpoint(run)
+            bar.write(_describe(row))
+
+
+def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[float, float]:
+    """One pass over the training images; returns the mean loss and the last learning rate."""
+    config, device = run.config, run.device
+    loader = _epoch_loader(run, size)
+    seed_everything(config.seed, run.epoch)
+    _training_mode(run.model, config)
+    mixup, loss_function = _loss(config, len(run.train_data.classes))
+    parameters = [p for p in run.model.parameters() if p.requires_grad]
+    mean_loss, pending = AverageMeter(), None
+    update = run.epoch * run.steps
+    if run.schedule:
+        run.schedule.step_update(update)
+    for step, (images, labels) in enumerate(loader, 1):
+        images = images.to(device, non_blocking=True)
+        if config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        labels = labels.to(device, non_blocking=True)
+        if mixup:
+            images, labels = mixup(images, labels)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            logits = forward(images)
+        loss = loss_function(logits.float(), labels)
+        run.optimizer.zero_grad()
+        loss.backward()
+        if config.clip_grad is not None:
+            dispatch_clip_grad(parameters, config.clip_grad)
+        run.optimizer.step()
+        update, lr = update + 1, max(group["lr"] for group in run.optimizer.param_groups)
+        if run.ema:
+            run.ema.update(run.model, step=update)
+        if run.schedule:
+            run.schedule.step_update(update)
+        if pending is not None:
+            mean_loss.update(_finite(run, pending, step - 1))
+        pending = loss.detach()  # read a step later: reading at once would make a GPU wait for the next launch
+        bar.update()
+        bar.set_postfix(loss=f"{mean_loss.avg:.3f}", refresh=False)
+    assert pending is not None  # there is at least one step
+    mean_loss.update(_finite(run, pending, run.steps))
+    return mean_loss.avg, lr
+
+
+def _epoch_loader(run: _Run, size: int) -> DataLoader:
+    shape = (run.input["input_size"][0], size, size) if run.config.image_sizes else run.input["input_size"]
+    transform = train_transform({**run.input, "input_size": shape}, _augmentation(run.config))
+    config = run.config
+    loader = train_loader(run.train_data, transform, config.batch_size, config.seed, config.workers, run.device)
+    set_epoch(loader, run.epoch)
+    return loader
+
+
+def _loss(config: TrainConfig, num_classes: int) -> tuple[Mixup | None, nn.Module]:
+    if config.mixup_alpha or config.cutmix_alpha:
+        mixup = Mixup(
+            config.mixup_alpha, config.cutmix_alpha, label_smoothing=config.label_smoothing, num_classes=num_classes
+        )
+        return mixup, SoftTargetCrossEntropy()
+    if config.label_smoothing:
+        return None, LabelSmoothingCrossEntropy(config.label_smoothing)
+    return None, nn.CrossEntropyLoss()
+
+
+def _finite(run: _Run, loss: Tensor, step: int) -> float:
+    value = loss.item()
+    if not math.isfinite(value):
+        raise _not_finite(run, f"the loss in epoch {run.epoch + 1}, step {step}", value)
+    return value
+
+
+def _not_finite(run: _Run, what: str, value: float) -> FloatingPointError:
+    return FloatingPointError(
+        f"{what} is {value}; stopped. {run.out / CHECKPOINT} holds the state after epoch {run.epoch}. "
+        f"A smaller learning rate, warmup_epochs in schedule, or clip_grad usually helps."
+    )
+
+
+def _is_best(row: dict[str, Any], best: dict[str, Any] | None) -> bool:
+    """Higher top1, then lower loss; without validation the latest epoch is the best."""
+    if best is None or row["val_top1"] == "":
+        return True
+    return (row["val_top1"], -row["val_loss"]) > (best["val_top1"], -best["val_loss"])
+
+
+def _describe(row: dict[str, Any]) -> str:
+    val = f"  val loss {row['val_loss']:.4f}  val top1 {row['val_top1']:.2f}%" if row["val_top1"] != "" else ""
+    return (
+        f"epoch {row['epoch']}  lr {row['lr']:.3g}  train loss {row['train_loss']:.4f}{val}  "
+        f"{row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
+    )
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """cuDNN without its random algorithms, for this run only."""
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --- what a run writes ----------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that at every moment, also after a crash, `path` is the old one or the new one, complete."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            state = "the one from before is intact" if path.exists() else "it does not exist"
+            raise OSError(f"{path} cannot be written, {state}: {error}. Is the disk full?") from error
+        raise
+
+
+def _save_checkpoint(run: _Run) -> None:
+    state = {
+        "config": asdict(run.config),
+        "epoch": run.epoch,
+        "model": run.model.state_dict(),
+        "ema": run.ema.module.state_dict() if run.ema else None,
+        "optimizer": run.optimizer.state_dict(),  # the schedule is a function of the update and has no state
+        "rows": run.rows,
+        "best": run.best,
+        "seconds": run.seconds,
+        "commands": run.commands,
+        "classes": run.train_data.classes,
+        "n_train": len(run.train_data),
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(run.out / CHECKPOINT, buffer.getvalue())
+    _write_log(run)
+
+
+def _write_log(run: _Run) -> None:
+    if run.rows:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(run.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(run.rows)
+        write_atomically(run.out / "log.csv", text.getvalue().encode())
+
+
+def _load_checkpoint(out: Path) -> dict[str, Any]:
+    path = out / CHECKPOINT
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, nothing to resume; without --resume a new run starts")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises what the zip reader, the unpickler or the tensor reader raise
+        raise ValueError(
+            f"{path} is no readable checkpoint ({type(error).__name__}); start anew in another --out"
+        ) from error
+
+
+def _check_same(config: TrainConfig, saved: dict[str, Any]) -> None:
+    before, now = asdict(TrainConfig(**saved)), asdict(config)
+    if differing := [f"{k}: {before[k]!r} -> {now[k]!r}" for k in now if k not in _MAY_CHANGE and before[k] != now[k]]:
+        raise ValueError(
+            f"the run in {config.out} had another config ({'; '.join(differing)}); on resuming only "
+            f"{', '.join(_MAY_CHANGE)} may change. Start another run in another --out."
+        )
+
+
+def _restore(run: _Run, saved: dict[str, Any]) -> None:
+    if (saved["classes"], saved["n_train"]) != (run.train_data.classes, len(run.train_data)):
+        raise ValueError(
+            f"{run.config.data} has changed since the run began: {saved['n_train']} training images of the classes "
+            f"{saved['classes']} then, {len(run.train_data)} of {run.train_data.classes} now"
+        )
+    run.model.load_state_dict(saved["model"])
+    if run.ema:
+        run.ema.module.load_state_dict(saved["ema"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.epoch, run.rows, run.best, run.seconds = saved["epoch"], saved["rows"], saved["best"], saved["seconds"]
+    run.commands = saved["commands"]
+
+
+def export(model: nn.Module, folder: Path, data: dict[str, Any], classes: list[str], config: TrainConfig) -> None:
+    """Write config.json and model.safetensors for `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".config.json.tmp"
+    model_config = {"label_names": classes, "pretrained_cfg": {"tag": Path(config.data).name}}
+    if group := getattr(model, "group_name", None):
+        model_config["gzoo"] = {"group": group}
+    # Drop rates belong to the training, not to the model that it gives.
+    model_args = {key: value for key, value in config.model_args.items() if not key.endswith("_rate")}
+    try:
+        save_config_for_hf(model, str(temporary), model_config, model_args, data)
+        text = temporary.read_bytes()
+    finally:
+        temporary.unlink(missing_ok=True)
+    write_atomically(folder / "config.json", text)
+    # Contiguous copies: safetensors refuses channels_last and shared memory.
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+
+def _finish(run: _Run) -> dict[str, Any]:
+    _write_log(run)
+    plot_curves(run.rows, run.out / "curves.png")
+    best = run.best or {}
+    results = {
+        "config": asdict(run.config),
+        "command": "; ".join(run.commands),
+        "seed": run.config.seed,
+        "machine": machine(run.device),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "seconds": round(run.seconds, 1),
+        "epochs": run.epoch,
+        "best_epoch": best.get("epoch"),
+        "best_val_top1": best.get("val_top1") or None,
+        "n_train": len(run.train_data),
+        "n_val": len(run.val_data) if run.val_data else 0,
+    }
+    write_atomically(run.out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    print(f"gzoo: {run.out / 'model'} holds the weights of epoch {results['best_epoch']}", file=sys.stderr)
+    return results
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers of a run were measured on."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Loss and accuracy over the epochs, as a PNG."""
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    loss, top1 = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in rows]
+    loss.plot(epochs, [row["train_loss"] for row in rows], label="train")
+    if rows[0]["val_top1"] != "":
+        loss.plot(epochs, [row["val_loss"] for row in rows], label="validation")
+        top1.plot(epochs, [row["val_top1"] for row in rows])
+    loss.set(xlabel="epoch", ylabel="loss")
+    loss.legend()
+    top1.set(xlabel="epoch", ylabel="validation top1 (%)")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_atomically(path, buffer.getvalue())
+
+
+# --- flags ----------------------------------------------------------------------------------------------------------
+
+
+def merge(recipe: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags over recipe entries over defaults; of a mapping such as `optimizer`, only the given keys change."""
+    merged = {**recipe, **flags}
+    for f in fields(TrainConfig):
+        if isinstance(flags.get(f.name), dict):
+            default = f.default_factory() if callable(f.default_factory) else {}
+            merged[f.name] = {**recipe.get(f.name, default), **flags[f.name]}
+    return merged

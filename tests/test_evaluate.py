@@ -1,0 +1,126 @@
+"""Accuracy and loss, upright and under rotations and flips."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from gzoo.data import ImageData
+from gzoo.evaluate import _RandomRotation, evaluate, match_classes, measure
+
+
+class Corner(nn.Module):
+    """Class 1 where the top left quarter is brighter than the rest, else class 0: knows up from down."""
+
+    num_classes = 2
+
+    def __init__(self, **config):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.pretrained_cfg = {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0, **config}
+
+    def forward(self, x):
+        bright = x[:, 0, :4, :4].mean((1, 2)) - x[:, 0].mean((1, 2))
+        return self.scale * torch.stack([-bright, bright - 0.1], 1)
+
+
+class Mean(Corner):
+    """Class 1 where the image is bright: the same under every symmetry."""
+
+    def forward(self, x):
+        mean = x.mean((1, 2, 3))
+        return self.scale * torch.stack([-mean, mean], 1)
+
+
+def quarter(row, column):
+    image = np.zeros((8, 8), dtype=np.uint8)
+    image[4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 255
+    return Image.fromarray(image)
+
+
+@pytest.fixture
+def corners():
+    """Class 1 has its bright quarter at the top left; class 0 is black."""
+    images = [quarter(0, 0), Image.new("L", (8, 8)), quarter(0, 0)]
+    return ImageData(images, [1, 0, 1], ["black", "corner"])
+
+
+def test_top1_loss_and_n_are_those_of_the_whole_set(corners):
+    model = Corner()
+    result = evaluate(model, corners, batch_size=2)  # the last batch is smaller than the first
+    x = torch.stack([torch.from_numpy(np.asarray(image).copy()).float()[None] / 127.5 - 1 for image, _ in corners])
+    assert result["loss"] == pytest.approx(F.cross_entropy(model(x), torch.tensor(corners.labels)).item())
+    assert (result["top1"], result["n"], "top5" in result) == (100, 3, False)
+    assert result["images_per_second"] > 0
+
+
+def test_top5_is_measured_past_five_classes():
+    logits = torch.arange(7.0).expand(4, 7).clone()
+    labels = torch.tensor([6, 2, 5, 0])
+    model = nn.Identity()
+    measured = measure(model, [(logits, labels)], torch.device("cpu"), bf16=False)["upright"]
+    assert (measured["top1"], measured["top5"]) == (25, 75)
+
+
+def test_a_model_without_symmetry_falls_under_the_eight_symmetries(corners):
+    result = evaluate(Corner(), corners, transforms=True)
+    assert len(result["transforms"]) == 8
+    right = [name for name, top1 in result["transforms"].items() if top1 == 100]
+    assert right == ["0 degrees", "flip + 90 degrees"]  # the second is the mirror along the diagonal
+    assert result["transforms_mean"] == pytest.approx((2 * 100 + 6 * 100 / 3) / 8)
+
+
+def test_an_invariant_model_does_not_fall(corners):
+    result = evaluate(Mean(), ImageData(corners.images, [0, 0, 0], corners.classes), transforms=True)
+    assert set(result["transforms"].values()) == {100.0}
+
+
+def test_random_rotations_follow_from_their_seed():
+    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    first, again, other = (_RandomRotation(seed)(x) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_model_without_symmetry_falls_under_random_rotations(corners):
+    many = ImageData(corners.images * 20, corners.labels * 20, corners.classes)
+    result = evaluate(Corner(), many, batch_size=16, rotation_seed=1)
+    assert result["top1"] == 100
+    assert result["random_rotation"] < 80
+    assert evaluate(Mean(), ImageData(corners.images, [0, 0, 0], corners.classes), rotation_seed=1)["top1"] == 100
+
+
+def test_a_random_rotation_by_a_quarter_turn_is_rot90(monkeypatch):
+    x = torch.rand(2, 3, 5, 5)
+    monkeypatch.setattr(torch, "rand", lambda n, generator: torch.full((n,), 0.25))
+    turned = _RandomRotation(0)(x)
+    assert min((turned - x.rot90(k, (2, 3))).abs().max() for k in (1, 3)) < 1e-5
+    assert (turned - x).abs().max() > 0.1
+
+
+def test_labels_are_matched_by_class_name_where_the_numbering_differs(corners):
+    renamed = Corner(label_names=["black", "corner"])
+    swapped = ImageData(corners.images, [0, 1, 0], ["corner", "black"])
+    assert match_classes(renamed, swapped).labels == [1, 0, 1]
+    assert evaluate(renamed, swapped)["top1"] == 100
+
+
+def test_classes_that_the_model_does_not_know_are_an_error(corners):
+    model = Corner(label_names=["black", "white"])
+    with pytest.raises(ValueError, match=r"knows the classes \['black', 'white'\], the data have 2"):
+        evaluate(model, corners)
+
+
+def test_another_number_of_classes_is_an_error(corners):
+    three = ImageData(corners.images, corners.labels, ["a", "b", "c"])
+    with pytest.raises(ValueError, match="knows 2 classes, the data have 3"):
+        evaluate(Corner(), three)
+
+
+def test_evaluating_leaves_a_model_that_can_be_trained(corners):
+    model = Corner()
+    evaluate(model, corners)
+    model.train()(torch.rand(1, 1, 8, 8)).sum().backward()
+    assert model.scale.grad is not None

@@ -1,0 +1,534 @@
+"""Recipes, training, resuming, and what a run leaves behind when it ends well or badly."""
+
+import csv
+import errno
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+
+import gzoo.train
+from gzoo.train import TrainConfig, make_config, merge, read_recipe, resume_config, train, write_atomically
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two classes that can be told apart: dark and bright noise, 12 images each."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for name, low in (("bright", 120), ("dark", 0)):
+        (folder / name).mkdir()
+        for i in range(12):
+            Image.fromarray(rng.integers(low, low + 100, (32, 32, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def settings(images, tmp_path):
+    return {
+        "model": "test_resnet",
+        "data": str(images),
+        "out": str(tmp_path / "run"),
+        "epochs": 2,
+        "batch_size": 8,
+        "image_size": 32,
+        "val_fraction": 0.25,
+    }
+
+
+def weights(out):
+    return safetensors.torch.load_file(Path(out) / "model" / "model.safetensors")
+
+
+def state(out):
+    return torch.load(Path(out) / "checkpoint.pt", weights_only=True)
+
+
+def log(out):
+    """The rows of log.csv without what the clock decides."""
+    with open(Path(out) / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: row[key] for key in row if key not in ("seconds", "images_per_second")} for row in rows]
+
+
+def same(a, b):
+    """Nested states are equal, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+class Stop(Exception):
+    """Ends a run from inside, as a power cut would."""
+
+
+def stop_after(monkeypatch, epochs):
+    """Let the next run fail when it begins the epoch after `epochs`."""
+    real = gzoo.train._train_one_epoch
+
+    def one_epoch(run, *args):
+        if run.epoch == epochs:
+            raise Stop
+        return real(run, *args)
+
+    monkeypatch.setattr(gzoo.train, "_train_one_epoch", one_epoch)
+
+
+# --- the recipe
+
+
+def test_a_recipe_becomes_a_config(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: m\ndata: d\nout: o\noptimizer: {name: sgd, lr: 1.0e-2}\nimage_sizes: [[1, 24], [2, 32]]\n")
+    config = make_config(read_recipe(str(path)))
+    assert config.optimizer == {"name": "sgd", "lr": 0.01}
+    assert config.image_sizes == ((1, 24), (2, 32))
+
+
+def test_a_misspelt_key_is_an_error_that_names_the_nearest(tmp_path):
+    (tmp_path / "r.yaml").write_text("model: m\nlabel_smothing: 0.1\n")
+    with pytest.raises(ValueError, match=r"'label_smothing' is no entry of a recipe; the nearest is 'label_smoothing'"):
+        read_recipe(str(tmp_path / "r.yaml"))
+
+
+@pytest.mark.parametrize(("text", "message"), [("- a\n", "list of `key: value`"), ("a: [", "not readable as YAML")])
+def test_a_file_that_is_no_recipe_is_an_error(tmp_path, text, message):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_a_recipe_that_does_not_exist_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such recipe"):
+        read_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_a_config_without_model_data_or_out_is_an_error():
+    with pytest.raises(ValueError, match="data and out missing; give --data, --out"):
+        make_config({"model": "m"})
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"epochs": "ten"}, "epochs is 'ten'; it takes int"),
+        ({"epochs": 0}, "epochs is 0; the least is 1"),
+        ({"hflip": True}, "hflip is True; it takes float"),
+        ({"label_smoothing": "1e-1"}, "the text '1e-1', not a number: YAML reads 1e-4 as text"),
+        ({"optimizer": {"name": "sgd", "lr": "5e-2"}}, "optimizer.lr is the text '5e-2'"),
+        ({"optimizer": {"lr": 0.1}}, "it needs a name"),
+        ({"val_fraction": 1.0}, "val_fraction is 1.0"),
+        ({"scale": [0.1, 0.5, 1.0]}, "scale is"),
+    ],
+)
+def test_an_entry_of_the_wrong_kind_is_an_error_that_says_what_it_takes(entry, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TrainConfig(model="m", data="d", out="o", **entry)
+
+
+def test_flags_override_a_recipe_and_change_single_keys_of_its_mappings():
+    recipe = {"epochs": 5, "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}
+    merged = merge(recipe, {"epochs": 7, "optimizer": {"lr": 0.2}, "schedule": {"warmup_epochs": 1}})
+    assert merged["epochs"] == 7
+    assert merged["optimizer"] == {"name": "sgd", "lr": 0.2, "momentum": 0.9}
+    assert merged["schedule"] == {"name": "cosine", "warmup_epochs": 1}
+
+
+# --- a whole run
+
+
+def test_training_learns_and_leaves_a_model_that_timm_loads_with_its_class_names(settings):
+    results = train(TrainConfig(**settings | {"epochs": 3}), command="gzoo train ...")
+    out = Path(settings["out"])
+    assert results["best_val_top1"] == 100
+    assert results == json.loads((out / "results.json").read_text()) | {"config": results["config"]}
+    assert (results["n_train"], results["n_val"], results["command"]) == (18, 6, "gzoo train ...")
+    assert [row["epoch"] for row in log(out)] == ["1", "2", "3"]
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(out.rglob("*.tmp"))
+
+    model = timm.create_model(f"local-dir:{out / 'model'}", pretrained=True).eval()
+    assert (model.num_classes, model.pretrained_cfg["label_names"]) == (2, ["bright", "dark"])
+    assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 32, 32)
+    assert same(dict(model.state_dict()), weights(out))
+
+
+def test_the_model_folder_rebuilds_the_model_with_its_arguments_and_data_config(settings):
+    changes = {"model_args": {"in_chans": 1, "drop_rate": 0.1}, "mean": [0.4], "std": [0.3], "crop_pct": 1.0}
+    train(TrainConfig(**settings | changes | {"epochs": 1}))
+    config = json.loads((Path(settings["out"]) / "model/config.json").read_text())
+    assert "drop_rate" not in config["model_args"]
+    model = timm.create_model(f"local-dir:{settings['out']}/model", pretrained=True)
+    data = timm.data.resolve_model_data_config(model)
+    assert (data["input_size"], data["mean"], data["std"], data["crop_pct"]) == ((1, 32, 32), [0.4], [0.3], 1.0)
+
+
+def test_an_equivariant_model_is_saved_with_its_group(settings):
+    changes = {"model": "p4m_resnet20", "epochs": 1, "val_fraction": 0}
+    train(TrainConfig(**settings | changes))
+    config = json.loads((Path(settings["out"]) / "model/config.json").read_text())
+    assert (config["architecture"], config["gzoo"]) == ("p4m_resnet20", {"group": "p4m"})
+    timm.create_model(f"local-dir:{settings['out']}/model", pretrained=True)
+
+
+def test_the_best_validation_epoch_is_kept_and_not_the_last(settings, monkeypatch):
+    scores = iter([{"loss": 1.0, "top1": 50.0}, {"loss": 0.9, "top1": 80.0}, {"loss": 0.5, "top1": 70.0}])
+    kept = []
+
+    def measure(model, *_):
+        kept.append({key: value.clone() for key, value in model.state_dict().items()})
+        return {"upright": next(scores)}
+
+    monkeypatch.setattr(gzoo.train, "measure", measure)
+    results = train(TrainConfig(**settings | {"epochs": 3}))
+    assert (results["best_epoch"], results["best_val_top1"]) == (2, 80.0)
+    assert same(weights(settings["out"]), kept[1])
+    assert not same(weights(settings["out"]), kept[2])
+
+
+def test_without_validation_the_last_epoch_is_kept(settings):
+    results = train(TrainConfig(**settings | {"val_fraction": 0}))
+    assert (results["best_epoch"], results["best_val_top1"], results["n_val"]) == (2, None, 0)
+    assert same(weights(settings["out"]), dict(state(settings["out"])["model"]))
+
+
+def test_with_a_moving_average_it_is_what_is_saved(settings):
+    train(TrainConfig(**settings | {"ema_decay": 0.9, "val_fraction": 0}))
+    saved = state(settings["out"])
+    assert same(weights(settings["out"]), dict(saved["ema"]))
+    assert not same(dict(saved["ema"]), dict(saved["model"]))
+
+
+def test_the_learning_rate_warms_up_and_falls_at_every_update(settings, monkeypatch):
+    rates = []
+    real = torch.optim.SGD.step
+
+    def step(optimizer, *args, **kwargs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return real(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    changes = {
+        "optimizer": {"name": "sgd", "lr": 0.1},
+        "schedule": {"name": "cosine", "warmup_epochs": 1, "warmup_lr": 0.0},
+        "epochs": 3,
+        "val_fraction": 0,
+    }
+    train(TrainConfig(**settings | changes))
+    assert len(rates) == 9  # 24 images, 8 a step
+    assert rates[0] == 0
+    assert rates == [*sorted(rates[:4]), *sorted(rates[4:], reverse=True)]
+    assert len(set(rates)) == 9
+
+
+def test_freezing_the_backbone_trains_the_classifier_only_and_leaves_norm_statistics(settings):
+    torch.manual_seed(0)
+    train(TrainConfig(**settings | {"freeze_backbone": True, "val_fraction": 0, "epochs": 1}))
+    after = weights(settings["out"])
+    gzoo.train.seed_everything(0)
+    before = timm.create_model("test_resnet", num_classes=2).state_dict()
+    assert {key for key in after if not torch.equal(after[key], before[key])} == {"fc.weight", "fc.bias"}
+
+
+def test_layer_decay_gives_lower_layers_smaller_rates(settings):
+    train(TrainConfig(**settings | {"layer_decay": 0.5, "epochs": 1}))
+    scales = {group["lr_scale"] for group in state(settings["out"])["optimizer"]["param_groups"]}
+    assert max(scales) == 1
+    assert len(scales) > 2
+
+
+def test_every_option_of_augmentation_and_loss_trains(settings):
+    changes = {
+        "label_smoothing": 0.1,
+        "mixup_alpha": 0.2,
+        "cutmix_alpha": 0.5,
+        "clip_grad": 1.0,
+        "bf16": True,
+        "channels_last": True,
+        "vflip": 0.5,
+        "color_jitter": 0.2,
+        "auto_augment": "rand-m5-mstd0.5",
+        "re_prob": 0.3,
+        "rotate": 45.0,
+        "crop_padding": 2,
+        "image_sizes": [[1, 24], [1, 32]],
+    }
+    train(TrainConfig(**settings | changes))
+    assert [row["size"] for row in log(settings["out"])] == ["24", "32"]
+    timm.create_model(f"local-dir:{settings['out']}/model", pretrained=True)
+
+
+def test_fine_tuning_starts_from_the_weights_of_an_earlier_run(settings, tmp_path):
+    train(TrainConfig(**settings))
+    first = weights(settings["out"])
+    changes = {"model": settings["out"], "pretrained": True, "out": str(tmp_path / "second"), "epochs": 1}
+    train(TrainConfig(**settings | changes | {"optimizer": {"name": "sgd", "lr": 0.0}, "freeze_backbone": True}))
+    assert same(weights(tmp_path / "second"), first)
+
+
+def test_the_test_split_is_never_opened(settings, tmp_path, monkeypatch):
+    source = Path(settings["data"])
+    for split in ("train", "test"):
+        (tmp_path / "split").mkdir(exist_ok=True)
+        (tmp_path / "split" / split).symlink_to(source)
+    opened = []
+    real = gzoo.train.open_split
+    monkeypatch.setattr(gzoo.train, "open_split", lambda name, split: opened.append(split) or real(name, split))
+    train(TrainConfig(**settings | {"data": str(tmp_path / "split"), "epochs": 1}))
+    assert opened == ["train"]
+
+
+def test_skipped_images_are_listed_in_the_run_folder(settings, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("bright", "dark"):
+        (tmp_path / "data" / name).mkdir()
+        for path in (Path(settings["data"]) / name).iterdir():
+            (tmp_path / "data" / name / path.name).symlink_to(path)
+    (tmp_path / "data/dark/broken.png").write_text("no image")
+    results = train(TrainConfig(**settings | {"data": str(tmp_path / "data"), "epochs": 1}))
+    assert results["n_train"] + results["n_val"] == 24
+    listed = (Path(settings["out"]) / "skipped.txt").read_text().splitlines()
+    assert len(listed) == 1
+    assert "broken.png" in listed[0]
+
+
+# --- resuming
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}},
+        {"ema_decay": 0.9, "mixup_alpha": 0.2, "rotate": 30.0, "model_args": {"drop_rate": 0.3}},
+        {"val_fraction": 0, "bf16": True, "image_sizes": [[1, 24], [2, 32]], "re_prob": 0.5},
+    ],
+)
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(settings, tmp_path, monkeypatch, changes):
+    whole = settings | changes | {"epochs": 3}
+    train(TrainConfig(**whole))
+    broken = whole | {"out": str(tmp_path / "broken")}
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(Stop):
+            train(TrainConfig(**broken))
+    torch.manual_seed(99)  # what ran before must not matter
+    train(TrainConfig(**broken), resume=True)
+    assert same(weights(whole["out"]), weights(broken["out"]))
+    for key in ("model", "ema", "optimizer", "epoch"):
+        assert same(state(whole["out"])[key], state(broken["out"])[key])
+    assert log(whole["out"]) == log(broken["out"])
+
+
+def test_another_seed_is_another_run(settings, tmp_path):
+    """The control of the test above: equality is not for free."""
+    train(TrainConfig(**settings))
+    train(TrainConfig(**settings | {"seed": 1, "out": str(tmp_path / "other")}))
+    assert not same(weights(settings["out"]), weights(tmp_path / "other"))
+    assert log(settings["out"]) != log(tmp_path / "other")
+
+
+def test_a_finished_run_resumed_says_so_and_changes_nothing(settings, capsys):
+    train(TrainConfig(**settings))
+    before = weights(settings["out"]), log(settings["out"])
+    train(TrainConfig(**settings), resume=True, command="gzoo train --resume")
+    assert "already finished after epoch 2 of 2" in capsys.readouterr().out
+    assert same(before, (weights(settings["out"]), log(settings["out"])))
+    assert "--resume" not in (Path(settings["out"]) / "results.json").read_text()
+
+
+def test_a_finished_run_goes_on_if_it_is_given_more_epochs(settings):
+    train(TrainConfig(**settings), command="first")
+    results = train(resume_config({"out": settings["out"], "epochs": 3}), resume=True, command="second")
+    assert (results["epochs"], results["command"]) == (3, "first; second")
+    assert len(log(settings["out"])) == 3
+
+
+def test_resuming_with_another_config_is_an_error_that_names_the_difference(settings):
+    train(TrainConfig(**settings))
+    config = resume_config({"out": settings["out"], "batch_size": 4, "seed": 3, "workers": 0, "epochs": 9})
+    with pytest.raises(ValueError, match=r"another config \(batch_size: 8 -> 4; seed: 0 -> 3\)"):
+        train(config, resume=True)
+
+
+def test_resuming_with_other_images_is_an_error(settings, tmp_path):
+    train(TrainConfig(**settings))
+    moved = tmp_path / "moved.pt"
+    saved = state(settings["out"])
+    saved["n_train"] += 1
+    torch.save(saved, moved)
+    moved.rename(Path(settings["out"]) / "checkpoint.pt")
+    with pytest.raises(ValueError, match="has changed since the run began: 19 training images"):
+        train(TrainConfig(**settings), resume=True)
+
+
+def test_a_new_run_in_a_folder_that_is_in_use_is_an_error(settings):
+    Path(settings["out"]).mkdir()
+    (Path(settings["out"]) / "notes.txt").touch()
+    with pytest.raises(ValueError, match="not an empty folder; give another --out, or --resume"):
+        train(TrainConfig(**settings))
+
+
+def test_resuming_where_nothing_ran_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        resume_config({"out": str(tmp_path)})
+
+
+def test_a_checkpoint_that_is_cut_off_is_an_error(tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 half a file")
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        resume_config({"out": str(tmp_path)})
+
+
+# --- what goes wrong
+
+
+def test_a_wrong_setting_fails_before_anything_is_written(settings):
+    for change, message in (
+        ({"model": "test_resnt"}, "no such model; near are"),
+        ({"model": "no/such/folder"}, "no such folder"),
+        ({"optimizer": {"name": "sgdd", "lr": 0.1}}, "sgdd"),
+        ({"optimizer": {"name": "sgd", "lr": 0.1, "momentun": 0.9}}, "momentun"),
+        ({"schedule": {"name": "cosin"}}, "cosin"),
+        ({"schedule": {"name": "plateau"}}, "steps by updates"),
+        ({"schedule": {"name": "cosine", "cooldown_epochs": 3}}, "runs for 5 epochs, the recipe for 2"),
+        ({"model_args": {"in_chan": 1}}, "in_chan"),
+        ({"mean": [0.1, 0.2]}, "mean has 2 values; the model takes 3 channels"),
+        ({"model": "test_vit", "image_size": 33}, "cannot take images of 33x33"),
+        ({"val_fraction": 0.01}, "val_fraction"),
+        ({"mixup_alpha": 0.2, "batch_size": 7}, "a batch of 7 images is odd"),
+        ({"data": settings["data"] + "/nowhere"}, "no such folder"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            train(TrainConfig(**settings | change))
+        assert not Path(settings["out"]).exists()
+
+
+def test_a_nan_loss_stops_at_its_step_and_keeps_the_last_good_checkpoint(settings, monkeypatch):
+    real, steps = gzoo.train._loss, []
+
+    def loss(*args):
+        mixup, function = real(*args)
+
+        def counted(*batch):
+            steps.append(1)
+            return function(*batch) * (float("nan") if len(steps) == 4 else 1)
+
+        return mixup, counted
+
+    monkeypatch.setattr(gzoo.train, "_loss", loss)
+    with pytest.raises(FloatingPointError, match=r"the loss in epoch 2, step 2 is nan.*state after epoch 1"):
+        train(TrainConfig(**settings | {"epochs": 3}))
+    saved = state(settings["out"])
+    assert saved["epoch"] == 1
+    assert all(value.isfinite().all() for value in saved["model"].values())
+
+
+def test_a_nan_in_validation_alone_stops_the_run_too(settings, monkeypatch):
+    monkeypatch.setattr(gzoo.train, "measure", lambda *_: {"upright": {"loss": float("nan"), "top1": 0.0}})
+    with pytest.raises(FloatingPointError, match="the validation loss after epoch 1 is nan"):
+        train(TrainConfig(**settings))
+    assert state(settings["out"])["epoch"] == 0
+
+
+class HalfFull(io.FileIO):
+    """A file on a disk that fills up while it is written."""
+
+    def write(self, content):
+        super().write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_disk(path, mode):
+    """`open` where checkpoints no longer fit."""
+    return HalfFull(path, mode) if "checkpoint.pt" in str(path) else open(path, mode)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_leaves_no_half_file(settings, monkeypatch):
+    real = gzoo.train._train_one_epoch
+
+    def one_epoch(run, *args):
+        if run.epoch == 1:
+            patch.setattr(gzoo.train, "open", full_disk, raising=False)
+        return real(run, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gzoo.train, "_train_one_epoch", one_epoch)
+        with pytest.raises(OSError, match=r"checkpoint.pt cannot be written, the one from before is intact.*disk full"):
+            train(TrainConfig(**settings))
+    assert state(settings["out"])["epoch"] == 1
+    assert not list(Path(settings["out"]).rglob("*.tmp"))
+    assert train(TrainConfig(**settings), resume=True)["epochs"] == 2  # with room again, it goes on
+
+
+def test_write_atomically_replaces_a_file_whole(tmp_path):
+    write_atomically(tmp_path / "a", b"old")
+    write_atomically(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_ctrl_c_says_how_to_go_on(settings, monkeypatch):
+    real = gzoo.train._loss
+
+    def loss(*args):
+        if Path(settings["out"], "log.csv").exists():
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(gzoo.train, "_loss", loss)
+    with pytest.raises(KeyboardInterrupt, match="stopped in epoch 2; go on with: gzoo train --resume --out"):
+        train(TrainConfig(**settings))
+    assert state(settings["out"])["epoch"] == 1
+
+
+def test_sigterm_stops_a_run_as_ctrl_c_does(settings, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(gzoo.train, "_loss", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt, match="stopped in epoch 1"):
+        train(TrainConfig(**settings))
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_killed_process_loses_at_most_one_epoch_and_resumes_bit_for_bit(settings, tmp_path):
+    """SIGKILL at a moment nobody chose, then --resume, beside a run that was left alone."""
+    killed = settings | {"epochs": 60, "batch_size": 6}
+    out = Path(killed["out"])
+    arguments = [f"--{key.replace('_', '-')}={value}" for key, value in killed.items()]
+    command = [sys.executable, "-m", "gzoo.cli", "train", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        end = time.monotonic() + 120
+        while not (out / "log.csv").exists() and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    done = state(out)["epoch"]
+    assert 1 <= done < 60
+    assert abs(len(log(out)) - done) <= 1
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the process above: sums depend on how they are shared out
+    try:
+        train(resume_config({"out": str(out)}), resume=True)
+        train(TrainConfig(**killed | {"out": str(tmp_path / "alone")}))
+    finally:
+        torch.set_num_threads(threads)
+    assert log(out) == log(tmp_path / "alone")
+    assert same(state(out)["model"], state(tmp_path / "alone")["model"])
+    assert same(weights(out), weights(tmp_path / "alone"))
