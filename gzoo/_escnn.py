@@ -31,6 +31,9 @@ def load() -> ModuleType:
         import escnn.group
         import escnn.gspaces
         import escnn.nn
+    # Where scikit-learn is installed escnn 1.0.11 hands it a np.matrix, which scikit-learn has refused since 1.2, so no
+    # kernel basis of a dN is built. This takes escnn's other way, scipy's SVD, which also draws no random numbers.
+    escnn.group._numerical.randomized_svd = None
     return escnn
 
 

@@ -31,3 +31,13 @@ def test_3d_code_without_lie_learn_says_what_to_install():
 def test_importing_gzoo_does_not_import_escnn():
     code = "import sys, gzoo; raise SystemExit('escnn' in sys.modules)"
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0
+
+
+def test_a_kernel_basis_with_reflections_is_built_where_scikit_learn_is_installed():
+    escnn = _escnn.load()
+    pytest.importorskip("sklearn")
+    constraint = [
+        escnn.group.dihedral_group(3).regular_representation(g) for g in escnn.group.dihedral_group(3).generators
+    ]
+    basis = escnn.group._numerical.find_intertwiner_basis_sylvester(constraint, constraint)
+    assert basis.shape == (36, 6)

@@ -94,7 +94,7 @@ def test_an_unknown_name_is_rejected_with_the_grammar(name):
 
 
 def test_a_turn_between_the_pixels_is_refused():
-    with pytest.raises(ValueError, match="element 1 of c8 turns by 45 degrees, between the pixels.*0, 2, 4, 6"):
+    with pytest.raises(ValueError, match=r"element 1 of c8 turns by 45 degrees, between the pixels.*0, 2, 4, 6"):
         groups.get("c8").transform_image(random_image(1), 1)
     with pytest.raises(ValueError, match="between the pixels"):
         groups.get("d8").transform_features(random_fields("d8", 1), 9)
