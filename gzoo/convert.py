@@ -1,15 +1,15 @@
 """The recipe: a plain CNN becomes its equivariant counterpart, layer by layer.
 
-`convert` walks a plain network and replaces each leaf by the rule for its type; the network's own classes, and with them
-everything that timm lets one do with them, stay. The rules are the functions under `rule`; the table at the end of
+`convert` walks a plain network and replaces each leaf by the rule for its type; the network's own classes, and with
+them everything that timm lets one do with them, stay. The rules are the functions under `rule`; the table at the end of
 them lists what passes unchanged. What no rule knows is an error. Then the result checks itself.
 """
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import timm.layers as tl
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gzoo import groups
 from gzoo.check import first_broken_layer, group_of, in_channels, relative_error
+from gzoo.equivariant import make_equivariant
 from gzoo.groups import Group
 from gzoo.nn import FibreNorm, GroupConv2d, GroupLinear, GroupPool, InvariantLinear, LiftingConv2d, SymmetricPool2d
 from gzoo.nn.fibre import share_along_fibre
@@ -87,7 +88,8 @@ def _conv(plain: nn.Conv2d, recipe: Recipe) -> nn.Module:
         "bias": plain.bias is not None,
         "padding_mode": plain.padding_mode,
     }
-    out_fields = recipe.fields(plain.out_channels)
+    is_classifier = recipe.path == recipe.classifier
+    out_fields = plain.out_channels if is_classifier else recipe.fields(plain.out_channels)
     new: LiftingConv2d | GroupConv2d
     if recipe.path == recipe.first_conv:
         new = LiftingConv2d(recipe.group, plain.in_channels, out_fields, groups=plain.groups, **options)
@@ -98,7 +100,7 @@ def _conv(plain: nn.Conv2d, recipe: Recipe) -> nn.Module:
             recipe.group, in_fields, out_fields, groups=in_fields if depthwise else plain.groups, **options
         )
     _initialize_like(new, plain, new.fan_in)
-    return new
+    return nn.Sequential(new, GroupPool(recipe.group.order, recipe.group_pool)) if is_classifier else new
 
 
 @rule(nn.Linear)
@@ -172,6 +174,10 @@ def _pool(plain: Any, recipe: Recipe) -> nn.Module:
     return SymmetricPool2d(plain)
 
 
+# These reduce all pixels alike; a flattened map that still has pixels meets an error at the next layer.
+_REDUCTIONS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, tl.SelectAdaptivePool2d, tl.AdaptiveAvgMaxPool2d, nn.Flatten)
+
+
 @rule(
     # These act on each number, or on each channel, alike.
     *(nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, tl.DropPath, tl.DropBlock2d),
@@ -179,8 +185,7 @@ def _pool(plain: Any, recipe: Recipe) -> nn.Module:
     *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Tanhshrink, nn.Threshold),
     *(tl.Swish, tl.Mish, tl.Sigmoid, tl.Tanh, tl.HardSwish, tl.HardSigmoid, tl.HardMish, tl.GELU, tl.GELUTanh),
     tl.QuickGELU,
-    # These reduce all pixels alike; a flattened map that still has pixels meets an error at the next layer.
-    *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, tl.SelectAdaptivePool2d, tl.AdaptiveAvgMaxPool2d, nn.Flatten),
+    *_REDUCTIONS,
 )
 def _unchanged(plain: nn.Module, recipe: Recipe) -> nn.Module:
     return plain
@@ -229,28 +234,31 @@ def convert_in_place(
         raise ValueError(f"match is {match!r}; accepted are {', '.join(map(repr, _SCALE))}")
     if group_of(model) is not None:
         raise ValueError(f"{type(model).__name__} is equivariant already; convert the plain network")
-    order = _execution_order(model)
+    has_conv = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    order, output = _execution_order(model) if has_conv else ([], None)
     first_conv = next((name for name in order if isinstance(model.get_submodule(name), nn.Conv2d)), None)
     if first_conv is None:
         raise ValueError(f"{type(model).__name__} has no Conv2d; gzoo converts convolutional networks")
-    recipe = Recipe(group, match, widths or {}, group_pool, first_conv, _classifier(model, order))
+    recipe = Recipe(group, match, widths or {}, group_pool, first_conv, _classifier(model, order, output))
     for name in order[: order.index(first_conv)]:
         if type(model.get_submodule(name)) not in _RULES:
             raise ValueError(_unknown(name, model.get_submodule(name)))
     _update_channel_counts(model, recipe)
-    converted = _walk(model, recipe, set(order[: order.index(first_conv)]))
-    converted.register_buffer("group_signature", _signature(group))
-    converted.group, converted.group_pool = group, GroupPool(group.order, group_pool)
-    converted.__class__ = _equivariant_class(type(converted))
+    converted = _walk(model, recipe, set(order[: order.index(first_conv)]), {})
+    make_equivariant(converted, group, group_pool)
     return converted
 
 
-def _walk(module: nn.Module, recipe: Recipe, before_lifting: set[str]) -> nn.Module:
+def _walk(module: nn.Module, recipe: Recipe, before_lifting: set[str], done: dict[nn.Module, nn.Module]) -> nn.Module:
     path = recipe.path
-    for name, child in module.named_children():
+    for name, child in list(module._modules.items()):
         child_path = f"{path}.{name}" if path else name
-        if child_path not in before_lifting:
-            setattr(module, name, _walk(child, recipe.at(child_path), before_lifting))
+        # What sees the image acts on each channel alike and stays, but for the windows of a pool.
+        if child is None or (child_path in before_lifting and _RULES[type(child)] is not _pool):
+            continue
+        if child not in done:  # a module may stand at two places
+            done[child] = _walk(child, recipe.at(child_path), before_lifting, done)
+        setattr(module, name, done[child])
     if type(module) in _RULES:
         try:
             return _RULES[type(module)](module, recipe)
@@ -272,8 +280,8 @@ def _unknown(path: str, module: nn.Module, own: list[str] | None = None) -> str:
     )
 
 
-def _execution_order(model: nn.Module) -> list[str]:
-    """Names of the leaf modules in the order in which they run."""
+def _execution_order(model: nn.Module) -> tuple[list[str], Any]:
+    """Names of the leaf modules in the order in which they run, and what the network then gives."""
     order: list[str] = []
 
     def hook(name: str) -> Callable[..., None]:
@@ -284,7 +292,7 @@ def _execution_order(model: nn.Module) -> list[str]:
     training = model.training
     try:
         with torch.no_grad():
-            model.eval()(_example(model))
+            output = model.eval()(_example(model))
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} does not run on a random image of {tuple(_example(model).shape)}: {error}"
@@ -293,7 +301,7 @@ def _execution_order(model: nn.Module) -> list[str]:
         model.train(training)
         for handle in handles:
             handle.remove()
-    return order
+    return order, output
 
 
 def _example(model: nn.Module, most: int = 64) -> Tensor:
@@ -306,12 +314,22 @@ def _example(model: nn.Module, most: int = 64) -> Tensor:
     return x.to(parameter.device, parameter.dtype)
 
 
-def _classifier(model: nn.Module, order: list[str]) -> str | None:
-    """The name of the final linear layer: timm's classifier, else the last layer to run if that is linear."""
+def _classifier(model: nn.Module, order: list[str], output: Any) -> str | None:
+    """The layer that makes the logits: timm's classifier, else the last to run if it is linear, or a convolution whose
+    map is pooled to a vector; activations and dropout may follow."""
     if hasattr(model, "get_classifier"):
         last = model.get_classifier()
         return next((name for name, module in model.named_modules() if module is last), None)
-    return order[-1] if type(model.get_submodule(order[-1])) is nn.Linear else None
+    rules = {name: _RULES.get(type(model.get_submodule(name))) for name in order}
+    last = next((name for name in reversed(order) if rules[name] is not _unchanged), None)
+    module = None if last is None else model.get_submodule(last)
+    logits = output.shape[1] if isinstance(output, Tensor) and output.ndim == 2 else None
+    if type(module) is nn.Conv2d and module.out_channels == logits:
+        return last
+    reduced_later = last is not None and any(
+        type(model.get_submodule(name)) in _REDUCTIONS for name in order[order.index(last) :]
+    )
+    return last if type(module) is nn.Linear and not reduced_later else None
 
 
 def _update_channel_counts(model: nn.Module, recipe: Recipe) -> None:
@@ -329,7 +347,9 @@ def _update_channel_counts(model: nn.Module, recipe: Recipe) -> None:
 
 
 def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
-    """Runs a random image in all poses, in float64, through a copy of ``model`` with random norms and biases.
+    """Runs random images in all poses, in float64, through a copy of ``model`` with random norms and biases.
+
+    One image has an odd size, where windows of even stride without resampling show, if the network takes that size.
 
     Raises:
         ValueError: the outputs do not transform with the image; names the first layer that fails.
@@ -345,19 +365,56 @@ def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
                 tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5)
     x = _example(probe)
     try:
-        broken = first_broken_layer(probe, x, group, tolerance)
-    except RuntimeError as error:
+        with _path_in_errors(probe), torch.no_grad():
+            probe(x)
+    except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"the converted {type(model).__name__} does not run ({error}). Plain widths that are added, concatenated or "
-            "flattened must turn into fitting numbers of fields: try another match, give widths, or replace a flattened "
-            "feature map by global pooling"
+            f"the converted {type(model).__name__} does not run ({error}). Plain widths that are added, concatenated "
+            "or flattened must turn into fitting numbers of fields: try another match, give widths, or replace a "
+            "flattened feature map by global pooling"
         ) from error
+    _check_poses(probe, x, group, tolerance)
+    odd = x[..., 1:, 1:] if x.shape[-1] % 2 == 0 else x
+    try:
+        with torch.no_grad():
+            probe(odd)
+    except (RuntimeError, ValueError):  # a network for one size of image
+        return
+    _check_poses(probe, odd, group, tolerance)
+
+
+@contextmanager
+def _path_in_errors(model: nn.Module) -> Iterator[None]:
+    """Puts the path of the leaf that ran last before the message of an error."""
+    last = ""
+
+    def hook(name: str) -> Callable[..., None]:
+        def enter(module: nn.Module, inputs: Any) -> None:
+            nonlocal last
+            last = name
+
+        return enter
+
+    leaves = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in leaves]
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"at {last}: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_poses(probe: nn.Module, x: Tensor, group: Group, tolerance: float) -> None:
+    at_size = f"under {group.name} at {x.shape[-2]}x{x.shape[-1]} pixels"
+    broken = first_broken_layer(probe, x, group, tolerance)
     if broken is not None:
         module = probe.get_submodule(broken)
         raise ValueError(
-            f"{broken} ({type(module).__name__}) is not equivariant under {group.name}: neither its output nor any "
-            "permutation of it follows the image. Look for a step just before it that treats some pixels or channels "
-            "unlike others, such as an asymmetric padding, a position embedding or a split of channels"
+            f"{broken} ({type(module).__name__}) is not equivariant {at_size}: neither its output nor any permutation "
+            "of it follows the image. Look for a step just before it that treats some pixels or channels unlike others: "
+            "an asymmetric padding, a functional pooling or stride, a position embedding, a split of channels"
         )
     with torch.no_grad():
         expected = probe(x)
@@ -367,112 +424,10 @@ def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
                 law = min(relative_error(value, y) for y in (expected, _regular(group, expected, g)))
                 if law > tolerance:
                     raise ValueError(
-                        f"the output of {type(model).__name__} is not equivariant under {group.name}, though each of its "
-                        "modules is: look for a step in its forward that treats some pixels or channels unlike others"
+                        f"the output of {type(probe).__name__} is not equivariant {at_size}, though each of its modules "
+                        "is: look for a step in its forward that treats some pixels or channels unlike others"
                     )
 
 
 def _regular(group: Group, y: Tensor, g: int) -> Tensor:
     return group.transform_features(y, g) if y.shape[1] % group.order == 0 else y
-
-
-# The basis a state_dict was made for. A checkpoint of another group can have tensors of the same shapes (p4 and d2), so
-# the state_dict itself says what it belongs to: N, reflections, basis.
-_PIXEL_BASIS = 0
-
-
-def _signature(group: Group) -> Tensor:
-    return torch.tensor([group.rotations, int(group.reflections), _PIXEL_BASIS])
-
-
-class Equivariant(nn.Module):
-    """What a converted network adds to its plain class."""
-
-    plain_class: type[nn.Module]
-    group: Group
-    group_pool: GroupPool
-    group_signature: Tensor
-
-    @property
-    def group_name(self) -> str:
-        """The canonical name of the group."""
-        return self.group.name
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As ``nn.Module.load_state_dict``, but refuses what belongs to another group, basis or architecture.
-
-        Raises:
-            ValueError: names the mismatch.
-        """
-        own = self.state_dict()
-        found = state_dict.get("group_signature")
-        if found is None and strict:
-            raise ValueError(
-                f"this checkpoint is of a plain network, or of another library: it does not say its group. The model is "
-                f"{type(self).__name__} over {self.group.name}"
-            )
-        if found is not None and found.tolist() != own["group_signature"].tolist():
-            rotations, reflections, basis = found.tolist()
-            name = Group(rotations, bool(reflections)).name
-            raise ValueError(
-                f"this checkpoint is of a {name} network (basis {basis}), the model is over {self.group.name} (basis "
-                f"{_PIXEL_BASIS}); create the {name}_... model to load it"
-            )
-        wrong = [
-            f"{key} is {tuple(state_dict[key].shape)}, not {tuple(own[key].shape)}"
-            for key in own
-            if key in state_dict and state_dict[key].shape != own[key].shape
-        ]
-        if strict:
-            wrong += [f"{key} is missing" for key in own if key not in state_dict]
-            wrong += [f"{key} is not in the model" for key in state_dict if key not in own]
-        if wrong:
-            rest = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise ValueError(
-                f"this checkpoint is of another architecture or width than {type(self).__name__} over {self.group.name}: "
-                f"{'; '.join(wrong[:3])}{rest}"
-            )
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class exists in this process only, so copies and pickles name the plain class that it was made of.
-        return _rebuild, (self.plain_class,), self.__dict__.copy()
-
-
-class EquivariantClassifier(Equivariant):
-    """A converted timm model: its head stays invariant through timm's own calls."""
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features (B, fields * |G|, H, W) to logits (B, num_classes), or to group-pooled features (B, fields).
-
-        Without a classifier (``num_classes=0``) or with ``pre_logits`` the features are pooled over pixels and over the
-        fibre, so that whatever a user puts on top is invariant. Without spatial pooling they stay regular fields.
-        """
-        y = super().forward_head(x, pre_logits=pre_logits)  # type: ignore[misc]
-        without_classifier = pre_logits or isinstance(self.get_classifier(), nn.Identity)  # type: ignore[operator]
-        return self.group_pool(y) if without_classifier and y.ndim == 2 else y
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None, **kwargs: Any) -> None:
-        """Replaces the classifier; see timm. The new one pools over the group like the old one."""
-        super().reset_classifier(num_classes, global_pool, **kwargs)  # type: ignore[misc]
-        plain = self.get_classifier()  # type: ignore[operator]
-        if type(plain) is nn.Linear:
-            order = self.group.order
-            new = InvariantLinear(self.group, plain.in_features // order, num_classes, True, self.group_pool.pool)
-            _initialize_like(new, plain, new.in_features)
-            path = next(name for name, module in self.named_modules() if module is plain)
-            self.set_submodule(path, new.to(plain.weight.device, plain.weight.dtype))
-            self.head_hidden_size = new.in_features
-        elif self.num_features % self.group.order == 0:
-            self.head_hidden_size = self.num_features // self.group.order
-
-
-@cache
-def _equivariant_class(plain: type[nn.Module]) -> type[nn.Module]:
-    mixin = EquivariantClassifier if hasattr(plain, "forward_head") else Equivariant
-    return type(f"Equivariant{plain.__name__}", (mixin, plain), {"__module__": __name__, "plain_class": plain})
-
-
-def _rebuild(plain: type[nn.Module]) -> nn.Module:
-    cls = _equivariant_class(plain)
-    return cls.__new__(cls)
