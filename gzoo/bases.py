@@ -21,6 +21,8 @@ from gzoo.groups import Group
 @cache
 def lifting_index(group: Group, size: int) -> Tensor:
     """Where filter[g](y) lies in the flattened w: (|G|, size, size), values below size^2."""
+    if size == 1:  # without pixels there is nothing to turn, so every group is exact, on the grid or not
+        return torch.zeros(group.order, 1, 1, dtype=torch.long)
     w = _flat_index(1, size)
     return torch.stack([group.transform_image(w[0], g) for g in range(group.order)]).squeeze(1)
 
@@ -28,10 +30,10 @@ def lifting_index(group: Group, size: int) -> Tensor:
 @cache
 def regular_index(group: Group, size: int) -> Tensor:
     """Where filter[g, h](y) lies in the flattened w: (|G|, |G|, size, size), values below |G| size^2."""
-    w = _flat_index(group.order, size)
-    if size == 1:  # without pixels there is nothing to turn, so every group is exact, on the grid or not
+    if size == 1:  # as above
         rows = [[group.multiply(group.inverse(g), h) for h in range(group.order)] for g in range(group.order)]
         return torch.tensor(rows)[..., None, None]
+    w = _flat_index(group.order, size)
     return torch.stack([group.transform_features(w, g) for g in range(group.order)]).squeeze(1)
 
 

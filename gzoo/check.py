@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gzoo.groups import Group
+from gzoo.nn import FibreNorm
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,18 @@ def _named(stages: list[Tensor]) -> dict[str, Tensor]:
     return {f"stage {i}": stage for i, stage in enumerate(stages)}
 
 
+def _leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Leaf modules by path. A `FibreNorm` is one: the norm in it sees fibres as rows, which follow no law of maps."""
+    children = [] if isinstance(module, FibreNorm) else list(module.named_children())
+    if not children:
+        yield path, module
+    for name, child in children:
+        yield from _leaves(child, f"{path}.{name}" if path else name)
+
+
 @contextmanager
 def _recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Collects the first output tensor of every leaf module, in order of execution."""
+    """Collects the first output tensor of every leaf, in order of execution."""
     outputs: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -149,8 +159,7 @@ def _recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
         return record
 
-    leaves = [(name, module) for name, module in model.named_modules() if not any(module.children())]
-    handles = [module.register_forward_hook(hook(name)) for name, module in leaves]
+    handles = [module.register_forward_hook(hook(name)) for name, module in _leaves(model)]
     try:
         yield outputs
     finally:
