@@ -9,11 +9,13 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import timm.layers as tl
 import torch
+from timm.layers.adaptive_avgmax_pool import AdaptiveCatAvgMaxPool2d
+from timm.models._pretrained import filter_pretrained_cfg
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
@@ -53,7 +55,7 @@ class Recipe:
 
     def at(self, path: str) -> "Recipe":
         """This recipe for the module called ``path``."""
-        return Recipe(self.group, self.match, self.widths, self.group_pool, self.first_conv, self.classifier, path)
+        return replace(self, path=path)
 
 
 Rule = Callable[[Any, Recipe], nn.Module]
@@ -175,7 +177,10 @@ def _pool(plain: Any, recipe: Recipe) -> nn.Module:
 
 
 # These reduce all pixels alike; a flattened map that still has pixels meets an error at the next layer.
-_REDUCTIONS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, tl.SelectAdaptivePool2d, tl.AdaptiveAvgMaxPool2d, nn.Flatten)
+_REDUCTIONS = (
+    *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten),
+    *(tl.SelectAdaptivePool2d, tl.AdaptiveAvgMaxPool2d, AdaptiveCatAvgMaxPool2d),
+)
 
 
 @rule(
@@ -201,8 +206,8 @@ def convert(
     """The equivariant counterpart of a plain CNN, freshly initialised; ``model`` itself stays as it is.
 
     Args:
-        model: a plain network (B, C, H, W) -> logits: a timm model or any ``nn.Module`` of known layers. Its classifier is
-            timm's, or else the linear layer that runs last.
+        model: a plain network (B, C, H, W) -> logits: a timm model or any ``nn.Module`` of known layers. Its classifier
+            is timm's, or else the linear layer that runs last.
         group: a name that `gzoo.groups.get` knows, or a group.
         match: what to keep of the plain network: its "params" (C / sqrt|G| fields for C channels), its "flops" (C / |G|
             fields, the cost of the plain network), or its "width" (C fields, C * |G| channels).
@@ -240,12 +245,14 @@ def convert_in_place(
     if first_conv is None:
         raise ValueError(f"{type(model).__name__} has no Conv2d; gzoo converts convolutional networks")
     recipe = Recipe(group, match, widths or {}, group_pool, first_conv, _classifier(model, order, output))
+    recipe = _with_doubled_width(model, recipe)
     for name in order[: order.index(first_conv)]:
         if type(model.get_submodule(name)) not in _RULES:
             raise ValueError(_unknown(name, model.get_submodule(name)))
     _update_channel_counts(model, recipe)
     converted = _walk(model, recipe, set(order[: order.index(first_conv)]), {})
     make_equivariant(converted, group, group_pool)
+    _rename(converted, group)
     return converted
 
 
@@ -318,8 +325,8 @@ def _classifier(model: nn.Module, order: list[str], output: Any) -> str | None:
     """The layer that makes the logits: timm's classifier, else the last to run if it is linear, or a convolution whose
     map is pooled to a vector; activations and dropout may follow."""
     if hasattr(model, "get_classifier"):
-        last = model.get_classifier()
-        return next((name for name, module in model.named_modules() if module is last), None)
+        classifier = model.get_classifier()  # type: ignore[operator]
+        return next((name for name, module in model.named_modules() if module is classifier), None)
     rules = {name: _RULES.get(type(model.get_submodule(name))) for name in order}
     last = next((name for name in reversed(order) if rules[name] is not _unchanged), None)
     module = None if last is None else model.get_submodule(last)
@@ -332,7 +339,16 @@ def _classifier(model: nn.Module, order: list[str], output: Any) -> str | None:
     return last if type(module) is nn.Linear and not reduced_later else None
 
 
-def _update_channel_counts(model: nn.Module, recipe: Recipe) -> None:
+def _with_doubled_width(model: nn.Module, recipe: Recipe) -> Recipe:
+    """This recipe, with twice the fields in twice the features where timm's "catavgmax" pooling doubles them."""
+    channels = getattr(model, "num_features", None)
+    pools = (module for module in model.modules() if isinstance(module, tl.SelectAdaptivePool2d))
+    if isinstance(channels, int) and any(pool.feat_mult() == 2 for pool in pools):
+        return replace(recipe, widths={2 * channels: 2 * recipe.fields(channels), **recipe.widths})
+    return recipe
+
+
+def _update_channel_counts(model: Any, recipe: Recipe) -> None:
     """Brings the channel counts that timm's code reads back from its models up to date."""
     order = recipe.group.order
     for module in (model, getattr(model, "head", None)):
@@ -344,6 +360,15 @@ def _update_channel_counts(model: nn.Module, recipe: Recipe) -> None:
     info = getattr(model, "feature_info", None)
     for level in getattr(info, "info", info) or ():
         level["num_chs"] = recipe.fields(level["num_chs"]) * order
+
+
+def _rename(model: Any, group: Group) -> None:
+    """Names the network in timm's config after its group, and drops where the plain weights came from."""
+    config = getattr(model, "pretrained_cfg", None)
+    if config:
+        config = filter_pretrained_cfg(config, remove_source=True) | {"tag": None}
+        config["architecture"] = f"{group.name}_{config.get('architecture')}"
+        model.pretrained_cfg = model.default_cfg = config
 
 
 def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
@@ -413,8 +438,8 @@ def _check_poses(probe: nn.Module, x: Tensor, group: Group, tolerance: float) ->
         module = probe.get_submodule(broken)
         raise ValueError(
             f"{broken} ({type(module).__name__}) is not equivariant {at_size}: neither its output nor any permutation "
-            "of it follows the image. Look for a step just before it that treats some pixels or channels unlike others: "
-            "an asymmetric padding, a functional pooling or stride, a position embedding, a split of channels"
+            "of it follows the image. Look for a step just before it that treats some pixels or channels unlike "
+            "others: an asymmetric padding, a functional pooling or stride, a position embedding, a split of channels"
         )
     with torch.no_grad():
         expected = probe(x)
@@ -424,8 +449,8 @@ def _check_poses(probe: nn.Module, x: Tensor, group: Group, tolerance: float) ->
                 law = min(relative_error(value, y) for y in (expected, _regular(group, expected, g)))
                 if law > tolerance:
                     raise ValueError(
-                        f"the output of {type(probe).__name__} is not equivariant {at_size}, though each of its modules "
-                        "is: look for a step in its forward that treats some pixels or channels unlike others"
+                        f"the output of {type(probe).__name__} is not equivariant {at_size}, though each of its "
+                        "modules is: look for a step in its forward that treats some pixels or channels unlike others"
                     )
 
 

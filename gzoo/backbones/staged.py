@@ -56,7 +56,7 @@ class StagedCNN(nn.Module):
         ]
         self.num_features = stages[-1].channels
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
-        self.head_hidden_size = self.num_features
+        self.head_hidden_size = self.head.num_features
         module: Any
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -82,6 +82,7 @@ class StagedCNN(nn.Module):
         """Replaces the final layer; see timm."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, in_features=self.num_features)
+        self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(
         self,
@@ -110,7 +111,7 @@ class StagedCNN(nn.Module):
         """Drops the stages and the head that ``indices`` do not need; see timm."""
         take, last = feature_take_indices(len(self.stages), indices)
         self.stages = self.stages[: last + 1]
-        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        self.num_features = self.feature_info[last]["num_chs"]
         if prune_head:
             self.reset_classifier(0, "")
         return take

@@ -1,5 +1,6 @@
 """Layers whose filter is expanded from a smaller weight; in eval mode the filter is kept until the weight changes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,9 +44,10 @@ class ExpandedLayer(nn.Module):
         self._cached = None
         return super().train(mode)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> "ExpandedLayer":  # .to(), .half(), .cuda(): same version, new data
-        self._cached = None
-        return super()._apply(*args, **kwargs)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExpandedLayer":
+        self._cached = None  # .to(), .half(), .cuda(): same version, new data
+        # In two dimensions: .to(memory_format=torch.channels_last) rejects kernels, whose dimensions are no image's.
+        return super()._apply(lambda x: fn(x.flatten(1)).view(x.shape) if x.ndim > 2 else fn(x), recurse)
 
     def __getstate__(self) -> dict[str, Any]:  # deepcopy and pickle
         return {**self.__dict__, "_cached": None}

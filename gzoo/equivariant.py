@@ -1,0 +1,167 @@
+"""What a converted network adds to its plain class: a head that stays invariant, a state_dict that knows its group.
+
+The plain network keeps its class, and with it its forward and timm's calls; `make_equivariant` puts one of the classes
+here in front of it.
+"""
+
+from collections.abc import Collection, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gzoo.groups import Group
+from gzoo.nn import GroupConv2d, GroupPool, InvariantLinear
+from gzoo.nn.linear import Pooling
+
+# The kernel bases that a state_dict can be made for, by the number in its signature.
+_BASES = ("pixel",)
+
+_SIGNATURE = "group_signature"
+
+
+def make_equivariant(model: nn.Module, group: Group, pool: Pooling) -> None:
+    """Gives ``model``, in place, the class that its plain class and `Equivariant` make.
+
+    Args:
+        model: a network whose layers are converted already.
+        group: its group.
+        pool: how its head pools a fibre.
+    """
+    # A checkpoint of another group can have tensors of the same shapes (p4 and d2), so the state_dict itself says what
+    # it belongs to: N, reflections, basis.
+    signature = torch.tensor([group.rotations, int(group.reflections), _BASES.index("pixel")])
+    model.register_buffer(_SIGNATURE, signature)
+    model.__class__ = _equivariant_class(type(model))  # type: ignore[arg-type]  # mypy: a class is hashable
+    assert isinstance(model, Equivariant)
+    model.group = group
+    object.__setattr__(model, "group_pool", GroupPool(group.order, pool))  # no child: an nn.Sequential runs those
+
+
+class Equivariant(nn.Module):
+    """A converted network of any kind."""
+
+    plain_class: type[nn.Module]
+    group: Group
+    group_pool: GroupPool
+
+    @property
+    def group_name(self) -> str:
+        """The canonical name of the group."""
+        return self.group.name
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As ``nn.Module.load_state_dict``, but refuses what belongs to another group, basis or architecture.
+
+        Raises:
+            ValueError: names the mismatch.
+        """
+        if strict or _SIGNATURE in state_dict:
+            require_same_group(self, state_dict)
+        own = self.state_dict()
+        require_same_shapes(self, state_dict, own)
+        if strict:
+            require_same_keys(self, state_dict, own)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class exists in this process only, so copies and pickles name the plain class that it was made of.
+        return _rebuild, (self.plain_class,), self.__dict__.copy()
+
+
+class EquivariantClassifier(Equivariant):
+    """A converted timm model: its head stays invariant through timm's own calls."""
+
+    num_features: int
+    head_hidden_size: int
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features (B, fields * |G|, H, W) to logits (B, num_classes), or to group-pooled features (B, fields).
+
+        Without a classifier (``num_classes=0``) or with ``pre_logits`` the features are pooled over pixels and over the
+        fibre, so that whatever a user puts on top is invariant. Without spatial pooling they stay regular fields.
+        """
+        y = super().forward_head(x, pre_logits=pre_logits)  # type: ignore[misc]
+        without_classifier = pre_logits or isinstance(self.get_classifier(), nn.Identity)  # type: ignore[operator]
+        return self.group_pool(y) if without_classifier and y.ndim == 2 else y
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, **kwargs: Any) -> None:
+        """Replaces the classifier; see timm. The new one pools over the group like the old one."""
+        order, pool = self.group.order, self.group_pool.pool
+        self.head_hidden_size *= order  # timm's code counts channels, where there are any to count anew
+        try:
+            super().reset_classifier(num_classes, global_pool, **kwargs)  # type: ignore[misc]
+        finally:
+            self.head_hidden_size //= order
+        plain = self.get_classifier()  # type: ignore[operator]
+        new: nn.Module
+        if type(plain) is nn.Linear:
+            new = InvariantLinear(self.group, plain.in_features // order, num_classes, True, pool)
+        elif type(plain) is nn.Conv2d:  # logits at every pixel
+            convolution = GroupConv2d(self.group, plain.in_channels // order, num_classes, 1)
+            new = nn.Sequential(convolution, GroupPool(order, pool))
+        else:
+            return
+        path = next(name for name, module in self.named_modules() if module is plain)
+        self.set_submodule(path, new.to(plain.weight).train(self.training))
+
+
+@cache
+def _equivariant_class(plain: type[nn.Module]) -> type[Equivariant]:
+    mixin = EquivariantClassifier if hasattr(plain, "forward_head") else Equivariant
+    return type(f"Equivariant{plain.__name__}", (mixin, plain), {"__module__": __name__, "plain_class": plain})
+
+
+def _rebuild(plain: type[nn.Module]) -> nn.Module:
+    cls = _equivariant_class(plain)  # type: ignore[arg-type]  # mypy: a class is hashable
+    return cls.__new__(cls)
+
+
+def require_same_group(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Raises ValueError unless model and checkpoint are over the same group and basis, or both plain."""
+    own, found = dict(model.named_buffers()).get(_SIGNATURE), state_dict.get(_SIGNATURE)
+    own_values, found_values = (None if signature is None else signature.tolist() for signature in (own, found))
+    if own_values != found_values:
+        raise ValueError(
+            f"this checkpoint is of {_kind(found_values)}, but the model is {_kind(own_values)}: their weights mean "
+            "different filters. Create the model that the checkpoint was saved from, or give a checkpoint of this one"
+        )
+
+
+def _kind(signature: list[int] | None) -> str:
+    if signature is None:
+        return "a plain network (or one of another library: it names no group)"
+    if len(signature) != 3:
+        return "a network of a newer gzoo"
+    rotations, reflections, basis = signature
+    kernels = f"the {_BASES[basis]} basis" if 0 <= basis < len(_BASES) else f"basis {basis}, of a newer gzoo"
+    return f"a {Group(rotations, bool(reflections)).name} network in {kernels}"
+
+
+def require_same_keys(
+    model: nn.Module, state_dict: Mapping[str, Any], own: Mapping[str, Any], besides: Collection[str] = ()
+) -> None:
+    """Raises ValueError if the checkpoint has other entries than the model; those in ``besides`` may differ."""
+    wrong = [f"{key} is missing" for key in own if key not in state_dict and key not in besides]
+    wrong += [f"{key} is not in the model" for key in state_dict if key not in own and key not in besides]
+    _refuse(model, wrong)
+
+
+def require_same_shapes(model: nn.Module, state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raises ValueError if an entry of the checkpoint has another shape than the model's."""
+    wrong = [
+        f"{key} is {tuple(state_dict[key].shape)}, not {tuple(own[key].shape)}"
+        for key in own
+        if key in state_dict and state_dict[key].shape != own[key].shape
+    ]
+    _refuse(model, wrong)
+
+
+def _refuse(model: nn.Module, wrong: list[str]) -> None:
+    if wrong:
+        rest = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"this checkpoint is of another architecture or width than the {type(model).__name__}: "
+            f"{'; '.join(wrong[:3])}{rest}. Create the model that it was saved from"
+        )
