@@ -142,18 +142,20 @@ def _kind(signature: list[int] | None) -> str:
 def require_same_keys(
     model: nn.Module, state_dict: Mapping[str, Any], own: Mapping[str, Any], besides: Collection[str] = ()
 ) -> None:
-    """Raises ValueError if the checkpoint has other entries than the model; those in ``besides`` may differ."""
+    """Raises ValueError if the checkpoint has other entries than the model; ``besides`` may be in one only."""
     wrong = [f"{key} is missing" for key in own if key not in state_dict and key not in besides]
     wrong += [f"{key} is not in the model" for key in state_dict if key not in own and key not in besides]
     _refuse(model, wrong)
 
 
-def require_same_shapes(model: nn.Module, state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raises ValueError if an entry of the checkpoint has another shape than the model's."""
+def require_same_shapes(
+    model: nn.Module, state_dict: Mapping[str, Any], own: Mapping[str, Any], besides: Collection[str] = ()
+) -> None:
+    """Raises ValueError if an entry of the checkpoint has another shape than the model's; ``besides`` may."""
     wrong = [
         f"{key} is {tuple(state_dict[key].shape)}, not {tuple(own[key].shape)}"
         for key in own
-        if key in state_dict and state_dict[key].shape != own[key].shape
+        if key in state_dict and key not in besides and state_dict[key].shape != own[key].shape
     ]
     _refuse(model, wrong)
 

@@ -3,11 +3,13 @@
 import functools
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import timm
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models._pretrained import PretrainedCfg
 from torch import nn
 
 from gzoo import backbones, groups, weights
@@ -116,7 +118,7 @@ ENTRIES = (
     Entry(None, "resnet110"),
     Entry(None, "resnet26_cifar", paper=_COHEN_WELLING),
     Entry(None, "allcnnc", paper="arXiv:1412.6806"),
-    Entry(None, "cnn7", paper=_COHEN_WELLING),
+    Entry(None, "cnn7", weights=("rotmnist",), paper=_COHEN_WELLING),
     Entry("p4", "resnet20"),
     Entry("p4", "resnet32"),
     Entry("p4", "resnet44"),
@@ -124,7 +126,7 @@ ENTRIES = (
     Entry("p4", "resnet110"),
     Entry("p4", "resnet26_cifar"),
     Entry("p4", "allcnnc", paper=_COHEN_WELLING),
-    Entry("p4", "cnn7", group_pool="max", paper=_COHEN_WELLING),
+    Entry("p4", "cnn7", group_pool="max", weights=("rotmnist",), paper=_COHEN_WELLING),
     Entry("p4", "resnet18"),
     Entry("p4", "resnet50"),
     Entry("p4", "convnext_atto"),
@@ -135,7 +137,7 @@ ENTRIES = (
     Entry("p4m", "resnet110"),
     Entry("p4m", "resnet26_cifar", paper=_COHEN_WELLING),
     Entry("p4m", "allcnnc", widths={96: 32, 192: 64}, paper=_COHEN_WELLING),
-    Entry("p4m", "cnn7", group_pool="max"),
+    Entry("p4m", "cnn7", group_pool="max", weights=("rotmnist",)),
     Entry("p4m", "resnet18"),
     Entry("p4m", "resnet50"),
     Entry("p4m", "convnext_atto"),
@@ -162,15 +164,40 @@ def _configs(entry: Entry) -> dict[str, dict[str, Any]]:
 
 
 def _factory(entry: Entry) -> Callable[..., nn.Module]:
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        # "getter" takes the stages from forward_intermediates, so a features_only model keeps its group and its checks.
-        features = {"feature_cls": "getter", "out_indices": None}
-        return build_model_with_cfg(entry.build, entry.name, pretrained, feature_cfg=features, **kwargs)
+    def create(
+        pretrained: bool = False,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> nn.Module:
+        overlay = {"hf_hub_filename": weights.FILENAME, **(pretrained_cfg_overlay or {})}
+        config = _resolve(entry, pretrained_cfg, overlay)
+        with weights.explained(config) if pretrained else nullcontext():
+            return build_model_with_cfg(
+                entry.build,
+                entry.name,
+                pretrained,
+                pretrained_cfg=pretrained_cfg,
+                pretrained_cfg_overlay=overlay,
+                pretrained_filter_fn=weights.require_fit,
+                # The getter takes the stages from forward_intermediates, so a features_only model keeps its group.
+                feature_cfg={"feature_cls": "getter", "out_indices": None},
+                **kwargs,
+            )
 
     create.__name__ = create.__qualname__ = entry.name
     create.__module__ = __name__
     create.__doc__ = f"{entry.backbone} over {entry.group or 'no group: the plain network'}. {entry.paper}".strip()
     return create
+
+
+def _resolve(entry: Entry, pretrained_cfg: Any, overlay: dict[str, Any]) -> PretrainedCfg:
+    try:
+        return resolve_pretrained_cfg(entry.name, pretrained_cfg, overlay)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{entry.name} has no weights with the tag {pretrained_cfg!r}; it has {', '.join(entry.weights) or 'none'}"
+        ) from error
 
 
 default_cfgs = generate_default_cfgs({name: cfg for entry in ENTRIES for name, cfg in _configs(entry).items()})
