@@ -268,7 +268,7 @@ def _walk(module: nn.Module, recipe: Recipe, before_lifting: set[str], done: dic
         setattr(module, name, done[child])
     if type(module) in _RULES:
         try:
-            return _RULES[type(module)](module, recipe)
+            return _like(module, _RULES[type(module)](module, recipe))
         except ValueError as error:
             raise ValueError(f"{path or type(module).__name__}: {error}") from error
     own = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
@@ -276,6 +276,14 @@ def _walk(module: nn.Module, recipe: Recipe, before_lifting: set[str], done: dic
     if own or (is_leaf and type(module) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         raise ValueError(_unknown(path, module, own))
     return module
+
+
+def _like(plain: nn.Module, new: nn.Module) -> nn.Module:
+    """``new`` in the mode, on the device and in the dtype of ``plain``."""
+    tensor = next((parameter for parameter in plain.parameters() if parameter.is_floating_point()), None)
+    if new is plain or tensor is None:
+        return new if new is plain else new.train(plain.training)
+    return new.train(plain.training).to(tensor.device, tensor.dtype)
 
 
 def _unknown(path: str, module: nn.Module, own: list[str] | None = None) -> str:

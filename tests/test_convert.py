@@ -1,0 +1,555 @@
+"""The recipe: plain networks become exact, keep what match says, and what cannot be converted is named."""
+
+import copy
+import io
+import pickle
+
+import hypothesis.strategies as st
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from torch import nn
+
+import gzoo
+from gzoo import groups
+from gzoo.check import relative_error
+from gzoo.convert import _RULES, convert_in_place
+from gzoo.nn import GroupConv2d, InvariantLinear, LiftingConv2d
+from tests.conftest import GRID_GROUPS, random_image, with_random_statistics, worst_error
+
+
+class Network(nn.Module):
+    """Layers by name and a forward given as a function."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        self.run = forward
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def conv(width_in, width_out, kernel=3, **options):
+    return nn.Conv2d(width_in, width_out, kernel, padding=options.pop("padding", kernel // 2), **options)
+
+
+def head(width):
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5)]
+
+
+def small(width=24):
+    """The plainest of networks."""
+    return nn.Sequential(conv(3, 16), nn.BatchNorm2d(16), nn.ReLU(), conv(16, width), nn.ReLU(), *head(width))
+
+
+def image(size=(9, 9), channels=3):
+    return random_image(channels, size)
+
+
+# What converts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("match", ["params", "flops", "width"])
+@pytest.mark.parametrize("group", GRID_GROUPS)
+def test_a_converted_sequential_is_invariant_at_every_size(group, match):
+    model = with_random_statistics(gzoo.convert(small(), group, match)).eval()
+    for size in ((8, 8), (9, 9), (7, 12)):
+        assert gzoo.check(model, size).worst < 1e-12
+    assert worst_error(model, group, image(), "image", "invariant") < 1e-12
+
+
+def test_a_plain_sequential_is_not_invariant():
+    assert gzoo.check(with_random_statistics(small()).eval(), 9, group=groups.get("p4")).worst > 1e-3
+
+
+KINDS = {
+    "max pool": lambda: nn.Sequential(conv(3, 8), nn.ReLU(), nn.MaxPool2d(2), conv(8, 16), *head(16)),
+    "pool on the image": lambda: nn.Sequential(nn.AvgPool2d(2), conv(3, 16), nn.ReLU(), conv(16, 16), *head(16)),
+    "norm on the image": lambda: nn.Sequential(nn.BatchNorm2d(3), conv(3, 16), nn.ReLU(), *head(16)),
+    "even kernels": lambda: nn.Sequential(conv(3, 16, 2, stride=2), nn.GELU(), conv(16, 16, 4, stride=3), *head(16)),
+    "depthwise": lambda: nn.Sequential(conv(3, 16), nn.SiLU(), conv(16, 16, groups=16), conv(16, 24, 1), *head(24)),
+    "grouped": lambda: nn.Sequential(conv(3, 16), nn.ReLU(), conv(16, 16, groups=2), *head(16)),
+    "group norm": lambda: nn.Sequential(conv(3, 16), nn.GroupNorm(4, 16), nn.ReLU(), *head(16)),
+    "instance norm": lambda: nn.Sequential(conv(3, 16), nn.InstanceNorm2d(16, affine=True), nn.ReLU(), *head(16)),
+    "hidden linear": lambda: nn.Sequential(
+        conv(3, 16), nn.ReLU(), *head(16)[:2], nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 5)
+    ),
+    "sigmoid at the end": lambda: nn.Sequential(conv(3, 16), nn.ReLU(), *head(16), nn.Dropout(), nn.Sigmoid()),
+    "convolution at the end": lambda: nn.Sequential(conv(3, 16), nn.ReLU(), conv(16, 5, 1), *head(5)[:2]),
+    "adaptive pool of 3x3 and a mean": lambda: Network(
+        lambda self, x: self.fc(self.pool(self.conv(x).relu()).mean((2, 3))),
+        conv=conv(3, 16),
+        pool=nn.AdaptiveAvgPool2d(3),
+        fc=nn.Linear(16, 5),
+    ),
+    "padding modes": lambda: nn.Sequential(
+        conv(3, 16, padding_mode="reflect"), nn.ReLU(), conv(16, 16, stride=2, padding_mode="circular"), *head(16)
+    ),
+    "a convolution at two places": lambda: (
+        lambda twice: nn.Sequential(conv(3, 16), nn.ReLU(), twice, nn.ReLU(), twice, *head(16))
+    )(conv(16, 16)),
+    "a norm at two places": lambda: (
+        lambda twice: nn.Sequential(conv(3, 16), twice, nn.ReLU(), conv(16, 16), twice, *head(16))
+    )(nn.BatchNorm2d(16)),
+    "residual": lambda: Network(
+        lambda self, x: self.head((self.stem(x) + self.body(self.stem(x))).relu()),
+        stem=conv(3, 16),
+        body=nn.Sequential(conv(16, 16), nn.BatchNorm2d(16)),
+        head=nn.Sequential(*head(16)),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", ["p4", "p4m"])
+def test_networks_of_known_layers_convert_to_exact_ones_with_the_same_logits(group, kind):
+    plain = KINDS[kind]().eval()
+    model = with_random_statistics(gzoo.convert(plain, group)).eval()
+    for size in ((16, 16), (17, 17), (15, 20)):
+        assert worst_error(model, group, image(size), "image", "invariant") < 1e-12
+    assert model(image()).shape == plain(image().float()).shape
+
+
+@pytest.mark.parametrize("group", ["p4", "p4m"])
+@pytest.mark.parametrize("match", ["params", "flops", "width"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "convnext_atto"])
+def test_timm_networks_convert(name, match, group):
+    # Thin, so that the wide match is small too; the zoo's own widths: tests/test_backbones.py.
+    thin = {
+        "resnet18": {"channels": (16, 16, 32, 32), "stem_width": 16},
+        "resnet50": {"channels": (16, 16, 32, 32), "stem_width": 16, "layers": (1, 2, 1, 1)},
+        "convnext_atto": {"dims": (16, 16, 32, 32), "depths": (1, 1, 2, 1)},
+    }[name]
+    plain = timm.create_model(name, num_classes=5, **thin)
+    model = with_random_statistics(gzoo.convert(plain, group, match)).eval()
+    assert gzoo.check(model, (37, 50)).worst < 1e-12
+    assert isinstance(model, type(plain))
+
+
+# What match keeps ---------------------------------------------------------------------------------------------------
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def deep(width):
+    return nn.Sequential(
+        conv(3, width), nn.ReLU(), conv(width, width), nn.ReLU(), conv(width, width), nn.ReLU(), *head(width)
+    )
+
+
+@pytest.mark.parametrize("group", ["c2", "p4", "d2", "p4m"])
+def test_match_params_keeps_the_number_of_parameters(group):
+    assert abs(parameters(convert_in_place(deep(96), group)) / parameters(deep(96)) - 1) < 0.05
+
+
+@pytest.mark.parametrize(("match", "fields"), [("params", 34), ("flops", 12), ("width", 96)])
+def test_match_sets_the_number_of_fields(match, fields):
+    model = convert_in_place(nn.Sequential(conv(3, 96), nn.ReLU(), *head(96)), "p4m", match)
+    assert model[0].out_fields == fields
+
+
+def test_match_flops_keeps_the_width_of_the_filters():
+    model = convert_in_place(deep(96), "p4m", "flops")
+    assert model[2].filter().shape == deep(96)[2].weight.shape
+
+
+def test_widths_overrule_match():
+    model = gzoo.convert(small(), "p4m", widths={16: 3, 24: 5})
+    assert (model[0].out_fields, model[3].out_fields) == (3, 5)
+
+
+def test_the_group_pool_of_the_classifier_is_the_one_asked_for():
+    assert gzoo.convert(small(), "p4", group_pool="max")[-1].group_pool.pool == "max"
+
+
+def test_over_c1_a_network_keeps_its_parameters():
+    assert parameters(gzoo.convert(small(), "c1")) == parameters(small())
+
+
+# What stays ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_plain_network_stays_as_it_is():
+    plain = timm.create_model("resnet18", num_classes=5, channels=(8, 8, 8, 8), stem_width=8)
+    plain.train()
+    before, text = copy.deepcopy(plain.state_dict()), repr(plain)
+    gzoo.convert(plain, "p4")
+    assert repr(plain) == text
+    assert plain.training
+    assert plain.num_features == 8
+    assert list(plain.state_dict()) == list(before)
+    assert all(value.equal(before[name]) for name, value in plain.state_dict().items())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in plain.modules())
+
+
+def test_the_converted_network_keeps_no_hooks():
+    model = gzoo.convert(small(), "p4")
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_kept(training):
+    model = gzoo.convert(small().train(training), "p4")
+    assert all(module.training == training for module in model.modules())
+
+
+def test_the_dtype_is_kept():
+    assert {p.dtype for p in gzoo.convert(small().double(), "p4").parameters()} == {torch.float64}
+
+
+def test_the_first_convolution_lifts_and_the_classifier_is_invariant():
+    model = gzoo.convert(small(), "p4")
+    assert type(model[0]) is LiftingConv2d
+    assert type(model[3]) is GroupConv2d
+    assert type(model[-1]) is InvariantLinear
+
+
+def test_a_converted_network_says_its_group():
+    model = gzoo.convert(small(), "d4")
+    assert model.group == groups.get("p4m")
+    assert model.group_name == "p4m"
+
+
+def test_weights_keep_the_size_of_the_plain_ones_for_their_fan_in():
+    plain = deep(96)
+    model = convert_in_place(copy.deepcopy(plain), "p4")
+    for i in (0, 2, 4):
+        expected = plain[i].weight.std() * (plain[i].weight[0].numel() / model[i].weight[0].numel()) ** 0.5
+        assert model[i].weight.std().item() == pytest.approx(expected.item(), rel=0.05)
+
+
+def test_the_same_seed_gives_the_same_weights():
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        models.append(gzoo.convert(small(), "p4"))
+    assert models[0][0].weight.equal(models[1][0].weight)
+
+
+# Copies and checkpoints ---------------------------------------------------------------------------------------------
+
+
+def through_a_file(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": through_a_file,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
+def test_copies_keep_class_group_and_result(name, how):
+    thin = (
+        {"channels": (8, 8, 8, 8), "stem_width": 8}
+        if name == "resnet18"
+        else {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1)}
+    )
+    model = gzoo.convert(timm.create_model(name, num_classes=5, **thin), "p4").eval()
+    copied, x = COPIES[how](model), torch.randn(1, 3, 32, 32)
+    assert type(copied) is type(model)
+    assert copied.group == model.group
+    assert copied(x).equal(model(x))
+
+
+def test_a_state_dict_reloads_exactly():
+    model, other = gzoo.convert(small(), "p4").eval(), gzoo.convert(small(), "p4").eval()
+    other.load_state_dict(model.state_dict())
+    x = image().float()
+    assert other(x).equal(model(x))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            lambda: gzoo.convert(small(), "d2", widths={16: 8, 24: 12}),
+            "this checkpoint is of a d2 network .* p4 network",
+        ),
+        (lambda: gzoo.convert(small(32), "p4"), "another architecture or width than .*: 3.weight is .*, not"),
+        (small, "this checkpoint is of a plain network .* p4 network"),
+    ],
+)
+def test_a_checkpoint_of_another_group_or_width_is_refused(other, message):
+    with pytest.raises(ValueError, match=message):
+        gzoo.convert(small(), "p4").load_state_dict(other().state_dict())
+
+
+# What cannot be converted -------------------------------------------------------------------------------------------
+
+
+class Position(nn.Module):
+    """A learned number for every pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(1, 16, 64, 64))
+
+    def forward(self, x):
+        return x + self.embedding
+
+
+REFUSED = {
+    "unknown module": (
+        lambda: nn.Sequential(conv(3, 16), nn.PReLU(), *head(16)),
+        r"^1 is a torch\.nn\.modules\.activation\.PReLU with parameters of its own \(weight\), .* gzoo.convert.rule",
+    ),
+    "unknown module without parameters": (
+        lambda: nn.Sequential(conv(3, 16), nn.Upsample(scale_factor=2), *head(16)),
+        r"^1 is a torch\.nn\.modules\.upsampling\.Upsample, which gzoo has no equivariant counterpart for",
+    ),
+    "unknown module before the first convolution": (
+        lambda: nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv(3, 16), *head(16)),
+        r"^0 is a torch\.nn\.modules\.padding\.ZeroPad2d",
+    ),
+    "position embedding": (
+        lambda: nn.Sequential(conv(3, 16), Position(), *head(16)),
+        r"^1 is a .*Position with parameters of its own \(embedding\)",
+    ),
+    "asymmetric functional pad": (
+        lambda: Network(
+            lambda self, x: self.head(self.second(F.pad(self.first(x), (0, 1, 0, 1)))),
+            first=conv(3, 16),
+            second=conv(16, 16, 2, padding=0),
+            head=nn.Sequential(*head(16)),
+        ),
+        r"^second \(GroupConv2d\) is not equivariant under p4 at 64x64 pixels: .*an asymmetric padding",
+    ),
+    "functional pool": (
+        lambda: Network(
+            lambda self, x: self.head(self.second(F.max_pool2d(self.first(x), 2))),
+            first=conv(3, 16),
+            second=conv(16, 16),
+            head=nn.Sequential(*head(16)),
+        ),
+        r"^second \(GroupConv2d\) is not equivariant under p4 at 63x63 pixels: .*a functional pooling",
+    ),
+    "crop": (
+        lambda: Network(
+            lambda self, x: self.second(self.first(x)[:, :, 1:, 1:]).mean((2, 3)), first=conv(3, 16), second=conv(16, 5)
+        ),
+        r"^second\.0 \(GroupConv2d\) is not equivariant under p4",
+    ),
+    "step after the last module": (
+        lambda: Network(lambda self, x: self.first(x)[:, :, :, :3].mean((2, 3)), first=conv(3, 16)),
+        r"the output of EquivariantNetwork is not equivariant under p4 .*, though each of its modules is",
+    ),
+    "split of channels": (
+        lambda: Network(
+            lambda self, x: self.second(self.first(x).roll(1, 1)).mean((2, 3)), first=conv(3, 16), second=conv(16, 8)
+        ),
+        r"^second\.0 \(GroupConv2d\) is not equivariant under p4 .* a split of channels",
+    ),
+    "flattened map": (
+        lambda: nn.Sequential(conv(3, 16), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 5)),
+        r"(^2 \(Flatten\) is not equivariant|does not run \(at 3: )",
+    ),
+    "kernel that is not square": (
+        lambda: nn.Sequential(conv(3, 16), nn.Conv2d(16, 16, (1, 3)), *head(16)),
+        r"^1: kernel_size=\(1, 3\) differs between the axes",
+    ),
+    "grouped convolution that does not fit": (
+        lambda: nn.Sequential(conv(3, 24), nn.ReLU(), conv(24, 24, groups=8), *head(24)),
+        r"^2: groups=8 does not divide a width of 12; the nearest that works: 8 or 16",
+    ),
+    "layer norm over pixels": (
+        lambda: nn.Sequential(conv(3, 16), nn.LayerNorm((16, 64, 64)), *head(16)),
+        r"^1: layer norm over \(16, 64, 64\) holds one parameter per pixel; norm channels only",
+    ),
+    "concatenated widths that round apart": (
+        lambda: Network(
+            lambda self, x: self.head(self.last(torch.cat((self.left(self.stem(x)), self.right(self.stem(x))), 1))),
+            stem=conv(3, 16),
+            left=conv(16, 11),
+            right=conv(16, 11),
+            last=conv(22, 8),
+            head=nn.Sequential(*head(8)),
+        ),
+        r"does not run \(at last: x of shape .* Plain widths that are added, concatenated or flattened must",
+    ),
+    "network without a convolution": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 5)),
+        r"^Sequential has no Conv2d; gzoo converts convolutional networks",
+    ),
+    "network without anything": (lambda: nn.Sequential(), r"^Sequential has no Conv2d"),
+    "network that does not run": (
+        lambda: nn.Sequential(conv(3, 16), *head(8)),
+        r"^Sequential does not run on a random image of \(2, 3, 64, 64\): ",
+    ),
+    "equivariant network": (
+        lambda: gzoo.convert(small(), "p4"),
+        r"^EquivariantSequential is equivariant already; convert the plain network",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_converted_is_named(what):
+    build, message = REFUSED[what]
+    with pytest.raises(ValueError, match=message):
+        gzoo.convert(build(), "p4", "width" if what == "flattened map" else "params")
+
+
+def test_an_unknown_match_is_refused_with_those_that_are_known():
+    with pytest.raises(ValueError, match="match is 'size'; accepted are 'params', 'flops', 'width'"):
+        gzoo.convert(small(), "p4", "size")
+
+
+def test_an_unknown_group_is_refused():
+    with pytest.raises(ValueError, match="unknown group 'p6'; accepted are p4"):
+        gzoo.convert(small(), "p6")
+
+
+def test_a_group_off_the_grid_names_the_first_convolution():
+    with pytest.raises(ValueError, match=r"^0: c8 turns a 3x3 kernel between the pixels"):
+        gzoo.convert(small(), "c8")
+
+
+def test_a_refused_network_is_left_as_it_was():
+    plain = nn.Sequential(conv(3, 16), nn.BatchNorm2d(16), nn.PReLU(), *head(16))
+    before = repr(plain)
+    with pytest.raises(ValueError, match="PReLU"):
+        gzoo.convert(plain, "p4")
+    assert repr(plain) == before
+
+
+# Rules of one's own -------------------------------------------------------------------------------------------------
+
+
+class Scale(nn.Module):
+    """Multiplies each channel by a number of its own."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.factor = nn.Parameter(torch.randn(channels, 1, 1))
+
+    def forward(self, x):
+        return x * self.factor
+
+
+class FibreScale(Scale):
+    def __init__(self, fields, order):
+        super().__init__(fields)
+        self.order = order
+
+    def forward(self, x):
+        return x * self.factor.repeat_interleave(self.order, 0)
+
+
+@pytest.fixture
+def rules():
+    """Rules that a test adds are forgotten after it."""
+    known = dict(_RULES)
+    yield
+    _RULES.clear()
+    _RULES.update(known)
+
+
+@pytest.mark.usefixtures("rules")
+def test_a_taught_module_converts():
+    plain = nn.Sequential(conv(3, 16), Scale(16), nn.ReLU(), *head(16))
+    with pytest.raises(ValueError, match=r"1 is a .*Scale"):
+        gzoo.convert(plain, "p4m")
+
+    @gzoo.rule(Scale)
+    def scale(plain, recipe):
+        return FibreScale(recipe.fields(plain.factor.numel()), recipe.group.order)
+
+    model = gzoo.convert(plain, "p4m").double()
+    assert type(model[1]) is FibreScale
+    assert worst_error(model, "p4m", image(), "image", "invariant") < 1e-12
+
+
+@pytest.mark.usefixtures("rules")
+def test_a_wrong_rule_is_found_by_the_self_check():
+    @gzoo.rule(Scale)
+    def scale(plain, recipe):
+        return Scale(recipe.fields(plain.factor.numel()) * recipe.group.order)  # apart along the fibre
+
+    with pytest.raises(ValueError, match=r"^1 \(Scale\) is not equivariant under p4m"):
+        gzoo.convert(nn.Sequential(conv(3, 16), Scale(16), nn.ReLU(), *head(16)), "p4m")
+
+
+# Random networks ----------------------------------------------------------------------------------------------------
+
+NORMS = {
+    "none": lambda width: nn.Identity(),
+    "batch": nn.BatchNorm2d,
+    "group": lambda width: nn.GroupNorm(2, width),
+    "instance": lambda width: nn.InstanceNorm2d(width, affine=True),
+}
+
+blocks = st.lists(
+    st.fixed_dictionaries(
+        {
+            "width": st.sampled_from((4, 6, 8, 12)),
+            "kernel": st.integers(1, 4),
+            "stride": st.integers(1, 2),
+            "norm": st.sampled_from(sorted(NORMS)),
+            "residual": st.booleans(),
+            "depthwise": st.booleans(),
+            "pool": st.sampled_from((None, nn.MaxPool2d, nn.AvgPool2d)),
+        }
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+class Residual(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+def random_network(blocks):
+    layers, width = [], 2
+    for i, block in enumerate(blocks):
+        layers += [
+            conv(width, block["width"], block["kernel"], stride=block["stride"]),
+            NORMS[block["norm"]](block["width"]),
+            nn.ReLU(),
+        ]
+        width = block["width"]
+        if block["residual"]:
+            layers.append(
+                Residual(nn.Sequential(conv(width, width, groups=width if block["depthwise"] else 1), nn.ReLU()))
+            )
+        if block["pool"] and i == 0:
+            layers.append(block["pool"](2))
+    network = nn.Sequential(*layers, *head(width))
+    network.pretrained_cfg = {"input_size": (2, 17, 17)}  # the self-check takes an image of this size
+    return network
+
+
+@given(
+    blocks,
+    st.sampled_from(GRID_GROUPS),
+    st.sampled_from(("params", "flops", "width")),
+    st.sampled_from(((17, 17), (20, 13))),
+)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_random_networks_are_exact_in_value_and_gradient(blocks, group, match, size):
+    torch.manual_seed(0)
+    model = with_random_statistics(gzoo.convert(random_network(blocks), group, match)).eval()
+    assert worst_error(model, group, image(size, 2), "image", "invariant") < 1e-10
+
+
+def test_logits_of_the_same_converted_network_differ_between_images():
+    model = with_random_statistics(gzoo.convert(small(), "p4")).eval()
+    assert relative_error(model(image()), model(image())) > 1e-3
