@@ -41,9 +41,9 @@ def head(width):
     return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5)]
 
 
-def small(width=24):
+def small(width=24, first=16):
     """The plainest of networks."""
-    return nn.Sequential(conv(3, 16), nn.BatchNorm2d(16), nn.ReLU(), conv(16, width), nn.ReLU(), *head(width))
+    return nn.Sequential(conv(3, first), nn.BatchNorm2d(first), nn.ReLU(), conv(first, width), nn.ReLU(), *head(width))
 
 
 def image(size=(9, 9), channels=3):
@@ -56,7 +56,7 @@ def image(size=(9, 9), channels=3):
 @pytest.mark.parametrize("match", ["params", "flops", "width"])
 @pytest.mark.parametrize("group", GRID_GROUPS)
 def test_a_converted_sequential_is_invariant_at_every_size(group, match):
-    model = with_random_statistics(gzoo.convert(small(), group, match)).eval()
+    model = with_random_statistics(gzoo.convert(small(8, 8), group, match)).eval()
     for size in ((8, 8), (9, 9), (7, 12)):
         assert gzoo.check(model, size).worst < 1e-12
     assert worst_error(model, group, image(), "image", "invariant") < 1e-12
@@ -120,9 +120,9 @@ def test_networks_of_known_layers_convert_to_exact_ones_with_the_same_logits(gro
 def test_timm_networks_convert(name, match, group):
     # Thin, so that the wide match is small too; the zoo's own widths: tests/test_backbones.py.
     thin = {
-        "resnet18": {"channels": (16, 16, 32, 32), "stem_width": 16},
-        "resnet50": {"channels": (16, 16, 32, 32), "stem_width": 16, "layers": (1, 2, 1, 1)},
-        "convnext_atto": {"dims": (16, 16, 32, 32), "depths": (1, 1, 2, 1)},
+        "resnet18": {"channels": (8, 8, 16, 16), "stem_width": 8},
+        "resnet50": {"channels": (8, 8, 16, 16), "stem_width": 8, "layers": (1, 2, 1, 1)},
+        "convnext_atto": {"dims": (8, 8, 16, 16), "depths": (1, 1, 2, 1)},
     }[name]
     plain = timm.create_model(name, num_classes=5, **thin)
     model = with_random_statistics(gzoo.convert(plain, group, match)).eval()
