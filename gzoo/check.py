@@ -4,7 +4,7 @@ The equivariance error is max abs(f(g.x) - g.f(x)) / max abs(f(x)), a pure numbe
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -168,25 +168,35 @@ def _recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def first_broken_layer(model: nn.Module, x: Tensor, group: Group, tolerance: float = 1e-8) -> str | None:
+def first_broken_layer(
+    model: nn.Module, x: Tensor, group: Group, tolerance: float = 1e-8, elements: Iterable[int] | None = None
+) -> str | None:
     """The name of the first leaf module whose output does not transform with x; None if all do.
 
     A leaf's own law is not known here: its output may be an image, regular fields with channels first or last, or a
-    vector. A leaf is blamed only if no law that fits its shape holds.
+    vector. A leaf is blamed only if no law that fits its shape holds. Where no leaf is to blame, but the network's own
+    output does not follow, the name is "", the network's.
 
     Args:
         model: float64, in eval mode.
         x: (B, C, H, W) with H = W.
+        group: which group.
+        tolerance: the largest error that is rounding.
+        elements: which elements; by default all that are exact on the grid.
     """
-    with _recorded(model) as outputs:
-        model(x)
-    for g in group.grid_elements:
-        with _recorded(model) as transformed:
-            model(group.transform_image(x, g))
-        for name, value in transformed.items():
-            if min(relative_error(value, moved) for moved in _possible(group, outputs[name], g)) > tolerance:
+    expected = _recorded_outputs(model, x)
+    for g in group.grid_elements if elements is None else elements:
+        for name, value in _recorded_outputs(model, group.transform_image(x, g)).items():
+            if min(relative_error(value, moved) for moved in _possible(group, expected[name], g)) > tolerance:
                 return name
     return None
+
+
+def _recorded_outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The outputs of all leaves by name, and the network's own, under "", last."""
+    with _recorded(model) as outputs:
+        output = model(x)
+    return outputs | {"": output} if isinstance(output, Tensor) else outputs
 
 
 def _possible(group: Group, y: Tensor, g: int) -> Iterator[Tensor]:
