@@ -7,6 +7,7 @@ import ast
 import json
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -20,9 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"gzoo: error: {error}", file=sys.stderr)
     except ModuleNotFoundError as error:
-        if error.name not in ("datasets", "matplotlib", "tqdm", "yaml"):
+        if error.name not in ("datasets", "matplotlib", "sklearn", "tqdm", "yaml"):
             raise
-        print(f"gzoo: error: {error.name} is not installed; pip install 'gzoo[train]'", file=sys.stderr)
+        print(f"gzoo: error: {error.name} is not installed; pip install 'gzoo[demo]'", file=sys.stderr)
     except KeyboardInterrupt as error:
         print(f"\ngzoo: error: {error or 'interrupted'}", file=sys.stderr)
     return 1
@@ -57,6 +58,24 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.add_argument("images", nargs="+", metavar="IMAGE")
     command.add_argument("--model", required=True, help="a folder that `gzoo train` wrote, or a pretrained model")
     command.add_argument("--topk", type=int, default=5, help="classes to print, default: 5")
+
+    command = commands.add_parser("check", help="measure the equivariance error of a model")
+    command.set_defaults(run=_check)
+    command.add_argument("model", help="a registered model, or a folder that `gzoo train` wrote")
+    command.add_argument("--pretrained", action="store_true", help="load a registered model's weights")
+    command.add_argument("--size", nargs="+", type=_size, default=[(32, 32), (33, 33), (32, 49)], metavar="SIZE")
+    command.add_argument("--group", help="needed for plain networks: the group to check, such as p4m")
+    command.add_argument("--dtype", choices=("float64", "float32"), default="float64")
+    command.add_argument("--tolerance", type=float, help="largest error, default: 1e-12 in float64, 1e-5 in float32")
+
+    command = commands.add_parser("demo", help="two minutes of tour, offline")
+    command.set_defaults(run=_demo)
+    command.add_argument("--out", default="gzoo_demo", help="folder for the picture, default: gzoo_demo")
+
+    command = commands.add_parser("card", help="measure a finished run and write its model card")
+    command.set_defaults(run=_card)
+    command.add_argument("run_folder", metavar="RUN", help="the --out of `gzoo train`")
+    command.add_argument("--data", required=True, help="the data set, for its test split")
 
     data = commands.add_parser("data", help="make data sets").add_subparsers(required=True, metavar="DATA")
     command = data.add_parser("rotmnist", help="rotated MNIST: 12,000 images to train, 50,000 to test")
@@ -116,8 +135,6 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
     import torch
 
     from gzoo.data import open_split
@@ -154,6 +171,46 @@ def _predict(args: argparse.Namespace) -> int:
     for prediction in failed:
         print(f"gzoo: error: {prediction.path} cannot be read: {prediction.error}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _size(text: str) -> tuple[int, int]:
+    """ "48" or "48x65": height and width in pixels."""
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
+
+
+def _check(args: argparse.Namespace) -> int:
+    import torch
+
+    from gzoo import groups
+    from gzoo.check import check
+    from gzoo.predict import load_model
+
+    model = load_model(args.model, args.pretrained or Path(args.model).is_dir())
+    dtype = getattr(torch, args.dtype)
+    tolerance = args.tolerance or (1e-12 if args.dtype == "float64" else 1e-5)
+    group = groups.get(args.group) if args.group else None
+    reports = [check(model, size, group, dtype) for size in args.size]
+    for report in reports:
+        print(report, end="\n\n")
+    worst = max(report.worst for report in reports)
+    passed = worst <= tolerance
+    print(f"{args.model}: worst error {worst:.1e}, tolerance {tolerance:.0e}: {'equivariant' if passed else 'FAILED'}")
+    return 0 if passed else 1
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from gzoo.demo import demo
+
+    demo(args.out)
+    return 0
+
+
+def _card(args: argparse.Namespace) -> int:
+    from gzoo.card import make_card
+
+    print(make_card(args.run_folder, args.data))
+    return 0
 
 
 def _data_rotmnist(args: argparse.Namespace) -> int:

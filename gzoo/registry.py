@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models._pretrained import PretrainedCfg
 from torch import nn
@@ -147,11 +148,16 @@ ENTRIES = (
 def _configs(entry: Entry) -> dict[str, dict[str, Any]]:
     """timm's pretrained configs of an entry by ``name.tag``, or under its bare name without weights."""
     backbone = _BACKBONES[entry.backbone]
+    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    if backbone.input_size[0] == 1:
+        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
     base = {
         "first_conv": backbone.first_conv,
         "classifier": backbone.classifier,
         "input_size": backbone.input_size,
         "num_classes": backbone.num_classes,
+        "mean": mean,
+        "std": std,
         "pool_size": None,
         "crop_pct": 0.875 if backbone.build is None else 1.0,
         "interpolation": "bicubic",

@@ -141,3 +141,18 @@ def test_data_rotmnist_writes_a_set_that_opens(tmp_path, monkeypatch, capsys):
     assert main(["data", "rotmnist", "--mnist", "in", "--out", "out"]) == 0
     assert calls == [("in", "out", 20161)]
     assert "12000 images to train and validate, 50000 to test, seed 20161" in capsys.readouterr().out
+
+
+def test_check_exits_with_0_for_an_equivariant_network(capsys):
+    assert main(["check", "p4_cnn7", "--size", "28", "29x31"]) == 0
+    assert "equivariant" in capsys.readouterr().out
+
+
+def test_check_exits_with_1_past_the_tolerance(capsys):
+    assert main(["check", "cnn7", "--group", "p4", "--size", "28"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_check_asks_for_the_group_of_a_plain_network(capsys):
+    assert main(["check", "cnn7", "--size", "28"]) == 1
+    assert "say which group" in capsys.readouterr().err

@@ -1,0 +1,174 @@
+"""Model cards: a folder per pretrained weight, laid out as its repository on the Hugging Face Hub.
+
+`make_card` measures what a training run left behind and writes ``{name}.{tag}/`` with model.safetensors, config.json,
+curves.png, results.json (every number) and README.md, which is rendered from results.json. `leaderboard` is the table
+of all cards.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from gzoo.check import check, group_of
+from gzoo.data import open_split
+from gzoo.evaluate import evaluate
+from gzoo.predict import load_model
+from gzoo.weights import HUB_ORGANIZATION, card_folder
+
+_COPIED = ("model/model.safetensors", "model/config.json", "curves.png")
+
+# How a card names a data set: its title and its name on the Hub.
+_DATASETS = {
+    "rotmnist": ("rotated MNIST", "ylecun/mnist"),
+    "cifar10": ("CIFAR-10 (JPEG)", "uoft-cs/cifar10"),
+}
+
+
+def make_card(run: str, data: str, folder: Path | None = None) -> Path:
+    """Measures the model of a finished training run on the test split and writes its card.
+
+    Args:
+        run: the ``out`` folder of `gzoo.train.train`.
+        data: the data set, with a test split.
+        folder: where the card folder is made; by default the model cards of this checkout.
+
+    Returns:
+        The card's folder.
+
+    Raises:
+        FileNotFoundError: the run is not finished.
+        ValueError: the tag of its data has no title here.
+    """
+    source = Path(run)
+    if not (source / "results.json").is_file():
+        raise FileNotFoundError(f"{run}/results.json: no such file; a card needs a finished run of `gzoo train`")
+    training = json.loads((source / "results.json").read_text())
+    config = json.loads((source / "model" / "config.json").read_text())
+    tag = config["pretrained_cfg"]["tag"]
+    if tag not in _DATASETS:
+        raise ValueError(f"{data}: no title for data of the tag {tag!r}; known are {', '.join(_DATASETS)}")
+    name = f"{config['architecture']}.{tag}"
+    model = load_model(run, pretrained=True).eval()
+    size = tuple(model.pretrained_cfg["input_size"])  # type: ignore[index]
+    tested = evaluate(model, open_split(data, "test"), transforms=True, rotation_seed=0)
+    results = {
+        "name": name,
+        "group": getattr(model, "group_name", None),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "multiply_adds": multiply_adds(model, size),
+        "input_size": size,
+        "test": tested,
+        "equivariance_error": check(model, size[1:]).worst if group_of(model) else None,
+        "training": training,
+    }
+    target = (folder or card_folder()) / name
+    target.mkdir(parents=True, exist_ok=True)
+    for path in _COPIED:
+        shutil.copy(source / path, target)
+    (target / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (target / "README.md").write_text(render(results))
+    return target
+
+
+def multiply_adds(model: nn.Module, size: tuple[int, ...]) -> int:
+    """Multiply-adds of one image of ``size`` (C, H, W): convolutions and linear layers, as torch counts them."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *size))
+    return counter.get_total_flops() // 2
+
+
+def render(results: dict[str, Any]) -> str:
+    """The README of a card, with the Hub's metadata, from its results."""
+    name, test, training = results["name"], results["test"], results["training"]
+    config, machine = training["config"], training["machine"]
+    architecture, tag = name.rsplit(".", 1)
+    title, dataset = _DATASETS[tag]
+    error = f"{100 - test['top1']:.2f}"
+    group = results["group"] or "none: a plain network, the baseline of its equivariant twins"
+    exact = results["equivariance_error"]
+    turned = " ".join(f"{100 - top1:.2f}" for top1 in test["transforms"].values())
+    validation = "the last epoch's weights, without validation"
+    if training["n_val"]:
+        validation = f"{training['n_val']:,} more chose the weights of epoch {training['best_epoch']}"
+    return f"""---
+library_name: timm
+license: apache-2.0
+pipeline_tag: image-classification
+tags: [image-classification, timm, gzoo, equivariance]
+datasets: [{dataset}]
+metrics: [accuracy]
+model-index:
+- name: {name}
+  results:
+  - task: {{type: image-classification}}
+    dataset: {{name: "{title}", type: {dataset}, split: test}}
+    metrics:
+    - {{type: accuracy, value: {test["top1"]:.2f}}}
+---
+
+# {name}
+
+```python
+import timm, gzoo
+model = timm.create_model("{name}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+| | |
+|---|---|
+| group | {group} |
+| parameters | {results["parameters"]:,} |
+| multiply-adds of one image | {results["multiply_adds"]:,} |
+| input | {" x ".join(map(str, results["input_size"]))} |
+| test error, {title} | **{error}%** of {test["n"]:,} images |
+| test error under the eight symmetries of the square | {turned} (%) |
+| test error, each image turned by a random angle | {100 - test["random_rotation"]:.2f}% |
+| equivariance error, float64 | {"not equivariant" if exact is None else f"{exact:.0e}"} |
+
+The eight symmetries are the rotations by 0, 90, 180 and 270 degrees, then the same after a reflection.
+
+## How it was trained
+
+```
+{training["command"]}
+```
+
+{training["epochs"]} epochs on {training["n_train"]:,} images of {title}; {validation}. Seed {config["seed"]}.
+{training["seconds"] / 60:.0f} minutes on {machine["gpu"] or machine["cpu"]}, {_threads(machine)}, with torch
+{training["torch"]} and timm {training["timm"]}. The recipe is `recipes/{name}.yaml`; all numbers are in results.json.
+
+![loss and validation accuracy](curves.png)
+
+## Limits
+
+{architecture} knows {title} and nothing else; fine-tune it for other images. The figures are of one run.
+The weights come with gzoo; this folder is laid out as the repository {HUB_ORGANIZATION}/{name} of the Hub.
+"""
+
+
+def _threads(machine: dict[str, Any]) -> str:
+    return f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+
+
+def leaderboard(folder: Path | None = None) -> str:
+    """One Markdown table over all cards, sorted by data set, then test error."""
+    cards = [json.loads(path.read_text()) for path in (folder or card_folder()).glob("*/results.json")]
+    cards.sort(key=lambda card: (card["name"].rsplit(".", 1)[1], 100 - card["test"]["top1"]))
+    lines = [
+        "| weight | data | test error | turned and flipped | parameters | multiply-adds | training |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for card in cards:
+        test, training = card["test"], card["training"]
+        machine = training["machine"]["gpu"] or f"CPU, {_threads(training['machine'])}"
+        lines.append(
+            f"| `{card['name']}` | {_DATASETS[card['name'].rsplit('.', 1)[1]][0]} | {100 - test['top1']:.2f}% "
+            f"| {100 - test['transforms_mean']:.2f}% | {card['parameters'] / 1e6:.3f}M "
+            f"| {card['multiply_adds'] / 1e6:.0f}M | {training['seconds'] / 60:.0f} min, {machine} |"
+        )
+    return "\n".join(lines)

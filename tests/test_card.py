@@ -1,0 +1,104 @@
+"""Model cards: made from a run, and in step with registry, recipe and weights."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from gzoo import card, registry
+from gzoo.check import check
+from gzoo.train import TrainConfig, train
+from gzoo.weights import card_folder
+
+CARDS = sorted(path.parent for path in card_folder().glob("*/config.json"))
+TAGGED = [f"{entry.name}.{tag}" for entry in registry.ENTRIES for tag in entry.weights]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of one epoch on a few random digits."""
+    folder = tmp_path_factory.mktemp("run")
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("0", "1"):
+            (folder / "rotmnist" / split / name).mkdir(parents=True)
+            for i in range(4):
+                pixels = rng.integers(0, 255, (28, 28), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / "rotmnist" / split / name / f"{i}.png")
+    config = TrainConfig(
+        "p4_cnn7", str(folder / "rotmnist"), str(folder / "out"), epochs=1, batch_size=4, val_fraction=0.0
+    )
+    train(config, command="gzoo train ...")
+    return folder
+
+
+def test_a_card_is_made_from_a_finished_run(run, tmp_path):
+    made = card.make_card(str(run / "out"), str(run / "rotmnist"), tmp_path)
+    assert made.name == "p4_cnn7.rotmnist"
+    written = {path.name for path in made.iterdir()}
+    assert written == {"README.md", "config.json", "curves.png", "model.safetensors", "results.json"}
+    results = json.loads((made / "results.json").read_text())
+    assert results["test"]["n"] == 8
+    assert results["equivariance_error"] < 1e-12
+    assert f"{100 - results['test']['top1']:.2f}%" in (made / "README.md").read_text()
+    assert "`p4_cnn7.rotmnist`" in card.leaderboard(tmp_path)
+
+
+def test_an_unfinished_run_gets_no_card(tmp_path):
+    with pytest.raises(FileNotFoundError, match="needs a finished run"):
+        card.make_card(str(tmp_path), "data")
+
+
+def test_multiply_adds_are_those_of_the_expanded_network():
+    model = timm.create_model("p4_cnn7")
+    expected, size = 28 * 28 * 0, 28
+    for kernel, inputs in ((3, 1), (3, 40), (3, 40), (3, 40), (3, 40), (3, 40), (4, 40)):
+        size -= kernel - 1
+        expected += size * size * kernel * kernel * inputs * 40
+        size = size // 2 if size == 24 else size
+    assert card.multiply_adds(model, (1, 28, 28)) == expected + 10 * 10
+
+
+@pytest.mark.parametrize("name", TAGGED)
+def test_every_tag_of_the_registry_has_a_card_and_a_recipe(name):
+    assert (card_folder() / name / "model.safetensors").is_file()
+    assert (card_folder().parent / "recipes" / f"{name}.yaml").is_file()
+
+
+@pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)
+def test_card_registry_recipe_and_weights_agree(folder):
+    assert folder.name in TAGGED
+    results = json.loads((folder / "results.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    assert (folder / "README.md").read_text() == card.render(results)
+    assert f"{config['architecture']}.{config['pretrained_cfg']['tag']}" == folder.name == results["name"]
+    recipe = yaml.safe_load((card_folder().parent / "recipes" / f"{folder.name}.yaml").read_text())
+    trained = results["training"]["config"]
+    assert {key: trained[key] for key in recipe} == recipe
+    assert results["parameters"] == sum(p.numel() for p in timm.create_model(config["architecture"]).parameters())
+    loaded = timm.create_model(folder.name, pretrained=True).state_dict()
+    stored = load_file(folder / "model.safetensors")
+    assert all(torch.equal(loaded[key], stored[key]) for key in stored)
+
+
+@pytest.mark.parametrize("name", [name for name in TAGGED if "_" in name])
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_trained_weights_are_equivariant(name, dtype, bar):
+    model = timm.create_model(name, pretrained=True)
+    sizes = ((28, 28), (31, 32), (33, 33)) if "cnn7" in name else ((16, 16), (17, 20), (33, 33))
+    for size in sizes:
+        assert check(model, size, dtype=dtype).worst <= bar
+
+
+def test_bundled_weights_stay_small():
+    assert sum(path.stat().st_size for path in card_folder().glob("*/model.safetensors")) <= 40e6
+
+
+def test_the_card_folder_lies_beside_or_inside_the_package():
+    assert card_folder().parent in (Path(card.__file__).parent, Path(card.__file__).parent.parent)
