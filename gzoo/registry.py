@@ -148,16 +148,14 @@ ENTRIES = (
 def _configs(entry: Entry) -> dict[str, dict[str, Any]]:
     """timm's pretrained configs of an entry by ``name.tag``, or under its bare name without weights."""
     backbone = _BACKBONES[entry.backbone]
-    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    statistics: dict[str, tuple[float, ...]] = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     if backbone.input_size[0] == 1:
-        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
-    base = {
+        statistics = {key: (sum(value) / 3,) for key, value in statistics.items()}
+    base = statistics | {
         "first_conv": backbone.first_conv,
         "classifier": backbone.classifier,
         "input_size": backbone.input_size,
         "num_classes": backbone.num_classes,
-        "mean": mean,
-        "std": std,
         "pool_size": None,
         "crop_pct": 0.875 if backbone.build is None else 1.0,
         "interpolation": "bicubic",

@@ -8,6 +8,7 @@ so one class with their tables serves them all.
 from typing import Any, NamedTuple
 
 from timm.layers.classifier import ClassifierHead
+from timm.layers.helpers import get_device_dtype
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ class StagedCNN(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the final layer; see timm."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, in_features=self.num_features)
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(

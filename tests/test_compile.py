@@ -1,0 +1,83 @@
+"""Equivariant models compile without a graph break, and export."""
+
+import copy
+import shutil
+
+import pytest
+import timm
+import torch
+from conftest import with_random_statistics
+from torch import nn
+
+import gzoo
+from gzoo.check import in_channels
+
+NAMES = ("p4m_resnet20", "p4_cnn7", "p4m_convnext_atto")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def model_and_image(name: str):
+    model = with_random_statistics(timm.create_model(name, num_classes=3)).float().eval()
+    return model, torch.randn(2, in_channels(model), 32, 32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_compiles_to_one_graph_in_eval(name):
+    model, x = model_and_image(name)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_compiles_to_one_graph_in_training(name):
+    model, x = model_and_image(name)
+    model.train()
+    reference = copy.deepcopy(model)
+    # aot_eager also traces the backward pass, but takes three times as long: the smallest model stands for all.
+    backend = "aot_eager" if name == "p4_cnn7" else "eager"
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled(x).square().sum().backward()
+    reference(x).square().sum().backward()
+    for parameter, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_a_compiled_model_follows_its_weights():
+    model, x = model_and_image("p4_cnn7")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        before = compiled(x)
+        model.stem[0].weight.add_(0.5)
+        after = compiled(x)
+        assert not torch.allclose(before, after)
+        torch.testing.assert_close(after, model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_a_model_compiles_with_the_default_compiler():
+    plain = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model, x = gzoo.convert(plain, "p4").eval(), torch.randn(1, 1, 9, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_exports(name):
+    model, x = model_and_image(name)
+    exported = torch.export.export(model, (x,))
+    with torch.no_grad():
+        torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_exports_for_any_batch_size():
+    model, x = model_and_image("p4m_resnet20")
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    with torch.no_grad():
+        torch.testing.assert_close(exported.module()(x[:1]), model(x[:1]), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,134 @@
+"""What `import gzoo` adds to timm: names, configs, and nothing else."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+
+from gzoo import groups, registry
+from gzoo.check import group_of
+from gzoo.registry import ENTRIES, Entry
+
+NAMES = [entry.name for entry in ENTRIES]
+SMALL = [name for name in NAMES if "110" not in name and "56" not in name]
+
+
+_IMPORT = """
+import json, sys, timm, torch
+def settings():
+    return [torch.get_num_threads(), str(torch.get_default_dtype()), torch.initial_seed(), torch.is_grad_enabled()]
+names, before = set(timm.list_models()), settings()
+torch.nn.Module.__init__ = None  # whoever builds a module now fails
+import gzoo
+now = set(timm.list_models())
+print(json.dumps({
+    "escnn": "escnn" in sys.modules, "kept": names <= now, "new": len(now - names), "settings": before == settings()
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh_import():
+    """What a fresh process sees of `import gzoo`; warnings are errors there, and timm warns of a name that is taken."""
+    command = [sys.executable, "-W", "error", "-c", _IMPORT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)  # nothing else was printed
+
+
+def test_importing_gzoo_does_not_import_escnn(fresh_import):
+    assert not fresh_import["escnn"]
+
+
+def test_importing_gzoo_adds_the_entries_and_takes_no_name_of_timm(fresh_import):
+    assert fresh_import["kept"]
+    assert fresh_import["new"] == len(ENTRIES)
+
+
+def test_importing_gzoo_leaves_global_settings_alone(fresh_import):
+    assert fresh_import["settings"]
+
+
+def test_timm_lists_every_entry():
+    assert set(NAMES) <= set(timm.list_models())
+    assert all(map(timm.is_model, NAMES))
+
+
+def test_timm_lists_entries_by_their_group():
+    listed = timm.list_models("p4m_*")
+    assert sorted(listed) == sorted(name for name in NAMES if name.startswith("p4m_"))
+    assert "p4m_resnet44" in listed
+
+
+def test_timm_lists_the_zoo_as_one_module():
+    assert set(timm.list_models(module="registry")) == set(NAMES)
+
+
+def test_timm_lists_as_pretrained_exactly_the_entries_with_tags():
+    listed = {name for name in timm.list_models(pretrained=True) if name.split(".")[0] in NAMES}
+    assert listed == {f"{entry.name}.{tag}" for entry in ENTRIES for tag in entry.weights}
+
+
+def test_names_are_unique():
+    assert len(set(NAMES)) == len(NAMES)
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=NAMES)
+def test_the_config_names_the_first_convolution_and_the_classifier(entry):
+    config = get_pretrained_cfg(entry.name)
+    with torch.device("meta"):
+        plain = registry._BACKBONES[entry.backbone].plain()
+    assert isinstance(plain.get_submodule(config.first_conv), torch.nn.Conv2d)
+    assert plain.get_submodule(config.classifier) is plain.get_classifier()
+    assert plain.get_classifier().out_features == config.num_classes
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_entry_runs_and_reloads(name):
+    model = timm.create_model(name, num_classes=3).eval()
+    assert getattr(group_of(model), "name", None) == (name.split("_")[0] if name.startswith("p4") else None)
+    x = torch.randn(1, *model.pretrained_cfg["input_size"])[..., :32, :32]
+    with torch.no_grad():
+        y = model(x)
+        assert y.shape == (1, 3)
+        again = timm.create_model(name, num_classes=3).eval()
+        assert not torch.equal(again(x), y)
+        again.load_state_dict(model.state_dict())
+        assert torch.equal(again(x), y)
+
+
+def test_an_entry_spells_its_group_by_the_canonical_name():
+    with pytest.raises(ValueError, match="d4 is spelled p4m in names"):
+        Entry("d4", "resnet20")
+
+
+def test_an_entry_with_an_unknown_backbone_is_refused():
+    with pytest.raises(ValueError, match="unknown backbone 'resnet19'; known are resnet20"):
+        Entry("p4", "resnet19")
+
+
+def test_an_entry_with_an_unknown_group_is_refused():
+    with pytest.raises(ValueError, match="unknown group 'p5'; accepted are p4"):
+        Entry("p5", "resnet20")
+
+
+def test_a_factory_documents_its_model():
+    assert "resnet44 over p4m. arXiv:1602.07576" in registry.p4m_resnet44.__doc__
+
+
+def test_an_unknown_tag_is_refused():
+    with pytest.raises(ValueError, match="p4_resnet110 has no weights with the tag 'nope'; it has none"):
+        timm.create_model("p4_resnet110.nope")
+
+
+@pytest.mark.parametrize("name", ["p4_cnn7", "p4m_resnet20", "p4_resnet18"])
+def test_a_model_without_a_class_count_has_that_of_its_data(name):
+    assert timm.create_model(name).num_classes == get_pretrained_cfg(name).num_classes
+
+
+def test_the_group_of_a_model_is_the_one_in_its_name():
+    assert timm.create_model("p4m_cnn7").group == groups.get("d4")
