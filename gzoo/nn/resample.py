@@ -8,6 +8,7 @@ windows fit exactly. Bilinear resampling (align_corners=False) is symmetric itse
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -62,9 +63,20 @@ def resample(x: Tensor, window: Window) -> tuple[Tensor, int]:
             f"a map of {height}x{width} pixels is too small for a window of {window.extent} pixels with "
             f"{window.padding} pixels of padding in all; give the network a larger image"
         )
-    if size != [height, width]:
+    return _resize(x, size), padding
+
+
+def _resize(x: Tensor, size: list[int]) -> Tensor:
+    """Bilinear resampling of (B, C, H, W) to (B, C, *size), align_corners=False."""
+    for axis, n in enumerate(size, start=2):
+        if n == x.shape[axis] - 1:  # nearly always, at stride 2; lerp takes a fifth of the time of interpolate on a CPU
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            share = (torch.arange(n, dtype=dtype, device=x.device) + 0.5) / n  # of the right pixel of two neighbours
+            share = share.to(x.dtype).view(-1, *[1] * (3 - axis))
+            x = torch.lerp(x.narrow(axis, 0, n), x.narrow(axis, 1, n), share)
+    if size != list(x.shape[2:]):
         x = F.interpolate(x, size, mode="bilinear", align_corners=False)
-    return x, padding
+    return x
 
 
 class SymmetricPool2d(nn.Module):
