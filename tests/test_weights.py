@@ -100,6 +100,14 @@ def card(cards) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("name", sorted(card.parent.name for card in weights.card_folder().glob("*/config.json")))
+def test_every_bundled_card_loads_by_its_name(name, offline):
+    model = timm.create_model(name, pretrained=True)
+    stored = safetensors.torch.load_file(weights.card_folder() / name / weights.FILENAME)
+    assert all(torch.equal(value, stored[key]) for key, value in model.state_dict().items())
+    assert name in timm.list_pretrained()
+
+
 def test_bundled_weights_load_without_a_network(cards, register, offline):
     model = card(cards)
     name = register(Entry("d1", "cnn7", weights=("data",)))
