@@ -1,16 +1,24 @@
 """Kernel bases: how the free parameters of a kernel fill the filter that is equivariant.
 
-The pixel basis is exact for groups that map the grid onto itself. One kernel w is a function on G (or on the plane, for
-a lifting kernel), and the filter for output element g is w transformed by g:
+One kernel w is a function on G (or on the plane, for a lifting kernel), and the filter for output element g is w
+transformed by g:
 
     lifting:           filter[g](y)    = w(g^-1 y)            Cohen & Welling 2016, equation 10
     group convolution: filter[g, h](y) = w(g^-1 h, g^-1 y)    equation 11
 
-Every parameter of w stands once in each filter[g], so the expansion is a gather. A 3x3 kernel between two regular
-fields keeps all 9|G| parameters.
+The pixel basis takes the values of w at the pixels as parameters. It is exact for groups that map the grid onto itself,
+and the expansion is a gather: every parameter stands once in each filter[g]. A 3x3 kernel between two regular fields
+keeps all 9|G| parameters.
+
+The steerable basis serves the other groups. Its parameters are the coefficients of w in circular harmonics on rings
+(Weiler & Cesa 2019, arXiv:1911.08251, section 2.5), functions that can be turned by any angle before they are sampled
+at the pixels. Rings, widths and band limits are those of ``escnn.nn.R2Conv``, so both span the same filters; a 3x3
+kernel keeps 6|G| parameters. Turns that fit the grid move the samples exactly, so on that subgroup it is exact, too.
 """
 
+import math
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,42 +26,116 @@ from torch import Tensor
 from gzoo.groups import Group
 
 
+class Basis(NamedTuple):
+    """How kernels expand to filters.
+
+    Attributes:
+        parameters: shape of the parameters of one kernel.
+        source: for each number of a filter, or each coefficient of one, the parameter it comes from: (|G|, ...).
+        samples: the steerable functions in all poses, (|G|, functions, k * k); None for the pixel basis.
+        size: k, the side of the filter in pixels.
+    """
+
+    parameters: tuple[int, ...]
+    source: Tensor
+    samples: Tensor | None
+    size: int
+
+
 @cache
-def lifting_index(group: Group, size: int) -> Tensor:
-    """Where filter[g](y) lies in the flattened w: (|G|, size, size), values below size^2."""
+def lifting_basis(group: Group, size: int) -> Basis:
+    """Kernels from an image to regular fields: ``parameters`` is (k, k), or (1, functions) if steerable."""
     if size == 1:  # without pixels there is nothing to turn, so every group is exact, on the grid or not
-        return torch.zeros(group.order, 1, 1, dtype=torch.long)
-    w = _flat_index(1, size)
-    return torch.stack([group.transform_image(w[0], g) for g in range(group.order)]).squeeze(1)
+        return Basis((1, 1), torch.zeros(group.order, 1, dtype=torch.long), None, 1)
+    if group.on_grid:
+        w = torch.arange(size * size).view(1, size, size)
+        index = torch.stack([group.transform_image(w, g) for g in range(group.order)])
+        return Basis((size, size), index.flatten(1), None, size)
+    samples = _harmonics(group, size)
+    functions = samples.shape[1]
+    return Basis((1, functions), torch.arange(functions).expand(group.order, -1), samples, size)
 
 
 @cache
-def regular_index(group: Group, size: int) -> Tensor:
-    """Where filter[g, h](y) lies in the flattened w: (|G|, |G|, size, size), values below |G| size^2."""
-    if size == 1:  # as above
-        rows = [[group.multiply(group.inverse(g), h) for h in range(group.order)] for g in range(group.order)]
-        return torch.tensor(rows)[..., None, None]
-    w = _flat_index(group.order, size)
-    return torch.stack([group.transform_features(w, g) for g in range(group.order)]).squeeze(1)
+def regular_basis(group: Group, size: int) -> Basis:
+    """Kernels from regular to regular fields: ``parameters`` is (|G|, k, k), or (|G|, functions) if steerable."""
+    order = group.order
+    if group.on_grid and size > 1:
+        w = torch.arange(order * size * size).view(1, order, size, size)
+        index = torch.stack([group.transform_features(w, g) for g in range(order)])
+        return Basis((order, size, size), index.flatten(1), None, size)
+    samples = None if size == 1 else _harmonics(group, size)
+    slices = 1 if samples is None else samples.shape[1]
+    rows = [[group.multiply(group.inverse(g), h) for h in range(order)] for g in range(order)]
+    index = torch.tensor(rows).unsqueeze(2) * slices + torch.arange(slices)  # (|G|, |G|, slices)
+    return Basis((order, 1, 1) if samples is None else (order, slices), index.flatten(1), samples, size)
 
 
-def _flat_index(order: int, size: int) -> Tensor:
-    return torch.arange(order * size * size).view(1, order, size, size)
+def _harmonics(group: Group, size: int) -> Tensor:
+    """Circular harmonics on rings, of norm one, sampled in all poses of the group: (|G|, functions, size * size)."""
+    poses: list[Tensor | None] = [None] * group.order
+    for g in range(group.order):
+        if poses[g] is None:
+            pose = _pose(group, size, g)
+            # Poses that differ by a turn or reflection of the grid are moved, not computed, so that rounding is alike.
+            for u in group.grid_elements:
+                poses[group.multiply(u, g)] = group.transform_image(pose, u)
+    samples = torch.stack([pose for pose in poses if pose is not None])
+    norm = samples[0].square().sum((1, 2)).sqrt()
+    return (samples / norm.view(1, -1, 1, 1)).flatten(2).float()
 
 
-def expand(weight: Tensor, index: Tensor) -> Tensor:
+def _pose(group: Group, size: int, g: int) -> Tensor:
+    """The functions at g^-1 y for all pixels y: (functions, size, size), float64."""
+    axis = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    x, y = axis.expand(size, size), -axis.unsqueeze(1).expand(size, size)  # y points up
+    angle = 2 * math.pi * (g % group.rotations) / group.rotations
+    x, y = math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
+    if g >= group.rotations:
+        x = -x
+    radius, theta = torch.hypot(x, y), torch.atan2(y, x)
+    functions = []
+    for ring, width, highest in _rings(size):
+        profile = torch.exp(-((radius - ring) ** 2) / (2 * width**2))
+        functions.append(profile)
+        for frequency in range(1, highest + 1):
+            turning = torch.where(radius > 1e-9, profile, 0.0)  # the centre has no direction
+            functions += [turning * torch.cos(frequency * theta), turning * torch.sin(frequency * theta)]
+    return torch.stack(functions)
+
+
+def _rings(size: int) -> list[tuple[float, float, int]]:
+    """Radius and width in pixels and highest frequency of each ring, as escnn chooses them."""
+    count = math.ceil(size / 2)
+    radii = torch.linspace(0, (size - 1) // 2, count).tolist()
+    rings = []
+    for i, radius in enumerate(radii):
+        width = 0.6 if i < count - 1 else 0.4
+        if radius == 0 and size % 2:
+            width = 0.005  # the central pixel alone; an even size has none
+        outermost = radius == size // 2
+        highest = min(2 * radius, 2 if outermost else 2 * radius - (radius + 1) % 2) if radius else 0
+        rings.append((radius, width, int(highest)))
+    return rings
+
+
+def expand(weight: Tensor, basis: Basis) -> Tensor:
     """Filters from kernels.
 
     Args:
-        weight: kernels, (fields out, fields in, ...), parameters of one kernel last.
-        index: from `lifting_index` (|G|, k, k) or `regular_index` (|G|, |G|, k, k).
+        weight: kernels, (fields out, fields in, *basis.parameters).
+        basis: from `lifting_basis` or `regular_basis`, on the device of ``weight``.
 
     Shape:
         (fields out * |G|, fields in, k, k) for lifting, (fields out * |G|, fields in * |G|, k, k) else.
     """
     out_fields, in_fields = weight.shape[:2]
-    order, *_, height, width = index.shape
+    order = basis.source.shape[0]
     # One gather straight into the layout of the filter: an index_select would need a transposed copy after it.
     kernels = weight.flatten(2).unsqueeze(1).expand(-1, order, -1, -1)  # (out, |G|, in, parameters)
-    where = index.view(1, order, 1, -1).expand(out_fields, -1, in_fields, -1)  # (out, |G|, in, |G| or 1 * k * k)
-    return kernels.gather(3, where).view(out_fields * order, -1, height, width)
+    where = basis.source.view(1, order, 1, -1).expand(out_fields, -1, in_fields, -1)
+    filters = kernels.gather(3, where)  # (out, |G|, in, |G| or 1 * pixels or functions)
+    if basis.samples is not None:
+        functions = basis.samples.shape[1]
+        filters = filters.view(out_fields, order, -1, functions) @ basis.samples.to(weight.dtype)
+    return filters.view(out_fields * order, -1, basis.size, basis.size)

@@ -16,7 +16,7 @@ from gzoo.nn import GroupConv2d, GroupPool, InvariantLinear
 from gzoo.nn.linear import Pooling
 
 # The kernel bases that a state_dict can be made for, by the number in its signature.
-_BASES = ("pixel",)
+_BASES = ("pixel", "steerable")
 
 _SIGNATURE = "group_signature"
 
@@ -31,7 +31,8 @@ def make_equivariant(model: nn.Module, group: Group, pool: Pooling) -> None:
     """
     # A checkpoint of another group can have tensors of the same shapes (p4 and d2), so the state_dict itself says what
     # it belongs to: N, reflections, basis.
-    signature = torch.tensor([group.rotations, int(group.reflections), _BASES.index("pixel")])
+    basis = _BASES.index("pixel" if group.on_grid else "steerable")
+    signature = torch.tensor([group.rotations, int(group.reflections), basis])
     model.register_buffer(_SIGNATURE, signature)
     model.__class__ = _equivariant_class(type(model))  # type: ignore[arg-type]  # mypy: a class is hashable
     assert isinstance(model, Equivariant)

@@ -142,6 +142,18 @@ ENTRIES = (
     Entry("p4m", "resnet18"),
     Entry("p4m", "resnet50"),
     Entry("p4m", "convnext_atto"),
+    Entry("c8", "resnet20"),
+    Entry("c8", "resnet44"),
+    Entry("c8", "cnn7", group_pool="max"),
+    Entry("c8", "resnet18"),
+    Entry("c8", "resnet50"),
+    Entry("c8", "convnext_atto"),
+    Entry("d8", "resnet20"),
+    Entry("d8", "resnet44"),
+    Entry("d8", "cnn7", group_pool="max"),
+    Entry("d8", "resnet18"),
+    Entry("d8", "resnet50"),
+    Entry("d8", "convnext_atto"),
 )
 
 

@@ -47,7 +47,7 @@ def act(group: Group, law: str, x: Tensor, g: int) -> Tensor:
 
 
 def worst_error(layer: nn.Module, group: str, x: Tensor, law: str = "fields", out_law: str | None = None) -> float:
-    """The largest relative error over all elements of the group, of the value, of the gradient with respect to the
+    """The largest relative error over all elements that fit the grid, of the value, of the gradient with respect to the
     input, and of the gradients with respect to the parameters, which must be the same for x and g.x."""
     G = groups.get(group)
     worst = 0.0
@@ -56,7 +56,7 @@ def worst_error(layer: nn.Module, group: str, x: Tensor, law: str = "fields", ou
     y = layer(x)
     cotangent = torch.randn_like(y)
     input_gradient, *gradients = torch.autograd.grad(y, (x, *parameters), cotangent)
-    for g in range(G.order):
+    for g in G.grid_elements:
         turned = act(G, law, x.detach(), g).requires_grad_()
         y_g = layer(turned)
         worst = max(worst, relative(y_g, act(G, out_law or law, y, g)))

@@ -1,11 +1,12 @@
-"""The pixel basis, against the definition of Cohen & Welling 2016 written as loops."""
+"""The pixel basis, against the definition of Cohen & Welling 2016 as loops; the steerable one, against escnn's."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 
-from gzoo import bases, groups
+from gzoo import _escnn, bases, groups
 from tests.conftest import GRID_GROUPS, elements
 
 
@@ -23,7 +24,7 @@ def turned_pixel(group, g, i, j, size):
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_lifting_filters_are_equation_10(group, size):
     G, w = groups.get(group), torch.randn(2, 3, size, size)
-    filters = bases.expand(w, bases.lifting_index(G, size)).view(2, G.order, 3, size, size)
+    filters = bases.expand(w, bases.lifting_basis(G, size)).view(2, G.order, 3, size, size)
     for g, i, j in itertools.product(elements(group), range(size), range(size)):
         # filter[g](y) = w(g^-1 y), so filter[g](g y) = w(y).
         u, v = turned_pixel(G, g, i, j, size)
@@ -35,7 +36,7 @@ def test_lifting_filters_are_equation_10(group, size):
 def test_regular_filters_are_equation_11(group, size):
     G = groups.get(group)
     w = torch.randn(2, 3, G.order, size, size)
-    filters = bases.expand(w, bases.regular_index(G, size)).view(2, G.order, 3, G.order, size, size)
+    filters = bases.expand(w, bases.regular_basis(G, size)).view(2, G.order, 3, G.order, size, size)
     for g, h, i, j in itertools.product(elements(group), elements(group), range(size), range(size)):
         # filter[g, h](y) = w(g^-1 h, g^-1 y), so filter[g, gh](g y) = w(h, y).
         u, v = turned_pixel(G, g, i, j, size)
@@ -46,7 +47,7 @@ def test_regular_filters_are_equation_11(group, size):
 def test_a_kernel_without_pixels_is_equation_11_for_every_group(group):
     G = groups.get(group)
     w = torch.randn(2, 3, G.order, 1, 1)
-    filters = bases.expand(w, bases.regular_index(G, 1)).view(2, G.order, 3, G.order)
+    filters = bases.expand(w, bases.regular_basis(G, 1)).view(2, G.order, 3, G.order)
     for g, h in itertools.product(elements(group), elements(group)):
         assert filters[:, g, :, G.multiply(g, h)].equal(w[:, :, h, 0, 0])
 
@@ -55,7 +56,7 @@ def test_a_kernel_without_pixels_is_equation_11_for_every_group(group):
 def test_a_3x3_pair_of_regular_fields_has_9_times_the_order_free_parameters(group):
     G = groups.get(group)
     parameters = torch.eye(9 * G.order).view(-1, 1, G.order, 3, 3)
-    filters = bases.expand(parameters, bases.regular_index(G, 3)).view(9 * G.order, -1)
+    filters = bases.expand(parameters, bases.regular_basis(G, 3)).view(9 * G.order, -1)
     assert torch.linalg.matrix_rank(filters) == 9 * G.order
 
 
@@ -77,7 +78,7 @@ def test_the_pixel_basis_is_all_of_the_equivariant_filters(group, size):
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_filter_of_the_basis_is_equivariant(group, size):
     G = groups.get(group)
-    filters = bases.expand(torch.randn(1, 1, G.order, size, size), bases.regular_index(G, size))
+    filters = bases.expand(torch.randn(1, 1, G.order, size, size), bases.regular_basis(G, size))
     for g in elements(group):
         rows = torch.tensor([G.multiply(G.inverse(g), h) for h in elements(group)])
         assert G.transform_image(filters[rows][:, rows], g).equal(filters)
@@ -85,11 +86,58 @@ def test_every_filter_of_the_basis_is_equivariant(group, size):
 
 def test_a_filter_with_one_tap_changed_is_not_equivariant():
     G = groups.get("p4")
-    filters = bases.expand(torch.randn(1, 1, 4, 3, 3), bases.regular_index(G, 3))
+    filters = bases.expand(torch.randn(1, 1, 4, 3, 3), bases.regular_basis(G, 3))
     filters[0, 0, 0, 0] += 1
     rows = torch.tensor([G.multiply(G.inverse(1), h) for h in elements("p4")])
     assert not G.transform_image(filters[rows][:, rows], 1).equal(filters)
 
 
 def test_an_index_is_computed_once_for_a_group_and_a_size():
-    assert bases.regular_index(groups.get("d4"), 3) is bases.regular_index(groups.get("p4m"), 3)
+    assert bases.regular_basis(groups.get("d4"), 3) is bases.regular_basis(groups.get("p4m"), 3)
+
+
+# --- the steerable basis ---
+
+
+def span(group, size):
+    """All filters of one pair of regular fields, one for each parameter: (parameters, |G| * |G| * k * k)."""
+    G = groups.get(group)
+    basis = bases.regular_basis(G, size)
+    count = torch.Size(basis.parameters).numel()
+    return bases.expand(torch.eye(count).view(-1, 1, *basis.parameters), basis).view(count, -1).double()
+
+
+@pytest.mark.parametrize(("group", "size"), [("c8", 3), ("c6", 5), ("d3", 3), ("c5", 7), ("d6", 3)])
+def test_steerable_filters_span_those_of_escnn(group, size):
+    ours = span(group, size)
+    field = groups.get(group).field_type(1)
+    # recompute=True: escnn keeps one sampled basis per process, whose dtype another layer may have changed.
+    layer = _escnn.load().nn.R2Conv(field, field, size, bias=False, recompute=True)
+    theirs = []
+    with torch.no_grad():
+        for one in torch.eye(layer.weights.numel()):
+            layer.weights.copy_(one)
+            theirs.append(layer.expand_parameters()[0].double().flatten())
+    both = torch.cat([ours, torch.nn.functional.normalize(torch.stack(theirs), dim=1)])
+    ranks = [torch.linalg.matrix_rank(filters, rtol=1e-5).item() for filters in (ours, both)]
+    assert ranks == [len(ours), len(ours)]
+    assert len(theirs) == len(ours)
+
+
+@pytest.mark.parametrize("group", ["c8", "d8", "c12", "d6", "c3", "d5"])
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_steerable_filters_are_exact_on_the_turns_that_fit_the_grid(group, size):
+    G = groups.get(group)
+    basis = bases.regular_basis(G, size)
+    w = torch.randn(2, 3, *basis.parameters, dtype=torch.float64)
+    x = torch.randn(1, 3 * G.order, 6, 9, dtype=torch.float64)
+    convolve = partial(torch.nn.functional.conv2d, weight=bases.expand(w, basis))
+    for g in G.grid_elements:
+        expected = G.transform_features(convolve(x), g)
+        assert (convolve(G.transform_features(x, g)) - expected).abs().max() < 1e-12 * expected.abs().max()
+
+
+def test_steerable_filters_of_neighbouring_elements_differ():
+    basis = bases.lifting_basis(groups.get("c8"), 5)
+    filters = bases.expand(torch.randn(1, 1, *basis.parameters), basis)
+    assert (filters[1] - filters[0]).abs().max() > 0.1

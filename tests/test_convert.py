@@ -412,9 +412,15 @@ def test_an_unknown_group_is_refused():
         gzoo.convert(small(), "p6")
 
 
-def test_a_group_off_the_grid_names_the_first_convolution():
-    with pytest.raises(ValueError, match=r"^0: c8 turns a 3x3 kernel between the pixels"):
-        gzoo.convert(small(), "c8")
+@pytest.mark.parametrize("group", ["c8", "d6"])
+def test_a_network_over_finer_rotations_is_exact_on_those_that_fit_the_grid(group):
+    model = with_random_statistics(gzoo.convert(small(), group))
+    assert gzoo.check(model, 9).worst < 1e-12
+
+
+def test_checkpoints_of_the_two_bases_are_told_apart():
+    with pytest.raises(ValueError, match=r"c8.*p4m"):
+        gzoo.convert(small(), "p4m").load_state_dict(gzoo.convert(small(), "c8").state_dict())
 
 
 def test_a_refused_network_is_left_as_it_was():

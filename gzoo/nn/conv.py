@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gzoo.bases import lifting_index, regular_index
+from gzoo.bases import Basis, lifting_basis, regular_basis
 from gzoo.groups import Group
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.resample import Window, resample
@@ -24,8 +24,9 @@ class _GroupConv2d(ExpandedLayer):
     def __init__(
         self,
         group: Group,
-        kernels: tuple[int, ...],
-        index: Tensor,
+        out_fields: int,
+        in_per_group: int,
+        basis: Basis,
         stride: int,
         padding: int | Literal["same"],
         dilation: int,
@@ -33,10 +34,10 @@ class _GroupConv2d(ExpandedLayer):
         bias: bool,
         padding_mode: PaddingMode,
     ) -> None:
-        super().__init__(torch.empty(kernels), index)
+        super().__init__(out_fields, in_per_group, basis)
         self.group = group
-        self.out_fields = kernels[0]
-        self.kernel_size, self.stride, self.dilation, self.groups = kernels[-1], stride, dilation, groups
+        self.out_fields = out_fields
+        self.stride, self.dilation, self.groups = stride, dilation, groups
         total = dilation * (self.kernel_size - 1) if padding == "same" else 2 * padding
         self.window = Window(self.kernel_size, stride, total, dilation)
         self.padding_mode = padding_mode
@@ -77,10 +78,11 @@ class _GroupConv2d(ExpandedLayer):
 class LiftingConv2d(_GroupConv2d):
     """Lifting convolution: an image to regular fields. Each kernel is applied in all |G| poses.
 
-    Exact for groups on the pixel grid, at every image size: strides follow the rule of `gzoo.nn.resample`.
+    Exact for groups on the pixel grid, at every image size: strides follow the rule of `gzoo.nn.resample`. For finer
+    rotations (steerable basis) exact for the turns that fit the grid, and for the others up to sampling at pixels.
 
     Args:
-        group: p4, p4m or a subgroup.
+        group: any point group.
         in_channels: channels of the image (trivial fields).
         out_fields: number of regular fields.
         kernel_size: side of the square kernel in pixels, odd or even.
@@ -93,10 +95,10 @@ class LiftingConv2d(_GroupConv2d):
 
     Shape:
         x: (B, in_channels, H, W); result: (B, out_fields * |G|, H', W') with H', W' as of ``nn.Conv2d``.
-        weight: (out_fields, in_channels / groups, k, k).
+        weight: (out_fields, in_channels / groups, k, k); (out_fields, in_channels / groups, 1, functions) if steerable.
 
     Raises:
-        ValueError: the group does not fit the pixel grid; groups do not divide the widths; x has other channels.
+        ValueError: groups do not divide the widths; x has other channels.
 
     Source: Cohen & Welling 2016, arXiv:1602.07576, equation 10.
     """
@@ -114,11 +116,10 @@ class LiftingConv2d(_GroupConv2d):
         bias: bool = True,
         padding_mode: PaddingMode = "zeros",
     ) -> None:
-        require_grid(group, kernel_size)
         _require_divisible(groups, in_channels, out_fields)
-        kernels = (out_fields, in_channels // groups, kernel_size, kernel_size)
-        index = lifting_index(group, kernel_size)
-        super().__init__(group, kernels, index, stride, padding, dilation, groups, bias, padding_mode)
+        basis = lifting_basis(group, kernel_size)
+        in_per_group = in_channels // groups
+        super().__init__(group, out_fields, in_per_group, basis, stride, padding, dilation, groups, bias, padding_mode)
         self.in_channels = in_channels
 
     @property
@@ -138,10 +139,10 @@ class LiftingConv2d(_GroupConv2d):
 class GroupConv2d(_GroupConv2d):
     """Group convolution: regular fields to regular fields.
 
-    Exact for groups on the pixel grid, at every image size; with a 1x1 kernel exact for every group.
+    Exact as `LiftingConv2d`; with a 1x1 kernel exact for every group.
 
     Args:
-        group: p4, p4m or a subgroup.
+        group: any point group.
         in_fields: number of regular fields in.
         out_fields: number of regular fields out.
         groups: divides both; ``groups=in_fields`` is depthwise: a field sees its own |G| channels only.
@@ -150,7 +151,8 @@ class GroupConv2d(_GroupConv2d):
 
     Shape:
         x: (B, in_fields * |G|, H, W); result: (B, out_fields * |G|, H', W') with H', W' as of ``nn.Conv2d``.
-        weight: (out_fields, in_fields / groups, |G|, k, k).
+        weight: (out_fields, in_fields / groups, |G|, k, k); (out_fields, in_fields / groups, |G|, functions) if
+        steerable.
 
     Raises:
         ValueError: as `LiftingConv2d`.
@@ -171,11 +173,10 @@ class GroupConv2d(_GroupConv2d):
         bias: bool = True,
         padding_mode: PaddingMode = "zeros",
     ) -> None:
-        require_grid(group, kernel_size)
         _require_divisible(groups, in_fields, out_fields)
-        kernels = (out_fields, in_fields // groups, group.order, kernel_size, kernel_size)
-        index = regular_index(group, kernel_size)
-        super().__init__(group, kernels, index, stride, padding, dilation, groups, bias, padding_mode)
+        basis = regular_basis(group, kernel_size)
+        in_per_group = in_fields // groups
+        super().__init__(group, out_fields, in_per_group, basis, stride, padding, dilation, groups, bias, padding_mode)
         self.in_fields = in_fields
 
     @property
@@ -194,15 +195,6 @@ def require_fields(x: Tensor, dim: int, fields: int, group: Group) -> None:
         raise ValueError(
             f"x of shape {tuple(x.shape)} has {x.shape[dim]} channels, not {fields} fields * |G| = {group.order}; "
             "lift an image with LiftingConv2d first"
-        )
-
-
-def require_grid(group: Group, kernel_size: int) -> None:
-    """Raises ValueError if the pixel basis has no exact kernels of this size for ``group``."""
-    if not group.on_grid and kernel_size > 1:
-        raise ValueError(
-            f"{group.name} turns a {kernel_size}x{kernel_size} kernel between the pixels, so the pixel basis is not "
-            "exact for it. Accepted are c1, c2, p4, d1, d2, p4m; 1x1 kernels take every group"
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gzoo.bases import expand
+from gzoo.bases import Basis, expand
 
 
 class ExpandedLayer(nn.Module):
@@ -19,12 +19,15 @@ class ExpandedLayer(nn.Module):
 
     weight: nn.Parameter
     index: Tensor
+    samples: Tensor | None
 
-    def __init__(self, weight: Tensor, index: Tensor) -> None:
+    def __init__(self, out_fields: int, in_fields: int, basis: Basis) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight)
-        # Not in the state_dict: it follows from the group and the kernel size.
-        self.register_buffer("index", index, persistent=False)
+        self.weight = nn.Parameter(torch.empty(out_fields, in_fields, *basis.parameters))
+        self.kernel_size = basis.size
+        # Not in the state_dict: they follow from the group and the kernel size.
+        self.register_buffer("index", basis.source, persistent=False)
+        self.register_buffer("samples", basis.samples, persistent=False)
         self._cached: tuple[Tensor, int, Tensor] | None = None  # the weight, its version, its filter
 
     def filter(self) -> Tensor:
@@ -32,13 +35,18 @@ class ExpandedLayer(nn.Module):
         weight = self.weight
         tracked = torch.is_grad_enabled() and weight.requires_grad
         if self.training or tracked or torch.compiler.is_compiling() or weight.is_inference():
-            return expand(weight, self.index)
+            return expand(weight, self.basis)
         version = weight._version
         if self._cached is None or self._cached[0] is not weight or self._cached[1] != version:
             # A tensor made in inference mode could not serve a gradient with respect to x later.
             with torch.inference_mode(False), torch.no_grad():
-                self._cached = weight, version, expand(weight, self.index)
+                self._cached = weight, version, expand(weight, self.basis)
         return self._cached[2]
+
+    @property
+    def basis(self) -> Basis:
+        """How the weight expands, on the weight's device."""
+        return Basis(tuple(self.weight.shape[2:]), self.index, self.samples, self.kernel_size)
 
     def train(self, mode: bool = True) -> "ExpandedLayer":
         self._cached = None

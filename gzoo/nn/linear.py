@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gzoo.bases import regular_index
+from gzoo.bases import regular_basis
 from gzoo.groups import Group
 from gzoo.nn.conv import require_fields
 from gzoo.nn.expand import ExpandedLayer
@@ -37,7 +37,8 @@ class GroupLinear(ExpandedLayer):
     """
 
     def __init__(self, group: Group, in_fields: int, out_fields: int, bias: bool = True) -> None:
-        super().__init__(torch.empty(out_fields, in_fields, group.order), regular_index(group, 1))
+        basis = regular_basis(group, 1)._replace(parameters=(group.order,))
+        super().__init__(out_fields, in_fields, basis)
         self.group, self.in_fields, self.out_fields = group, in_fields, out_fields
         self.bias = nn.Parameter(torch.zeros(out_fields)) if bias else None
         nn.init.normal_(self.weight, std=math.sqrt(2 / self.fan_in))

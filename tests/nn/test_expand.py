@@ -25,7 +25,7 @@ def layer():
 
 
 def fresh(layer):
-    return expand(layer.weight.detach(), layer.index)
+    return expand(layer.weight.detach(), layer.basis)
 
 
 def is_current(layer):
