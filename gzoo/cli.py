@@ -68,6 +68,17 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=("float64", "float32"), default="float64")
     command.add_argument("--tolerance", type=float, help="largest error, default: 1e-12 in float64, 1e-5 in float32")
 
+    command = commands.add_parser("bench", help="time models against escnn and the plain network of the expanded width")
+    command.set_defaults(run=_bench)
+    command.add_argument("--model", nargs="+", help="registered models, default: p4m_resnet44 and p4m_resnet18")
+    command.add_argument("--size", type=int, help="side of the images, default: 32 for p4m_resnet44, else 64")
+    command.add_argument("--batch-size", type=int, default=16, help="default: 16")
+    command.add_argument("--threads", type=int, default=2, help="of torch on the CPU, default: 2")
+    command.add_argument("--rounds", type=int, default=15, help="how often a step is timed, default: 15")
+    command.add_argument("--processes", type=int, default=5, help="fresh processes per construction, default: 5")
+    command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    command.add_argument("--json", help="write the result to this file")
+
     command = commands.add_parser("demo", help="two minutes of tour, offline")
     command.set_defaults(run=_demo)
     command.add_argument("--out", default="gzoo_demo", help="folder for the picture, default: gzoo_demo")
@@ -197,6 +208,29 @@ def _check(args: argparse.Namespace) -> int:
     passed = worst <= tolerance
     print(f"{args.model}: worst error {worst:.1e}, tolerance {tolerance:.0e}: {'equivariant' if passed else 'FAILED'}")
     return 0 if passed else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from gzoo.bench import CASES, Case, bench, table
+
+    sizes = dict(CASES)
+    cases = [Case(name, args.size or sizes.get(name, 64)) for name in args.model or sizes]
+    report = bench(
+        cases,
+        args.batch_size,
+        args.threads,
+        args.rounds,
+        args.processes,
+        args.device,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    print(table(report))
+    if args.json:
+        report = {"command": args.command_line, **report}
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:
