@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.utils import AverageMeter
 from torch import Tensor, nn
 
+from gzoo import groups
 from gzoo.data import ImageData, eval_loader, eval_transform, input_config
 from gzoo.predict import label_names
 
@@ -111,16 +112,9 @@ def _same(x: Tensor) -> Tensor:
 
 def _symmetries() -> dict[str, View]:
     """The eight symmetries of the square by name; the reflection, where there is one, comes first."""
-    views: dict[str, View] = {}
-    for flip in (False, True):
-        for turns in range(4):
-            name = f"{'flip + ' if flip else ''}{90 * turns} degrees"
-            views[name] = partial(_symmetry, flip=flip, turns=turns)
-    return views
-
-
-def _symmetry(x: Tensor, flip: bool, turns: int) -> Tensor:
-    return (x.flip(3) if flip else x).rot90(turns, (2, 3))
+    square = groups.get("p4m")
+    names = [f"{'flip + ' if g >= 4 else ''}{90 * (g % 4)} degrees" for g in range(square.order)]
+    return {name: partial(square.transform_image, g=g) for g, name in enumerate(names)}
 
 
 class _RandomRotation:

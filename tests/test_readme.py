@@ -1,13 +1,16 @@
 """The README's Python runs as printed, and its tables are those of the result files."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from gzoo.bench import table
 from gzoo.card import leaderboard
 
 README = Path(__file__).parent.parent / "README.md"
+BENCHMARKS = README.parent / "benchmarks"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
@@ -26,3 +29,24 @@ def test_readme_shows_the_leaderboard_of_the_cards():
     shown = re.search(r"<!-- leaderboard -->\n(.*?)\n<!-- /leaderboard -->", README.read_text(), re.DOTALL)
     assert shown is not None
     assert shown[1] == leaderboard()
+
+
+def neu_surface_row(name):
+    """A row of the README's fine-tuning table, from what `gzoo train` and `gzoo eval` wrote."""
+    tested = json.loads((BENCHMARKS / f"{name}.neu_surface.eval.json").read_text())
+    training = json.loads((BENCHMARKS / f"{name}.neu_surface.training.json").read_text())
+    return (
+        f"| `{name}` | {tested['top1']:.1f}% | {tested['transforms_mean']:.1f}% "
+        f"| {min(tested['transforms'].values()):.1f}% | {training['seconds'] / 60:.0f} min |"
+    )
+
+
+@pytest.mark.parametrize("name", ["resnet20", "p4m_resnet20"])
+def test_readme_shows_the_fine_tuning_runs_as_measured(name):
+    assert neu_surface_row(name) in README.read_text().splitlines()
+
+
+def test_readme_shows_the_bench_as_measured():
+    shown = re.search(r"<!-- bench -->\n```\n(.*?)\n```\n<!-- /bench -->", README.read_text(), re.DOTALL)
+    assert shown is not None
+    assert shown[1] == table(json.loads((BENCHMARKS / "bench.json").read_text())).strip()
