@@ -29,13 +29,14 @@ _DATASETS = {
 }
 
 
-def make_card(run: str, data: str, folder: Path | None = None) -> Path:
+def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = False) -> Path:
     """Measures the model of a finished training run on the test split and writes its card.
 
     Args:
         run: the ``out`` folder of `gzoo.train.train`.
         data: the data set, with a test split.
         folder: where the card folder is made; by default the model cards of this checkout.
+        bf16: autocast to bfloat16, which large networks on a CPU need; the card then says so.
 
     Returns:
         The card's folder.
@@ -55,7 +56,7 @@ def make_card(run: str, data: str, folder: Path | None = None) -> Path:
     name = f"{config['architecture']}.{tag}"
     model = load_model(run, pretrained=True).eval()
     size = tuple(model.pretrained_cfg["input_size"])  # type: ignore[index]
-    tested = evaluate(model, open_split(data, "test"), transforms=True, rotation_seed=0)
+    tested = evaluate(model, open_split(data, "test"), bf16=bf16, transforms=True, rotation_seed=0)
     results = {
         "name": name,
         "group": getattr(model, "group_name", None),
@@ -63,6 +64,7 @@ def make_card(run: str, data: str, folder: Path | None = None) -> Path:
         "multiply_adds": multiply_adds(model, size),
         "input_size": size,
         "test": tested,
+        "test_dtype": "bfloat16" if bf16 else "float32",
         "equivariance_error": check(model, size[1:]).worst if group_of(model) else None,
         "training": training,
     }
@@ -125,7 +127,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 | parameters | {results["parameters"]:,} |
 | multiply-adds of one image | {results["multiply_adds"]:,} |
 | input | {" x ".join(map(str, results["input_size"]))} |
-| test error, {title} | **{error}%** of {test["n"]:,} images |
+| test error, {title} | **{error}%** of {test["n"]:,} images, in {results["test_dtype"]} |
 | test error under the eight symmetries of the square | {turned} (%) |
 | test error, each image turned by a random angle | {100 - test["random_rotation"]:.2f}% |
 | equivariance error, float64 | {"not equivariant" if exact is None else f"{exact:.0e}"} |

@@ -87,6 +87,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.set_defaults(run=_card)
     command.add_argument("run_folder", metavar="RUN", help="the --out of `gzoo train`")
     command.add_argument("--data", required=True, help="the data set, for its test split")
+    command.add_argument("--bf16", action="store_true", help="test in bfloat16, for large networks on a CPU")
 
     data = commands.add_parser("data", help="make data sets").add_subparsers(required=True, metavar="DATA")
     command = data.add_parser("rotmnist", help="rotated MNIST: 12,000 images to train, 50,000 to test")
@@ -243,7 +244,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _card(args: argparse.Namespace) -> int:
     from gzoo.card import make_card
 
-    print(make_card(args.run_folder, args.data))
+    print(make_card(args.run_folder, args.data, bf16=args.bf16))
     return 0
 
 
