@@ -18,7 +18,7 @@ kernel keeps 6|G| parameters. Turns that fit the grid move the samples exactly, 
 
 import math
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,6 +119,38 @@ def _rings(size: int) -> list[tuple[float, float, int]]:
     return rings
 
 
+class _Spread(torch.autograd.Function):
+    """Kernels (out, in, parameters) to their poses (out, |G|, in, parameters): one gather, in both directions.
+
+    Every parameter stands once in each pose, so the gradient is gathered back and summed over the poses. Torch's own
+    backward would scatter into a zeroed buffer: slower, and on a GPU in an order that changes from run to run.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(kernels: Tensor, source: Tensor) -> Tensor:
+        # Straight into the layout of the filter: an index_select would need a transposed copy after it.
+        order = len(source)
+        where = source.view(1, order, 1, -1).expand(len(kernels), -1, kernels.shape[1], -1)
+        return kernels.unsqueeze(1).expand(-1, order, -1, -1).gather(3, where)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (source,) = ctx.saved_tensors
+        where = source.argsort(1).view(1, len(source), 1, -1).expand_as(grad)
+        return grad.gather(3, where).sum(1), None
+
+    @staticmethod
+    def jvp(ctx: Any, kernels: Tensor, source: None) -> Tensor:  # linear, so it is its own derivative
+        return _Spread.forward(kernels, *ctx.saved_tensors)
+
+
 def expand(weight: Tensor, basis: Basis) -> Tensor:
     """Filters from kernels.
 
@@ -129,12 +161,8 @@ def expand(weight: Tensor, basis: Basis) -> Tensor:
     Shape:
         (fields out * |G|, fields in, k, k) for lifting, (fields out * |G|, fields in * |G|, k, k) else.
     """
-    out_fields, in_fields = weight.shape[:2]
-    order = basis.source.shape[0]
-    # One gather straight into the layout of the filter: an index_select would need a transposed copy after it.
-    kernels = weight.flatten(2).unsqueeze(1).expand(-1, order, -1, -1)  # (out, |G|, in, parameters)
-    where = basis.source.view(1, order, 1, -1).expand(out_fields, -1, in_fields, -1)
-    filters = kernels.gather(3, where)  # (out, |G|, in, |G| or 1 * pixels or functions)
+    out_fields, order = len(weight), len(basis.source)
+    filters: Tensor = _Spread.apply(weight.flatten(2), basis.source)  # (out, |G|, in, |G| or 1 * pixels or functions)
     if basis.samples is not None:
         functions = basis.samples.shape[1]
         filters = filters.view(out_fields, order, -1, functions) @ basis.samples.to(weight.dtype)
