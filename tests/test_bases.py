@@ -141,3 +141,13 @@ def test_steerable_filters_of_neighbouring_elements_differ():
     basis = bases.lifting_basis(groups.get("c8"), 5)
     filters = bases.expand(torch.randn(1, 1, *basis.parameters), basis)
     assert (filters[1] - filters[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("basis", [bases.lifting_basis, bases.regular_basis])
+@pytest.mark.parametrize("group", ["c2", "p4m", "c8"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_gradient_of_the_expansion_is_that_of_finite_differences(group, size, basis):
+    basis = basis(groups.get(group), size)
+    weight = torch.randn(2, 1, *basis.parameters, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w: bases.expand(w, basis), weight, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda w: bases.expand(w, basis), weight)
