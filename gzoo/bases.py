@@ -162,7 +162,9 @@ def expand(weight: Tensor, basis: Basis) -> Tensor:
         (fields out * |G|, fields in, k, k) for lifting, (fields out * |G|, fields in * |G|, k, k) else.
     """
     out_fields, order = len(weight), len(basis.source)
-    filters: Tensor = _Spread.apply(weight.flatten(2), basis.source)  # (out, |G|, in, |G| or 1 * pixels or functions)
+    # A compiler derives the gradient itself; it does not take a Function with a jvp.
+    spread = _Spread.forward if torch.compiler.is_compiling() else _Spread.apply
+    filters: Tensor = spread(weight.flatten(2), basis.source)  # (out, |G|, in, |G| or 1 * pixels or functions)
     if basis.samples is not None:
         functions = basis.samples.shape[1]
         filters = filters.view(out_fields, order, -1, functions) @ basis.samples.to(weight.dtype)

@@ -83,7 +83,7 @@ def _draw(predictions: dict[str, Tensor], images: Tensor, labels: Tensor, path: 
     figure.suptitle("One digit, eight poses. Below each: what cnn7 | p4_cnn7 | p4m_cnn7 read")
     for row, axes in zip(shown.tolist(), figure.subplots(len(shown), _SQUARE.order), strict=True):
         for g, axis in enumerate(axes):
-            axis.imshow(_SQUARE.transform_image(images[row, 0], g), cmap="gray_r")
+            axis.imshow(_SQUARE.transform_image(images[row, 0], g).numpy(), cmap="gray_r")
             axis.set(xticks=[], yticks=[])
             answers = [classes[g, row].item() for classes in predictions.values()]
             right = answers[0] == labels[row]

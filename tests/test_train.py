@@ -491,8 +491,12 @@ def test_ctrl_c_says_how_to_go_on(settings, monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(gzoo.train, "_loss", loss)
-    with pytest.raises(KeyboardInterrupt, match="stopped in epoch 2; go on with: gzoo train --resume --out"):
-        train(TrainConfig(**settings))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
+    try:
+        with pytest.raises(KeyboardInterrupt, match="stopped in epoch 2; go on with: gzoo train --resume --out"):
+            train(TrainConfig(**settings))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert state(settings["out"])["epoch"] == 1
 
 

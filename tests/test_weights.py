@@ -339,9 +339,9 @@ def test_a_group_with_the_same_shapes_is_refused():
 
 def test_another_kernel_basis_is_refused():
     model = timm.create_model(NAME)
-    state = {**model.state_dict(), "group_signature": torch.tensor([4, 0, 1])}
+    state = {**model.state_dict(), "group_signature": torch.tensor([4, 0, 2])}
     with pytest.raises(
-        ValueError, match="p4 network in basis 1, of a newer gzoo, but the model is a p4 network in the"
+        ValueError, match="p4 network in basis 2, of a newer gzoo, but the model is a p4 network in the"
     ):
         model.load_state_dict(state)
 
