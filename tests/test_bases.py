@@ -143,6 +143,7 @@ def test_steerable_filters_of_neighbouring_elements_differ():
     assert (filters[1] - filters[0]).abs().max() > 0.1
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # of torch, where it checks forward derivatives
 @pytest.mark.parametrize("basis", [bases.lifting_basis, bases.regular_basis])
 @pytest.mark.parametrize("group", ["c2", "p4m", "c8"])
 @pytest.mark.parametrize("size", [1, 3])
