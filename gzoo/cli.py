@@ -74,7 +74,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.add_argument("--size", type=int, help="side of the images, default: 32 for p4m_resnet44, else 64")
     command.add_argument("--batch-size", type=int, default=16, help="default: 16")
     command.add_argument("--threads", type=int, default=2, help="of torch on the CPU, default: 2")
-    command.add_argument("--rounds", type=int, default=15, help="how often a step is timed, default: 15")
+    command.add_argument("--rounds", type=int, default=15, help="how often a training step is timed, default: 15")
     command.add_argument("--processes", type=int, default=5, help="fresh processes per construction, default: 5")
     command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     command.add_argument("--json", help="write the result to this file")

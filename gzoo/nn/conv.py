@@ -56,11 +56,11 @@ class _GroupConv2d(ExpandedLayer):
             nn.init.zeros_(self.bias)
 
     def _convolve(self, x: Tensor) -> Tensor:
-        x, padding = resample(x, self.window)
+        x, padding, stride = resample(x, self.window)
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, 4 * (padding,), mode=self.padding_mode), 0
         bias = None if self.bias is None else self.bias.repeat_interleave(self.group.order)
-        return F.conv2d(x, self.filter(), bias, self.stride, padding, self.dilation, self.groups)
+        return F.conv2d(x, self.filter(), bias, stride, padding, self.dilation, self.groups)
 
     @property
     def out_type(self) -> "FieldType":

@@ -31,8 +31,8 @@ class FibreNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         order = self.group_order
-        if x.shape[1] % order:
-            raise ValueError(f"x has {x.shape[1]} channels, no whole number of fields of |G| = {order}; lift it first")
-        height = x.shape[2]
-        rows = x.unflatten(1, (-1, order)).flatten(2, 3)  # (B, fields, |G| * H, W), a view of x
-        return self.norm(rows).unflatten(2, (order, height)).flatten(1, 2)
+        batch, channels, height, width = x.shape
+        if channels % order:
+            raise ValueError(f"x has {channels} channels, no whole number of fields of |G| = {order}; lift it first")
+        rows = x.reshape(batch, channels // order, order * height, width)  # a view of x
+        return self.norm(rows).reshape(x.shape)

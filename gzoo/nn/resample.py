@@ -41,12 +41,14 @@ class Window(NamedTuple):
         return count if starts_inside else count - 1
 
 
-def resample(x: Tensor, window: Window) -> tuple[Tensor, int]:
-    """x at the nearest size where ``window`` is symmetric, and the padding for either side.
+def resample(x: Tensor, window: Window) -> tuple[Tensor, int, int]:
+    """x at the nearest size where ``window`` is symmetric, the padding for either side, and the stride.
+
+    Where the window is one pixel, what comes back are only the pixels that it reads, and the stride is 1.
 
     Args:
         x: (B, C, H, W).
-        window: the operation that will follow, with stride and the padding that is returned.
+        window: the operation that will follow, with the padding and the stride that are returned.
 
     Raises:
         ValueError: the map is smaller than the window.
@@ -63,20 +65,30 @@ def resample(x: Tensor, window: Window) -> tuple[Tensor, int]:
             f"a map of {height}x{width} pixels is too small for a window of {window.extent} pixels with "
             f"{window.padding} pixels of padding in all; give the network a larger image"
         )
-    return _resize(x, size), padding
+    if window.extent == 1 and not padding:
+        return _resize(x, size, window.stride), 0, 1
+    return _resize(x, size), padding, window.stride
 
 
-def _resize(x: Tensor, size: list[int]) -> Tensor:
-    """Bilinear resampling of (B, C, H, W) to (B, C, *size), align_corners=False."""
-    for axis, n in enumerate(size, start=2):
-        if n == x.shape[axis] - 1:  # nearly always, at stride 2; lerp takes a fifth of the time of interpolate on a CPU
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            share = (torch.arange(n, dtype=dtype, device=x.device) + 0.5) / n  # of the right pixel of two neighbours
-            share = share.to(x.dtype).view(-1, *[1] * (3 - axis))
-            x = torch.lerp(x.narrow(axis, 0, n), x.narrow(axis, 1, n), share)
-    if size != list(x.shape[2:]):
+def _resize(x: Tensor, size: list[int], step: int = 1) -> Tensor:
+    """Every ``step``-th pixel of the bilinear resampling of (B, C, H, W) to (B, C, *size), align_corners=False."""
+    if any(n not in (x.shape[axis], x.shape[axis] - 1) for axis, n in enumerate(size, start=2)):
         x = F.interpolate(x, size, mode="bilinear", align_corners=False)
+    for axis, n in enumerate(size, start=2):
+        if n < x.shape[axis]:  # nearly always, at stride 2; lerp takes a fifth of the time of interpolate on a CPU
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            share = (torch.arange(0, n, step, dtype=dtype, device=x.device) + 0.5) / n  # of the right one of two pixels
+            share = share.to(x.dtype).view(-1, *[1] * (3 - axis))
+            x = torch.lerp(_every(step, x.narrow(axis, 0, n), axis), _every(step, x.narrow(axis, 1, n), axis), share)
+        else:
+            x = _every(step, x, axis)
     return x
+
+
+def _every(step: int, x: Tensor, axis: int) -> Tensor:
+    if step == 1:
+        return x
+    return x[:, :, ::step] if axis == 2 else x[..., ::step]
 
 
 class SymmetricPool2d(nn.Module):
@@ -104,7 +116,8 @@ class SymmetricPool2d(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pool(resample(x, self.window)[0])
+        x = resample(x, self.window)[0]
+        return x if self.window.extent == 1 else self.pool(x)
 
 
 def square(value: int | tuple[int, ...], what: str) -> int:

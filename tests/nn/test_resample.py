@@ -105,7 +105,7 @@ def test_after_the_rule_windows_cover_both_ends_alike(window, height, width):
     assume(min(sizes) >= 1)
     x = torch.zeros(1, 1, height, width)
     try:
-        y, padding = resample(x, window)
+        y, padding, stride = resample(x, window)
     except ValueError:
         # Only a window that is all padding at its single place has no size: the plain operation sees half of it.
         assert window.padding >= window.extent - 1
@@ -114,8 +114,8 @@ def test_after_the_rule_windows_cover_both_ends_alike(window, height, width):
     assert padding in (window.padding // 2, (window.padding + 1) // 2)
     for n, count in zip(y.shape[-2:], sizes, strict=True):
         room = n + 2 * padding - window.extent
-        assert room % window.stride == 0
-        assert room // window.stride + 1 == count
+        assert room % stride == 0
+        assert room // stride + 1 == count
 
 
 @given(windows, st.integers(1, 24), st.integers(1, 24), st.integers(0, 2**31))
@@ -130,10 +130,21 @@ def test_the_rule_commutes_with_turns_and_flips(window, height, width, seed):
 
 
 def test_the_rule_shrinks_by_less_than_a_stride():
-    for window in (Window(2, 2, 0), Window(3, 2, 2), Window(4, 3, 0), Window(1, 4, 0)):
+    for window in (Window(2, 2, 0), Window(3, 2, 2), Window(4, 3, 0)):
         for n in range(4, 30):
             size = resample(torch.zeros(1, 1, n, n), window)[0].shape[-1]
             assert n - window.stride < size <= n
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4])
+def test_a_window_of_one_pixel_gets_the_pixels_that_it_reads(stride):
+    for n in range(5, 20):
+        x = random_image(2, (n, n + 3))
+        read, padding, left = resample(x, Window(1, stride, 0))
+        size = [(m - 1) // stride * stride + 1 for m in x.shape[2:]]
+        whole = F.interpolate(x, size, mode="bilinear", align_corners=False)
+        assert torch.allclose(read, whole[..., ::stride, ::stride], atol=1e-14)
+        assert (padding, left) == (0, 1)
 
 
 def test_a_map_smaller_than_the_window_is_refused():
