@@ -65,12 +65,16 @@ def convert_in_place(
     match: Match = "params",
     widths: Mapping[int, int] | None = None,
     group_pool: Pooling = "mean",
+    scale: float | None = None,
 ) -> nn.Module:
-    """`convert`, but uses up ``model`` and does not check the result; for networks that a test checks."""
+    """`convert`, but uses up ``model`` and does not check the result; for networks that a test checks.
+
+    ``scale`` is the number of fields for each plain channel, in place of the one that ``match`` leads to.
+    """
     group = groups.get(group) if isinstance(group, str) else group
     if group_of(model) is not None:
         raise ValueError(f"{type(model).__name__} is equivariant already; convert the plain network")
-    recipe = Recipe(plan(model, group, match, widths), group_pool)
+    recipe = Recipe(plan(model, group, match, widths, scale), group_pool)
     counts = _channel_counts(model, recipe.plan)
     converted = _walk(model, recipe, {})
     counts()
@@ -141,8 +145,8 @@ def _channel_counts(model: Any, plan: Plan) -> Callable[[], None]:
     """Finds the channel counts that timm's code reads back from its models; the result brings them up to date."""
     order, seen = plan.group.order, plan.trace
     totals = {sum(part.size for part in flat(segments)): segments for segments in seen.outputs.values()}
-    if plan.classifier in seen.inputs:  # of all maps that are as wide, the one that is meant
-        last = seen.inputs[plan.classifier]
+    for classifier in plan.classifiers & seen.inputs.keys():  # of all maps that are as wide, the one that is meant
+        last = seen.inputs[classifier]
         totals[sum(part.size for part in flat(last))] = last
     todo: list[tuple[Callable[[int], None], Segments | None, int]] = []
     for module in (model, getattr(model, "head", None)):

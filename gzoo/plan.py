@@ -52,7 +52,7 @@ class Plan:
     Attributes:
         group: the group.
         trace: what a run of the plain network showed.
-        classifier: path of the layer that makes the logits, which stay as many as they are.
+        classifiers: paths of the layers that make logits, which stay as many as they are.
         widths: plain channels -> fields, where they are given.
         scale: fields for each plain channel.
     """
@@ -60,7 +60,7 @@ class Plan:
     model: nn.Module
     group: Group
     trace: Trace
-    classifier: str | None
+    classifiers: frozenset[str]
     widths: Mapping[int, int]
     scale: float = 1.0
     _known: dict[Segment, int] = field(default_factory=dict)
@@ -106,7 +106,7 @@ class Plan:
         inputs, outputs = flat(self.trace.inputs[name]), flat(self.trace.outputs[name])
         plain_in, plain_out = (sum(segment.size for segment in segments) for segments in (inputs, outputs))
         fields_in, fields_out = self.fields(inputs), self.fields(outputs)
-        if name == self.classifier and set(getattr(module, "kernel_size", (1,))) == {1}:  # on pooled fibres
+        if name in self.classifiers and set(getattr(module, "kernel_size", (1,))) == {1}:  # on pooled fibres
             weights = module.weight.numel() / plain_in
             macs = weights * fields_in / plain_in * self.trace.pixels[name]
             return Row(
@@ -165,7 +165,13 @@ def nearest_divisor(n: int, wanted: int) -> int:
     return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(math.log(d / wanted)))
 
 
-def plan(model: nn.Module, group: Group, match: Match = "params", widths: Mapping[int, int] | None = None) -> Plan:
+def plan(
+    model: nn.Module,
+    group: Group,
+    match: Match = "params",
+    widths: Mapping[int, int] | None = None,
+    scale: float | None = None,
+) -> Plan:
     """Plans the conversion of a plain network.
 
     Args:
@@ -173,6 +179,7 @@ def plan(model: nn.Module, group: Group, match: Match = "params", widths: Mappin
         group: the group.
         match: what to keep of the plain network: its "params", its "flops" (multiply-adds), or its "width".
         widths: plain channels -> fields, where they differ from ``match``.
+        scale: fields for each plain channel, in place of the one that ``match`` leads to.
 
     Raises:
         ValueError: the network has no convolution or does not run; ``match`` is unknown.
@@ -182,8 +189,8 @@ def plan(model: nn.Module, group: Group, match: Match = "params", widths: Mappin
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has no Conv2d; gzoo converts convolutional networks")
     seen = trace(model, example(model))
-    made = Plan(model, group, seen, _classifier(model, seen), widths or {}, SCALE[match](group.order))
-    if match != "width":
+    made = Plan(model, group, seen, _classifiers(model, seen), widths or {}, scale or SCALE[match](group.order))
+    if match != "width" and scale is None:
         _fit(made, match)
     return made
 
@@ -223,21 +230,27 @@ def example(model: nn.Module, most: int | None = None) -> Tensor:
 REDUCTIONS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten)
 
 
-def _classifier(model: Any, seen: Trace) -> str | None:
-    """The layer that makes the logits: timm's classifier, else the last to run if it is linear, or a convolution whose
-    map is pooled to a vector; activations and dropout may follow."""
+def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
+    """The layers that make logits: timm's classifier, or those in it (two where a network was distilled); else the last
+    to run if it is linear, or a convolution whose map is pooled to a vector; activations and dropout may follow."""
     modules = dict(model.named_modules())
     if hasattr(model, "get_classifier"):
         classifier = model.get_classifier()
-        return next((name for name, module in modules.items() if module is classifier), None)
+        paths = [name for name, module in modules.items() if module is classifier]
+        if isinstance(classifier, nn.Linear | nn.Conv2d) or not paths:
+            return frozenset(paths)
+        inside = [name for name in modules if name.startswith(f"{paths[0]}.") and isinstance(modules[name], nn.Linear)]
+        return frozenset(name for name in inside if modules[name].out_features == model.num_classes)
     layers = [name for name in seen.order if isinstance(modules[name], nn.Conv2d | nn.Linear)]
     if not layers:
-        return None
+        return frozenset()
     last, result = layers[-1], seen.result
     later = [modules[name] for name in seen.order[seen.order.index(last) + 1 :]]
-    if any(True for module in later for _ in module.parameters()):
-        return None
     logits = result.shape[1] if isinstance(result, Tensor) and result.ndim == 2 else None
+    if any(True for module in later for _ in module.parameters()):
+        return frozenset()
     if isinstance(modules[last], nn.Conv2d):
-        return last if modules[last].out_channels == logits else None
-    return None if any(isinstance(module, REDUCTIONS) for module in later) else last
+        makes = modules[last].out_channels == logits
+    else:
+        makes = not any(isinstance(module, REDUCTIONS) for module in later)
+    return frozenset([last] if makes else [])

@@ -8,14 +8,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import timm
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from timm.models._pretrained import PretrainedCfg
 from torch import nn
 
 from gzoo import backbones, groups, weights
 from gzoo.convert import convert_in_place
 from gzoo.nn.linear import Pooling
+from gzoo.plan import plan
 
 
 @dataclass(frozen=True)
@@ -24,18 +32,12 @@ class Backbone:
 
     Attributes:
         name: timm's name, or ours where ``build`` is given.
-        first_conv: path of the convolution that reads the image, for timm's ``in_chans`` adaptation.
-        classifier: path of the classifier, for timm's ``num_classes`` adaptation.
-        input_size: channels, height and width it was made for.
-        num_classes: of the data it was made for.
+        config: what timm's pretrained config says of it: first_conv, classifier, input_size, num_classes, mean ...
         build: constructor of a plain network that timm lacks.
     """
 
     name: str
-    first_conv: str
-    classifier: str
-    input_size: tuple[int, int, int]
-    num_classes: int
+    config: Mapping[str, Any]
     build: Callable[..., nn.Module] | None = None
 
     def plain(self, **kwargs: Any) -> nn.Module:
@@ -43,30 +45,67 @@ class Backbone:
         return self.build(**kwargs) if self.build else timm.create_model(self.name, **kwargs)
 
 
-def _cifar(name: str, build: Callable[..., nn.Module], stem: str = "stem.0") -> Backbone:
-    return Backbone(name, stem, "head.fc", (3, 32, 32), 10, build)
+def _own(
+    name: str,
+    build: Callable[..., nn.Module],
+    first_conv: str = "stem.0",
+    input_size: tuple[int, int, int] = (3, 32, 32),
+) -> Backbone:
+    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    grey = input_size[0] == 1
+    config = {
+        "first_conv": first_conv,
+        "classifier": "head.fc",
+        "input_size": input_size,
+        "num_classes": 10,
+        "mean": (sum(mean) / 3,) if grey else mean,
+        "std": (sum(std) / 3,) if grey else std,
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+    }
+    return Backbone(name, config, build)
 
 
 def _resnet_cifar(name: str, depth: int, base_width: int = 32) -> Backbone:
-    return _cifar(name, functools.partial(backbones.resnet_cifar, depth, base_width=base_width))
+    return _own(name, functools.partial(backbones.resnet_cifar, depth, base_width=base_width))
 
 
-_BACKBONES = {
-    backbone.name: backbone
-    for backbone in (
-        _resnet_cifar("resnet20", 20),
-        _resnet_cifar("resnet32", 32),
-        _resnet_cifar("resnet44", 44),
-        _resnet_cifar("resnet56", 56),
-        _resnet_cifar("resnet110", 110),
-        _resnet_cifar("resnet26_cifar", 26, base_width=71),
-        _cifar("allcnnc", backbones.allcnnc, stem="stages.0.0"),
-        Backbone("cnn7", "stem.0", "head.fc", (1, 28, 28), 10, backbones.cnn7),
-        Backbone("resnet18", "conv1", "fc", (3, 224, 224), 1000),
-        Backbone("resnet50", "conv1", "fc", (3, 224, 224), 1000),
-        Backbone("convnext_atto", "stem.0", "head.fc", (3, 224, 224), 1000),
-    )
-}
+_KEPT = ("first_conv", "classifier", "input_size", "num_classes", "mean", "std", "crop_pct", "interpolation")
+
+
+def _timm(name: str) -> Backbone:
+    config = get_pretrained_cfg(name)
+    assert config is not None
+    return Backbone(name, {key: getattr(config, key) for key in _KEPT})
+
+
+_OWN = (
+    _resnet_cifar("resnet20", 20),
+    _resnet_cifar("resnet32", 32),
+    _resnet_cifar("resnet44", 44),
+    _resnet_cifar("resnet56", 56),
+    _resnet_cifar("resnet110", 110),
+    _resnet_cifar("resnet26_cifar", 26, base_width=71),
+    _own("allcnnc", backbones.allcnnc, first_conv="stages.0.0"),
+    _own("cnn7", backbones.cnn7, input_size=(1, 28, 28)),
+)
+
+_TIMM = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet26d", "resnet50d", "wide_resnet50_2"),
+    *("resnext50_32x4d", "seresnet50", "ecaresnet50t", "resnetaa50", "resnetv2_50", "skresnet18", "resnest14d"),
+    *("res2net50_26w_4s", "regnetx_002", "regnetx_032", "regnety_004", "regnety_032", "regnetz_b16", "nfnet_l0"),
+    *("convnext_atto", "convnext_nano", "convnext_tiny", "convnextv2_atto", "convnextv2_nano", "inception_next_atto"),
+    *("mobilenetv1_100", "mobilenetv2_100", "mobilenetv3_small_100", "mobilenetv3_large_100", "mobilenetv4_conv_small"),
+    *("efficientnet_b0", "efficientnet_b3", "efficientnet_lite0", "efficientnetv2_rw_t", "tf_efficientnetv2_b0"),
+    *("mixnet_s", "mnasnet_100", "ghostnet_100", "rexnet_100", "lcnet_050", "tinynet_e", "fasternet_t0", "starnet_s1"),
+    *("repvgg_a0", "repghostnet_100", "mobileone_s0", "repvit_m0_9", "vgg11_bn", "vgg16_bn", "densenet121", "dla34"),
+    *("dpn68", "hrnet_w18", "cspresnet50", "cspdarknet53", "darknet53", "ese_vovnet19b_dw", "selecsls42b"),
+    *("hgnetv2_b0", "inception_v4", "xception41", "tresnet_m", "poolformer_s12"),
+)
+
+_BACKBONES = {backbone.name: backbone for backbone in (*_OWN, *map(_timm, _TIMM))}
+
+GROUPS = ("p4", "p4m", "c8", "d8")
 
 
 @dataclass(frozen=True)
@@ -75,7 +114,7 @@ class Entry:
 
     Attributes:
         group: a group's name; None for the plain network, the baseline of the others.
-        backbone: a key of the backbones above.
+        backbone: a key of the backbones above, and the name of the plain twin.
         widths: plain channels -> fields, where a paper's differ from C / sqrt|G|.
         group_pool: how the classifier pools a fibre.
         weights: tags of pretrained weights, the default first.
@@ -84,7 +123,7 @@ class Entry:
 
     group: str | None
     backbone: str
-    widths: Mapping[int, int] = field(default_factory=dict)
+    widths: Mapping[int, int] = field(default_factory=dict, hash=False)
     group_pool: Pooling = "mean"
     weights: tuple[str, ...] = ()
     paper: str = ""
@@ -106,71 +145,53 @@ class Entry:
         if self.group is None:
             return plain
         # Without the self-check: the tests check every entry, and it takes longer than the building.
-        return convert_in_place(plain, self.group, widths=self.widths, group_pool=self.group_pool)
+        return convert_in_place(plain, self.group, widths=self.widths, group_pool=self.group_pool, scale=_scale(self))
+
+
+@functools.cache
+def _scale(entry: Entry) -> float:
+    """Fields for each plain channel: those that keep the parameters of the plain network as it was published. The same
+    for any number of classes or channels of the image, or weights would not fit a network with another classifier."""
+    assert entry.group is not None
+    with torch.device("meta"):
+        published = _BACKBONES[entry.backbone].plain()
+    return plan(published, groups.get(entry.group), widths=entry.widths).scale
 
 
 _COHEN_WELLING = "arXiv:1602.07576"
 
+# What the rows of some networks say beyond group and backbone.
+_DETAILS: dict[str, dict[str, Any]] = {
+    "resnet44": {"paper": _COHEN_WELLING},
+    "p4m_resnet44": {"paper": _COHEN_WELLING},
+    "resnet26_cifar": {"paper": _COHEN_WELLING},
+    "p4m_resnet26_cifar": {"paper": _COHEN_WELLING},
+    "allcnnc": {"paper": "arXiv:1412.6806"},
+    "p4_allcnnc": {"paper": _COHEN_WELLING},
+    "p4m_allcnnc": {"widths": {96: 32, 192: 64}, "paper": _COHEN_WELLING},
+    "cnn7": {"weights": ("rotmnist",), "paper": _COHEN_WELLING},
+    "p4_cnn7": {"group_pool": "max", "weights": ("rotmnist",), "paper": _COHEN_WELLING},
+    "p4m_cnn7": {"group_pool": "max", "weights": ("rotmnist",)},
+    "c8_cnn7": {"group_pool": "max"},
+    "d8_cnn7": {"group_pool": "max"},
+}
+
+
+def _described(group: str | None, backbone: str) -> Entry:
+    return Entry(group, backbone, **_DETAILS.get(f"{group}_{backbone}" if group else backbone, {}))
+
+
 ENTRIES = (
-    Entry(None, "resnet20"),
-    Entry(None, "resnet32"),
-    Entry(None, "resnet44", paper=_COHEN_WELLING),
-    Entry(None, "resnet56"),
-    Entry(None, "resnet110"),
-    Entry(None, "resnet26_cifar", paper=_COHEN_WELLING),
-    Entry(None, "allcnnc", paper="arXiv:1412.6806"),
-    Entry(None, "cnn7", weights=("rotmnist",), paper=_COHEN_WELLING),
-    Entry("p4", "resnet20"),
-    Entry("p4", "resnet32"),
-    Entry("p4", "resnet44"),
-    Entry("p4", "resnet56"),
-    Entry("p4", "resnet110"),
-    Entry("p4", "resnet26_cifar"),
-    Entry("p4", "allcnnc", paper=_COHEN_WELLING),
-    Entry("p4", "cnn7", group_pool="max", weights=("rotmnist",), paper=_COHEN_WELLING),
-    Entry("p4", "resnet18"),
-    Entry("p4", "resnet50"),
-    Entry("p4", "convnext_atto"),
-    Entry("p4m", "resnet20"),
-    Entry("p4m", "resnet32"),
-    Entry("p4m", "resnet44", paper=_COHEN_WELLING),
-    Entry("p4m", "resnet56"),
-    Entry("p4m", "resnet110"),
-    Entry("p4m", "resnet26_cifar", paper=_COHEN_WELLING),
-    Entry("p4m", "allcnnc", widths={96: 32, 192: 64}, paper=_COHEN_WELLING),
-    Entry("p4m", "cnn7", group_pool="max", weights=("rotmnist",)),
-    Entry("p4m", "resnet18"),
-    Entry("p4m", "resnet50"),
-    Entry("p4m", "convnext_atto"),
-    Entry("c8", "resnet20"),
-    Entry("c8", "resnet44"),
-    Entry("c8", "cnn7", group_pool="max"),
-    Entry("c8", "resnet18"),
-    Entry("c8", "resnet50"),
-    Entry("c8", "convnext_atto"),
-    Entry("d8", "resnet20"),
-    Entry("d8", "resnet44"),
-    Entry("d8", "cnn7", group_pool="max"),
-    Entry("d8", "resnet18"),
-    Entry("d8", "resnet50"),
-    Entry("d8", "convnext_atto"),
+    *(_described(None, backbone.name) for backbone in _OWN),
+    *(_described(group, backbone) for group in GROUPS for backbone in _BACKBONES),
 )
 
 
 def _configs(entry: Entry) -> dict[str, dict[str, Any]]:
     """timm's pretrained configs of an entry by ``name.tag``, or under its bare name without weights."""
-    backbone = _BACKBONES[entry.backbone]
-    statistics: dict[str, tuple[float, ...]] = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
-    if backbone.input_size[0] == 1:
-        statistics = {key: (sum(value) / 3,) for key, value in statistics.items()}
-    base = statistics | {
-        "first_conv": backbone.first_conv,
-        "classifier": backbone.classifier,
-        "input_size": backbone.input_size,
-        "num_classes": backbone.num_classes,
+    base = {
+        **_BACKBONES[entry.backbone].config,
         "pool_size": None,
-        "crop_pct": 0.875 if backbone.build is None else 1.0,
-        "interpolation": "bicubic",
         "license": "apache-2.0",
         "paper_ids": entry.paper or None,
     }

@@ -75,8 +75,8 @@ class Recipe:
 
     @property
     def is_classifier(self) -> bool:
-        """Whether the module makes the logits."""
-        return self.path == self.plan.classifier
+        """Whether the module makes logits."""
+        return self.path in self.plan.classifiers
 
     def at(self, path: str) -> "Recipe":
         """This recipe for the module called ``path``."""

@@ -8,6 +8,22 @@ from torch import Tensor, nn
 
 from gzoo import groups
 from gzoo.groups import Group
+from gzoo.registry import ENTRIES, Entry
+
+PLAIN = {entry.backbone for entry in ENTRIES if entry.group is None}
+_STEERABLE_CORE = ("resnet20", "resnet44", "cnn7", "resnet18", "resnet50", "convnext_atto")
+
+
+def core_entries() -> list[Entry]:
+    """The entries that every run of the tests builds: our own backbones, and three of timm. tests/test_zoo has all."""
+    timms = ("resnet18", "resnet50", "convnext_atto")
+    return [
+        entry
+        for entry in ENTRIES
+        if (entry.backbone in timms or entry.backbone in PLAIN)
+        and (entry.group in (None, "p4", "p4m") or entry.backbone in _STEERABLE_CORE)
+    ]
+
 
 GRID_GROUPS = ("c1", "c2", "p4", "d1", "d2", "p4m")
 

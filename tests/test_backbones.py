@@ -7,7 +7,7 @@ import gzoo
 from gzoo import backbones
 from gzoo.check import relative_error
 from gzoo.registry import ENTRIES
-from tests.conftest import with_random_statistics
+from tests.conftest import core_entries, with_random_statistics
 
 # Deep or wide: one small image each, not square, odd after the first stride. The others: a power of two, one more, and
 # not square.
@@ -15,7 +15,7 @@ SLOW = ("resnet56", "resnet110", "resnet26_cifar", "resnet18", "resnet50")
 SIZES = {"cnn7": (28, 31, (33, 36)), "convnext_atto": (32, 33, (36, 49)), **dict.fromkeys(SLOW, ((9, 12),))}
 
 BY_NAME = {entry.name: entry for entry in ENTRIES}
-EQUIVARIANT = [entry for entry in ENTRIES if entry.group]
+EQUIVARIANT = [entry for entry in core_entries() if entry.group]
 
 
 def sizes(entry):

@@ -11,10 +11,11 @@ from timm.models import get_pretrained_cfg
 
 from gzoo import groups, registry
 from gzoo.check import group_of
-from gzoo.registry import ENTRIES, Entry
+from gzoo.registry import ENTRIES, GROUPS, Entry
+from tests.conftest import core_entries
 
 NAMES = [entry.name for entry in ENTRIES]
-SMALL = [name for name in NAMES if "110" not in name and "56" not in name]
+SMALL = [entry.name for entry in core_entries() if entry.backbone not in ("resnet110", "resnet56")]
 
 
 _IMPORT = """
@@ -77,14 +78,26 @@ def test_names_are_unique():
     assert len(set(NAMES)) == len(NAMES)
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=NAMES)
-def test_the_config_names_the_first_convolution_and_the_classifier(entry):
-    config = get_pretrained_cfg(entry.name)
+@pytest.mark.parametrize("backbone", registry._BACKBONES)
+def test_the_config_names_the_first_convolution_and_the_classifier(backbone):
+    config = get_pretrained_cfg(f"p4m_{backbone}")
     with torch.device("meta"):
-        plain = registry._BACKBONES[entry.backbone].plain()
-    assert isinstance(plain.get_submodule(config.first_conv), torch.nn.Conv2d)
-    assert plain.get_submodule(config.classifier) is plain.get_classifier()
-    assert plain.get_classifier().out_features == config.num_classes
+        plain = registry._BACKBONES[backbone].plain()
+    first = (config.first_conv,) if isinstance(config.first_conv, str) else config.first_conv
+    assert all(isinstance(plain.get_submodule(path), torch.nn.Conv2d) for path in first)
+    classifier = (config.classifier,) if isinstance(config.classifier, str) else config.classifier
+    assert {plain.get_submodule(path) for path in classifier} <= set(plain.get_classifier().modules())
+    assert plain.num_classes == config.num_classes
+
+
+def test_every_backbone_has_an_entry_for_every_group():
+    assert len(registry._BACKBONES) >= 40
+    for group in GROUPS:
+        assert {entry.backbone for entry in ENTRIES if entry.group == group} == set(registry._BACKBONES)
+
+
+def test_an_entry_knows_its_plain_twin():
+    assert all(timm.is_model(entry.backbone) for entry in ENTRIES)
 
 
 @pytest.mark.parametrize("name", SMALL)
