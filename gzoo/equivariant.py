@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gzoo.groups import Group
 from gzoo.nn import GroupConv2d, GroupPool, InvariantLinear
+from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.linear import Pooling
 
 # The kernel bases that a state_dict can be made for, by the number in its signature.
@@ -31,7 +32,8 @@ def make_equivariant(model: nn.Module, group: Group, pool: Pooling) -> None:
     """
     # A checkpoint of another group can have tensors of the same shapes (p4 and d2), so the state_dict itself says what
     # it belongs to: N, reflections, basis.
-    basis = _BASES.index("pixel" if group.on_grid else "steerable")
+    steerable = any(isinstance(layer, ExpandedLayer) and layer.samples is not None for layer in model.modules())
+    basis = _BASES.index("steerable" if steerable or not group.on_grid else "pixel")
     signature = torch.tensor([group.rotations, int(group.reflections), basis])
     model.register_buffer(_SIGNATURE, signature)
     model.__class__ = _equivariant_class(type(model))  # type: ignore[arg-type]  # mypy: a class is hashable
