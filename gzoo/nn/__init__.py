@@ -3,7 +3,7 @@
 from gzoo.nn.conv import GroupConv2d, LiftingConv2d
 from gzoo.nn.linear import GroupLinear, GroupPool, InvariantLinear
 from gzoo.nn.norm import FibreNorm
-from gzoo.nn.resample import SymmetricPool2d
+from gzoo.nn.resample import SymmetricBlur2d, SymmetricPool2d, keep_original_strides
 
 __all__ = [
     "FibreNorm",
@@ -12,5 +12,7 @@ __all__ = [
     "GroupPool",
     "InvariantLinear",
     "LiftingConv2d",
+    "SymmetricBlur2d",
     "SymmetricPool2d",
+    "keep_original_strides",
 ]
