@@ -139,7 +139,7 @@ def _pose(group: Group, size: int, g: int) -> Tensor:
         x = -x
     radius, theta = torch.hypot(x, y), torch.atan2(y, x)
     functions = []
-    for ring, width, highest in _rings(size):
+    for ring, width, highest in rings(size):
         profile = torch.exp(-((radius - ring) ** 2) / (2 * width**2))
         functions.append(profile)
         for frequency in range(1, highest + 1):
@@ -148,19 +148,19 @@ def _pose(group: Group, size: int, g: int) -> Tensor:
     return torch.stack(functions)
 
 
-def _rings(size: int) -> list[tuple[float, float, int]]:
+def rings(size: int) -> list[tuple[float, float, int]]:
     """Radius and width in pixels and highest frequency of each ring, as escnn chooses them."""
     count = math.ceil(size / 2)
     radii = torch.linspace(0, (size - 1) // 2, count).tolist()
-    rings = []
+    chosen = []
     for i, radius in enumerate(radii):
         width = 0.6 if i < count - 1 else 0.4
         if radius == 0 and size % 2:
             width = 0.005  # the central pixel alone; an even size has none
         outermost = radius == size // 2
         highest = min(2 * radius, 2 if outermost else 2 * radius - (radius + 1) % 2) if radius else 0
-        rings.append((radius, width, int(highest)))
-    return rings
+        chosen.append((radius, width, int(highest)))
+    return chosen
 
 
 class _Spread(torch.autograd.Function):
