@@ -21,6 +21,7 @@ from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gzoo.groups import Group
@@ -206,6 +207,10 @@ def expand(weight: Tensor, basis: Basis) -> Tensor:
         (fields out * |G|, fields in, k, k) for lifting, (fields out * |G|, fields in * |G|, k, k) else.
     """
     out_fields, order = len(weight), len(basis.source)
+    if basis.samples is None and weight.ndim > 3:  # a kernel that is no square stands in the middle of one
+        height, width = ((basis.size - side) // 2 for side in weight.shape[-2:])
+        if height or width:
+            weight = F.pad(weight, (width, width, height, height))
     # A compiler derives the gradient itself; it does not take a Function with a jvp.
     spread = _Spread.forward if torch.compiler.is_compiling() else _Spread.apply
     filters: Tensor = spread(weight.flatten(2), basis.source)  # (out, |G|, in, |G| or 1 * pixels or functions)

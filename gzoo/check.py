@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import SpaceToDepth
 from torch import Tensor, nn
 
 from gzoo.groups import Group
@@ -118,10 +119,13 @@ def check(
 
 def in_channels(model: nn.Module) -> int:
     """The channels of the image that ``model`` takes: those of its first convolution."""
+    folded = 1
     for module in model.modules():
+        if isinstance(module, SpaceToDepth):
+            folded *= module.bs**2
         channels = getattr(module, "in_channels", None)
         if isinstance(channels, int):
-            return channels
+            return channels // folded
     raise ValueError(f"{type(model).__name__} has no convolution, so it takes no image")
 
 

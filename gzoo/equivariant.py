@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gzoo.groups import Group
-from gzoo.nn import GroupConv2d, GroupPool, InvariantLinear
+from gzoo.nn import GroupPool, InvariantConv2d, InvariantLinear
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.linear import Pooling
 
@@ -107,8 +107,7 @@ class EquivariantClassifier(Equivariant):
         if type(plain) is nn.Linear:
             new = InvariantLinear(self.group, plain.in_features // order, num_classes, True, pool)
         elif type(plain) is nn.Conv2d:  # logits at every pixel
-            convolution = GroupConv2d(self.group, plain.in_channels // order, num_classes, 1)
-            new = nn.Sequential(convolution, GroupPool(order, pool))
+            new = InvariantConv2d(self.group, plain.in_channels // order, num_classes, True, pool)
         else:
             return
         path = next(name for name, module in self.named_modules() if module is plain)

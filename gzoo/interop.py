@@ -96,8 +96,9 @@ def to_escnn(model: nn.Module) -> nn.Module:
     equal at every image size. What acts on each number or channel alike (activations, dropout, global pooling) stays as
     it is.
 
-    Without a counterpart in escnn, and so still gzoo's own: `GroupLinear`, group pooling by mean, the linear map of
-    `InvariantLinear`, layer norm, group norm, instance norm, layer scale, average pools that do not count padding.
+    Without a counterpart in escnn, and so still gzoo's own: `GroupLinear`, `GroupConvTranspose2d`, convolutions with
+    weight standardization, group pooling by mean, the linear map of a classifier, layer norm, group norm, instance
+    norm, layer scale, other pools than torch's two, and average pools that do not count padding.
 
     A pixel kernel of k > 1 needs an ``R2Conv`` with a ring through every pixel and frequencies up to half of the
     pixels on it: such a layer has more coefficients than the pixels need, and filters that are no smoother than pixels.
@@ -119,7 +120,7 @@ def to_escnn(model: nn.Module) -> nn.Module:
     types = _types_of_pooled_maps(model, group)
 
     def rule(path: str, module: nn.Module) -> nn.Module | None:
-        if isinstance(module, LiftingConv2d | GroupConv2d):
+        if isinstance(module, LiftingConv2d | GroupConv2d) and module.standardize is None:
             return EscnnLayer(_r2conv(path, module), module.window)
         if isinstance(module, FibreNorm) and type(module.norm) in (nn.BatchNorm2d, BatchNormAct2d):
             return _inner_batch_norm(module.norm, group)
@@ -251,10 +252,10 @@ def _pointwise_pool(module: SymmetricPool2d, field_type: "FieldType") -> nn.Modu
     if window.extent == 1 and window.symmetric:
         return None  # no pooling at all: `resample` takes the steps
     sizes = (window.kernel, window.stride, window.padding // 2)
-    if isinstance(pool, nn.MaxPool2d):
+    if type(pool) is nn.MaxPool2d:
         new = enn.PointwiseMaxPool2D(field_type, *sizes, dilation=window.dilation, ceil_mode=window.ceil_mode)
         return EscnnLayer(new, window)
-    if pool.divisor_override or not (pool.count_include_pad or window.padding == 0):
+    if type(pool) is not nn.AvgPool2d or pool.divisor_override or not (pool.count_include_pad or window.padding == 0):
         return None
     return EscnnLayer(enn.PointwiseAvgPool2D(field_type, *sizes, ceil_mode=window.ceil_mode), window)
 

@@ -11,7 +11,7 @@ from gzoo import _escnn, backbones, groups
 from gzoo.check import check
 from gzoo.equivariant import make_equivariant
 from gzoo.interop import EscnnLayer, from_escnn, to_escnn
-from gzoo.nn import FibreNorm, GroupConv2d, LiftingConv2d, SymmetricBlur2d, SymmetricPool2d
+from gzoo.nn import FibreNorm, GroupConv2d, LiftingConv2d, SymmetricBlur2d, SymmetricPool2d, WeightStandardization
 from tests.conftest import random_fields, random_image, relative, with_random_statistics
 from tests.nn.test_conv import VARIANTS
 
@@ -143,6 +143,21 @@ def test_an_r2conv_with_escnns_default_rings_holds_no_pixel_filter(monkeypatch):
     monkeypatch.setattr("gzoo.interop._pixel_rings", gzoo.bases.rings)
     with pytest.raises(ValueError, match=r"the filters differ by \S+ of the largest tap; no R2Conv holds them"):
         to_escnn(GroupConv2d(groups.get("p4"), 2, 2, 3))
+
+
+def test_a_kernel_that_is_no_square_keeps_its_function():
+    ours = GroupConv2d(groups.get("p4"), 2, 2, (1, 3), padding=1)
+    twin, x = to_escnn(ours), random_fields("p4", 2).float()
+    assert relative(twin(x), ours(x)) < 1e-5
+    assert relative(from_escnn(twin)(x), ours(x)) < 1e-5
+
+
+def test_weight_standardization_stays_gzoos_own():
+    ours = GroupConv2d(groups.get("p4"), 2, 2, 3)
+    ours.standardize = WeightStandardization(2, 4, 1e-6)
+    twin, x = to_escnn(ours), random_fields("p4", 2).float()
+    assert not modules(twin, EscnnLayer)
+    assert twin(x).equal(ours(x))
 
 
 def test_float64_has_bases_of_its_own():

@@ -1,18 +1,25 @@
 """Equivariant layers. Plain tensors in and out; channel = field * |G| + g, as escnn lays a FieldType out."""
 
 from gzoo.nn.conv import GroupConv2d, LiftingConv2d
-from gzoo.nn.linear import GroupLinear, GroupPool, InvariantLinear
+from gzoo.nn.eca import GroupEca
+from gzoo.nn.linear import GroupLinear, GroupPool, InvariantConv2d, InvariantLinear
 from gzoo.nn.norm import FibreNorm
 from gzoo.nn.resample import SymmetricBlur2d, SymmetricPool2d, keep_original_strides
+from gzoo.nn.standardize import WeightStandardization
+from gzoo.nn.transposed import GroupConvTranspose2d
 
 __all__ = [
     "FibreNorm",
     "GroupConv2d",
+    "GroupConvTranspose2d",
+    "GroupEca",
     "GroupLinear",
     "GroupPool",
+    "InvariantConv2d",
     "InvariantLinear",
     "LiftingConv2d",
     "SymmetricBlur2d",
     "SymmetricPool2d",
+    "WeightStandardization",
     "keep_original_strides",
 ]

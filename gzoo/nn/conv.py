@@ -42,6 +42,7 @@ class _GroupConv2d(ExpandedLayer):
         self.window = Window(self.kernel_size, stride, total, dilation)
         self.padding_mode = padding_mode
         self.bias = nn.Parameter(torch.empty(self.out_fields)) if bias else None
+        self.standardize: nn.Module | None = None  # of `WeightStandardization`
         self.reset_parameters()
 
     @property
@@ -65,7 +66,8 @@ class _GroupConv2d(ExpandedLayer):
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, 4 * (padding,), mode=self.padding_mode), 0
         bias = None if self.bias is None else self.bias.repeat_interleave(self.group.order)
-        return F.conv2d(x, self.filter(), bias, stride, padding, self.dilation, self.groups)
+        filters = self.filter() if self.standardize is None else self.standardize(self.filter())
+        return F.conv2d(x, filters, bias, stride, padding, self.dilation, self.groups)
 
     @property
     def out_type(self) -> "FieldType":
@@ -90,7 +92,9 @@ class LiftingConv2d(_GroupConv2d):
         group: any point group.
         in_channels: channels of the image (trivial fields).
         out_fields: number of regular fields.
-        kernel_size: side of the square kernel in pixels, odd or even.
+        kernel_size: side of the square kernel in pixels, odd or even. Or height and width in the pose of the identity,
+            which differ by an even number: then the filter is the square of the longer side, zero around the kernel,
+            and ``padding`` is that of the square. Off the pixel grid the kernel fills that square.
         stride: in pixels.
         padding: pixels on either side; "same" keeps the size at stride 1.
         dilation: pixels between taps.
@@ -115,7 +119,7 @@ class LiftingConv2d(_GroupConv2d):
         group: Group,
         in_channels: int,
         out_fields: int,
-        kernel_size: int,
+        kernel_size: int | tuple[int, int],
         stride: int = 1,
         padding: int | Literal["same"] = 0,
         dilation: int = 1,
@@ -125,10 +129,9 @@ class LiftingConv2d(_GroupConv2d):
         basis: BasisName | None = None,
     ) -> None:
         _require_divisible(groups, in_channels, out_fields)
-        kernels, in_per_group = lifting_basis(group, kernel_size, basis), in_channels // groups
-        super().__init__(
-            group, out_fields, in_per_group, kernels, stride, padding, dilation, groups, bias, padding_mode
-        )
+        kernels = _framed(lifting_basis(group, _side(kernel_size), basis), kernel_size)
+        inputs = in_channels // groups
+        super().__init__(group, out_fields, inputs, kernels, stride, padding, dilation, groups, bias, padding_mode)
         self.in_channels = in_channels
 
     @property
@@ -174,7 +177,7 @@ class GroupConv2d(_GroupConv2d):
         group: Group,
         in_fields: int,
         out_fields: int,
-        kernel_size: int,
+        kernel_size: int | tuple[int, int],
         stride: int = 1,
         padding: int | Literal["same"] = 0,
         dilation: int = 1,
@@ -184,10 +187,9 @@ class GroupConv2d(_GroupConv2d):
         basis: BasisName | None = None,
     ) -> None:
         _require_divisible(groups, in_fields, out_fields)
-        kernels, in_per_group = regular_basis(group, kernel_size, basis), in_fields // groups
-        super().__init__(
-            group, out_fields, in_per_group, kernels, stride, padding, dilation, groups, bias, padding_mode
-        )
+        kernels = _framed(regular_basis(group, _side(kernel_size), basis), kernel_size)
+        inputs = in_fields // groups
+        super().__init__(group, out_fields, inputs, kernels, stride, padding, dilation, groups, bias, padding_mode)
         self.in_fields = in_fields
 
     @property
@@ -215,3 +217,22 @@ def _require_divisible(groups: int, *widths: int) -> None:
             low = width - width % groups
             near = f"{low} or {low + groups}" if low else f"{groups}"
             raise ValueError(f"groups={groups} does not divide a width of {width}; the nearest that works: {near}")
+
+
+def _side(kernel_size: int | tuple[int, int]) -> int:
+    """Side of the square that a kernel stays in when it is turned."""
+    if isinstance(kernel_size, int):
+        return kernel_size
+    if (kernel_size[0] - kernel_size[1]) % 2:
+        raise ValueError(
+            f"kernel_size={kernel_size}: height and width must both be odd or both be even, or the kernel has no place "
+            "in the middle of a square"
+        )
+    return max(kernel_size)
+
+
+def _framed(basis: Basis, kernel_size: int | tuple[int, int]) -> Basis:
+    """``basis`` with parameters for the pixels of the kernel only."""
+    if isinstance(kernel_size, int) or basis.samples is not None:
+        return basis
+    return basis._replace(parameters=(*basis.parameters[:-2], *kernel_size))

@@ -26,7 +26,9 @@ def share_along_fibre(module: nn.Module, names: tuple[str, ...], group_order: in
     for name in held:
         plain = module._parameters[name]
         assert plain is not None
-        module._parameters[name] = nn.Parameter(plain.detach().mean().expand(fields).clone(), plain.requires_grad)
+        module._parameters[name] = nn.Parameter(
+            plain.detach().mean().expand(fields, *plain.shape[1:]).clone(), plain.requires_grad
+        )
     # mypy: it takes the class for an instance, whose hash differs.
     module.__class__ = _sharing_class(type(module), held, group_order)  # type: ignore[arg-type]
 
@@ -37,7 +39,7 @@ def _sharing_class(plain: type[nn.Module], names: tuple[str, ...], group_order: 
         def read(self: nn.Module) -> Tensor:
             parameter = self._parameters[name]
             assert parameter is not None
-            return parameter.repeat_interleave(group_order)
+            return parameter.repeat_interleave(group_order, 0)
 
         return property(read)
 

@@ -125,3 +125,43 @@ class InvariantLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         require_fields(x, 1, self.in_features, self.group)
         return super().forward(self.group_pool(x))
+
+
+class InvariantConv2d(nn.Conv2d):
+    """Classifier of each pixel: group pooling, then a 1x1 convolution. The map of logits moves with the image.
+
+    Weight and bias are those of a plain 1x1 ``nn.Conv2d`` on ``in_fields`` channels, so timm can swap or drop them.
+
+    Args:
+        group: any point group.
+        in_fields: number of regular fields in.
+        out_channels: number of logits.
+        pool: group pooling, "mean" or "max".
+
+    Shape:
+        x: (B, in_fields * |G|, H, W); result: (B, out_channels, H, W). weight: (out_channels, in_fields, 1, 1).
+
+    Raises:
+        ValueError: x does not have in_fields * |G| channels.
+    """
+
+    def __init__(
+        self, group: Group, in_fields: int, out_channels: int, bias: bool = True, pool: Pooling = "mean"
+    ) -> None:
+        super().__init__(in_fields, out_channels, 1, bias=bias)
+        self.group = group
+        self.group_pool = GroupPool(group.order, pool)
+
+    @property
+    def in_type(self) -> "FieldType":
+        """The input's escnn type: ``in_channels`` regular fields."""
+        return self.group.field_type(self.in_channels)
+
+    @property
+    def out_type(self) -> "FieldType":
+        """The result's escnn type: ``out_channels`` trivial fields."""
+        return self.group.image_type(self.out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        require_fields(x, 1, self.in_channels, self.group)
+        return super().forward(self.group_pool(x))

@@ -16,7 +16,7 @@ class FibreNorm(nn.Module):
         group_order: |G|.
 
     Shape:
-        x and result: (B, fields * |G|, H, W), channel = field * |G| + g.
+        x and result: (B, fields * |G|, H, W), or (B, fields * |G|) for ``nn.BatchNorm1d``; channel = field * |G| + g.
 
     Raises:
         ValueError: the channels of x are no whole number of fields.
@@ -31,8 +31,8 @@ class FibreNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         order = self.group_order
-        batch, channels, height, width = x.shape
+        batch, channels, *pixels = x.shape
         if channels % order:
             raise ValueError(f"x has {channels} channels, no whole number of fields of |G| = {order}; lift it first")
-        rows = x.reshape(batch, channels // order, order * height, width)  # a view of x
+        rows = x.reshape(batch, channels // order, order * (pixels or [1])[0], *pixels[1:])  # a view of x
         return self.norm(rows).reshape(x.shape)

@@ -6,7 +6,7 @@ keeps the output size m of the plain operation and resamples its input to the si
 windows fit exactly. Bilinear resampling (align_corners=False) is symmetric itself. Each axis is treated alone.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -95,10 +95,11 @@ def _every(step: int, x: Tensor, axis: int) -> Tensor:
 
 
 class SymmetricPool2d(nn.Module):
-    """Max or average pooling behind the symmetric resampling rule. Acts on each channel, so any field type passes.
+    """A pool behind the symmetric resampling rule. Acts on each channel, so any field type passes.
 
     Args:
-        pool: ``nn.MaxPool2d`` or ``nn.AvgPool2d`` with a square window.
+        pool: ``nn.MaxPool2d`` or ``nn.AvgPool2d`` with a square window, or a module that treats each channel alike.
+        window: of another module than those two.
 
     Shape:
         x: (B, C, H, W); result: (B, C, H', W') with the size that ``pool`` itself would give.
@@ -107,16 +108,10 @@ class SymmetricPool2d(nn.Module):
         ValueError: kernel, stride or padding differ between the axes; or x is smaller than the window.
     """
 
-    def __init__(self, pool: nn.MaxPool2d | nn.AvgPool2d) -> None:
+    def __init__(self, pool: nn.Module, window: Window | None = None) -> None:
         super().__init__()
         self.pool = pool
-        self.window = Window(
-            kernel=square(pool.kernel_size, "kernel_size"),
-            stride=square(pool.stride, "stride"),
-            padding=2 * square(pool.padding, "padding"),
-            dilation=square(getattr(pool, "dilation", 1), "dilation"),
-            ceil_mode=pool.ceil_mode,
-        )
+        self.window = window or _window(pool)
 
     def forward(self, x: Tensor) -> Tensor:
         x = resample(x, self.window)[0]
@@ -164,6 +159,16 @@ def keep_original_strides(model: nn.Module) -> nn.Module:
         if isinstance(window, Window):
             module.window = window._replace(symmetric=False)  # type: ignore[assignment]  # no submodule
     return model
+
+
+def _window(pool: Any) -> Window:
+    return Window(
+        kernel=square(pool.kernel_size, "kernel_size"),
+        stride=square(pool.stride, "stride"),
+        padding=2 * square(pool.padding, "padding"),
+        dilation=square(getattr(pool, "dilation", 1), "dilation"),
+        ceil_mode=pool.ceil_mode,
+    )
 
 
 def square(value: int | tuple[int, ...], what: str) -> int:

@@ -1,0 +1,87 @@
+"""The transposed group convolution, which enlarges feature maps."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gzoo.bases import regular_basis
+from gzoo.groups import Group
+from gzoo.nn.conv import require_fields
+from gzoo.nn.expand import ExpandedLayer
+
+if TYPE_CHECKING:
+    from escnn.nn import FieldType
+
+
+class GroupConvTranspose2d(ExpandedLayer):
+    """Transposed group convolution: the adjoint of `GroupConv2d`, regular fields to regular fields.
+
+    The group acts by orthogonal maps, so the adjoint of an equivariant map is equivariant. The windows cover the output
+    symmetrically at every size; exact as `LiftingConv2d`.
+
+    Args:
+        group: any point group.
+        in_fields: number of regular fields in.
+        out_fields: number of regular fields out.
+        kernel_size: side of the square kernel in pixels.
+        stride: in pixels of the output.
+        padding: pixels cut off on either side of the output.
+        dilation: pixels between taps.
+        groups: divides both numbers of fields.
+        bias: whether each field has one.
+
+    Shape:
+        x: (B, in_fields * |G|, H, W); result: (B, out_fields * |G|, H', W') with H', W' as of ``nn.ConvTranspose2d``
+        without output padding, which would enlarge one side only.
+        weight: (in_fields, out_fields / groups, ...) as that of a `GroupConv2d` from out to in.
+
+    Raises:
+        ValueError: x has other channels.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        in_fields: int,
+        out_fields: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(in_fields, out_fields // groups, regular_basis(group, kernel_size))
+        self.group, self.in_fields, self.out_fields = group, in_fields, out_fields
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.bias = nn.Parameter(torch.zeros(out_fields)) if bias else None
+        nn.init.normal_(self.weight, std=math.sqrt(2 * stride**2 / self.fan_in))
+
+    @property
+    def fan_in(self) -> int:
+        """How many inputs one output sums up, times the stride in both directions."""
+        return self.in_fields // self.groups * self.weight[0, 0].numel()
+
+    @property
+    def in_type(self) -> "FieldType":
+        """The input's escnn type: ``in_fields`` regular fields."""
+        return self.group.field_type(self.in_fields)
+
+    @property
+    def out_type(self) -> "FieldType":
+        """The result's escnn type: ``out_fields`` regular fields."""
+        return self.group.field_type(self.out_fields)
+
+    def forward(self, x: Tensor) -> Tensor:
+        require_fields(x, 1, self.in_fields, self.group)
+        bias = None if self.bias is None else self.bias.repeat_interleave(self.group.order)
+        return F.conv_transpose2d(x, self.filter(), bias, self.stride, self.padding, 0, self.groups, self.dilation)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.group.name}, {tuple(self.weight.shape)}, stride={self.stride}, padding={self.padding}, "
+            f"dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
+        )

@@ -1,0 +1,243 @@
+"""Choosing widths: how many regular fields stand in for the channels of a plain network, before anything is built.
+
+`gzoo.trace` finds the segments, channels whose number is free. A segment of C plain channels gets about s * C fields,
+where s = 1 / sqrt|G| keeps the parameters of a dense layer and 1 / |G| its multiply-adds. Where that misses the whole
+network's number by more than 10% (lifting layers, classifiers and rounding follow other laws), s is searched for.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gzoo.bases import lifting_basis, regular_basis
+from gzoo.check import in_channels
+from gzoo.groups import Group
+from gzoo.trace import Segment, Segments, Trace, flat, trace
+
+Match = Literal["params", "flops", "width"]
+
+SCALE = {
+    "params": lambda order: 1 / math.sqrt(order),
+    "flops": lambda order: 1 / order,
+    "width": lambda order: 1.0,
+}
+
+_TOLERANCE = 0.1  # of the plain network's parameters or multiply-adds
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layer or a stage: parameters, multiply-adds of one image, and the widest map, plain and equivariant.
+
+    ``plain_width`` is in channels, ``fields`` in regular fields.
+    """
+
+    name: str
+    plain_width: int
+    plain_params: float
+    plain_macs: float
+    fields: int
+    params: float
+    macs: float
+
+
+@dataclass
+class Plan:
+    """The widths of an equivariant network. Make one with `plan`.
+
+    Attributes:
+        group: the group.
+        trace: what a run of the plain network showed.
+        classifier: path of the layer that makes the logits, which stay as many as they are.
+        widths: plain channels -> fields, where they are given.
+        scale: fields for each plain channel.
+    """
+
+    model: nn.Module
+    group: Group
+    trace: Trace
+    classifier: str | None
+    widths: Mapping[int, int]
+    scale: float = 1.0
+    _known: dict[Segment, int] = field(default_factory=dict)
+
+    def fields(self, segments: Segments) -> int:
+        """Regular fields in place of some plain channels; of the image's channels, their own number."""
+        return sum(self._segment_fields(segment) for segment in flat(segments))
+
+    def _segment_fields(self, segment: Segment) -> int:
+        if segment.image:
+            return segment.size
+        if segment not in self._known:
+            self._known[segment] = self.widths.get(segment.size) or self._near(segment)
+        return self._known[segment]
+
+    def _near(self, segment: Segment) -> int:
+        wanted = segment.size * self.scale
+        if not segment.groups:
+            return max(1, round(wanted))
+        groups = max(segment.groups)  # a width with a divisor near the number of groups
+
+        def far(fields: int) -> float:
+            divisor = nearest_divisor(fields, groups)
+            return abs(math.log(fields / wanted)) + 0.5 * abs(math.log(divisor / min(groups, max(wanted, 1))))
+
+        return min(range(max(1, math.floor(0.8 * wanted)), math.ceil(1.25 * wanted) + 1), key=far)
+
+    def groups_of(self, conv: nn.Conv2d | nn.ConvTranspose2d, in_fields: int, out_fields: int) -> int:
+        """The ``groups`` of the equivariant counterpart of a plain convolution."""
+        if 1 < conv.groups == conv.in_channels and out_fields % in_fields == 0:
+            return in_fields  # depthwise
+        return nearest_divisor(math.gcd(in_fields, out_fields), conv.groups)
+
+    def layers(self) -> Iterator[Row]:
+        """A row for each layer that has parameters, in the order in which they run."""
+        modules = dict(self.model.named_modules())
+        for name in self.trace.inputs:
+            own = sum(parameter.numel() for parameter in modules[name].parameters(recurse=False))
+            if own and name in self.trace.outputs:
+                yield self._row(name, modules[name], own)
+
+    def _row(self, name: str, module: Any, own: int) -> Row:
+        inputs, outputs = flat(self.trace.inputs[name]), flat(self.trace.outputs[name])
+        plain_in, plain_out = (sum(segment.size for segment in segments) for segments in (inputs, outputs))
+        fields_in, fields_out = self.fields(inputs), self.fields(outputs)
+        if name == self.classifier and set(getattr(module, "kernel_size", (1,))) == {1}:  # on pooled fibres
+            weights = module.weight.numel() / plain_in
+            macs = weights * fields_in / plain_in * self.trace.pixels[name]
+            return Row(
+                name, plain_out, own, module.weight.numel(), plain_out, own + weights * (fields_in - plain_in), macs
+            )
+        if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            return Row(name, plain_out, own, 0, fields_out, own / plain_in * fields_in, 0)
+        pixels, order = self.trace.pixels[name], self.group.order
+        lifts = any(segment.image for segment in inputs)
+        if isinstance(module, nn.Linear):
+            taps, free, groups = 1, 1 if lifts else order, 1
+        else:
+            taps = max(module.kernel_size) ** 2
+            groups = self.groups_of(module, fields_in, fields_out)
+            free = _free_numbers(self.group, module.kernel_size, lifts)
+        kernels = fields_out * fields_in / groups
+        bias = fields_out if module.bias is not None else 0
+        macs = kernels * order * (1 if lifts else order) * taps * pixels
+        return Row(name, plain_out, own, module.weight.numel() * pixels, fields_out, kernels * free + bias, macs)
+
+    def total(self) -> Row:
+        """All layers together."""
+        return _sum("total", list(self.layers()))
+
+    def stages(self) -> list[Row]:
+        """The layers together by stage: by the first part of their path, by two where the first is a list."""
+        rows: dict[str, list[Row]] = {}
+        for row in self.layers():
+            first, *rest = row.name.split(".")
+            listed = rest and isinstance(getattr(self.model, first), nn.Sequential | nn.ModuleList) and len(rest) > 1
+            stage = f"{first}.{rest[0]}" if listed and first in _LISTS else first
+            rows.setdefault(stage, []).append(row)
+        return [_sum(stage, members) for stage, members in rows.items()]
+
+
+_LISTS = ("stages", "blocks", "features", "layers", "body")  # timm's names for what holds the stages
+
+
+def _sum(name: str, rows: list[Row]) -> Row:
+    widest = max(rows, key=lambda row: row.plain_width)
+    numbers = (sum(getattr(row, key) for row in rows) for key in ("plain_params", "plain_macs", "params", "macs"))
+    plain_params, plain_macs, params, macs = numbers
+    return Row(name, widest.plain_width, plain_params, plain_macs, widest.fields, params, macs)
+
+
+def _free_numbers(group: Group, kernel_size: tuple[int, ...], lifts: bool) -> int:
+    """Parameters of one kernel."""
+    if group.on_grid:
+        return math.prod(kernel_size) * (1 if lifts else group.order)
+    basis = (lifting_basis if lifts else regular_basis)(group, max(kernel_size))
+    return math.prod(basis.parameters)
+
+
+def nearest_divisor(n: int, wanted: int) -> int:
+    """The divisor of n that is nearest to ``wanted``, as a ratio."""
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(math.log(d / wanted)))
+
+
+def plan(model: nn.Module, group: Group, match: Match = "params", widths: Mapping[int, int] | None = None) -> Plan:
+    """Plans the conversion of a plain network.
+
+    Args:
+        model: a plain network (B, C, H, W) -> logits; stays as it is.
+        group: the group.
+        match: what to keep of the plain network: its "params", its "flops" (multiply-adds), or its "width".
+        widths: plain channels -> fields, where they differ from ``match``.
+
+    Raises:
+        ValueError: the network has no convolution or does not run; ``match`` is unknown.
+    """
+    if match not in SCALE:
+        raise ValueError(f"match is {match!r}; accepted are {', '.join(map(repr, SCALE))}")
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} has no Conv2d; gzoo converts convolutional networks")
+    seen = trace(model, example(model))
+    made = Plan(model, group, seen, _classifier(model, seen), widths or {}, SCALE[match](group.order))
+    if match != "width":
+        _fit(made, match)
+    return made
+
+
+def _fit(made: Plan, match: str) -> None:
+    """Searches for the scale that keeps what ``match`` says to 10%, if the first does not."""
+
+    def ratio(scale: float) -> float:
+        made.scale = scale
+        made._known.clear()
+        row = made.total()
+        return row.params / row.plain_params if match == "params" else row.macs / max(row.plain_macs, 1)
+
+    first = made.scale
+    errors = {first: abs(math.log(ratio(first)))}
+    low, high = first / 8, first * 8
+    while errors[min(errors, key=errors.__getitem__)] > math.log(1 + _TOLERANCE) and high / low > 1.005:
+        middle = math.sqrt(low * high)
+        found = ratio(middle)
+        errors[middle] = abs(math.log(found))
+        low, high = (middle, high) if found < 1 else (low, middle)
+    ratio(min(errors, key=errors.__getitem__))
+
+
+def example(model: nn.Module, most: int | None = None) -> Tensor:
+    """Random images that the network takes: two of its own input size, at most ``most`` pixels wide and high."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    height, width = (config.get("input_size") or (3, 64, 64))[1:]
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    size = (min(height, most or height), min(width, most or width))
+    x = torch.randn(2, in_channels(model), *size, generator=generator)
+    return x.to(parameter.device, parameter.dtype)
+
+
+# They reduce all pixels alike.
+REDUCTIONS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten)
+
+
+def _classifier(model: Any, seen: Trace) -> str | None:
+    """The layer that makes the logits: timm's classifier, else the last to run if it is linear, or a convolution whose
+    map is pooled to a vector; activations and dropout may follow."""
+    modules = dict(model.named_modules())
+    if hasattr(model, "get_classifier"):
+        classifier = model.get_classifier()
+        return next((name for name, module in modules.items() if module is classifier), None)
+    layers = [name for name in seen.order if isinstance(modules[name], nn.Conv2d | nn.Linear)]
+    if not layers:
+        return None
+    last, result = layers[-1], seen.result
+    later = [modules[name] for name in seen.order[seen.order.index(last) + 1 :]]
+    if any(True for module in later for _ in module.parameters()):
+        return None
+    logits = result.shape[1] if isinstance(result, Tensor) and result.ndim == 2 else None
+    if isinstance(modules[last], nn.Conv2d):
+        return last if modules[last].out_channels == logits else None
+    return None if any(isinstance(module, REDUCTIONS) for module in later) else last

@@ -1,0 +1,389 @@
+"""The rules of the recipe: for each type of layer, what commutes with the group in its place.
+
+A rule gets the plain module, whose children are converted already, and a `Recipe`; the table at the end lists what
+passes unchanged. What no rule knows is an error of `gzoo.convert`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import timm.layers as tl
+import torch
+from timm.layers.adaptive_avgmax_pool import AdaptiveCatAvgMaxPool2d, FastAdaptiveAvgPool
+from timm.layers.grn import GlobalResponseNorm
+from timm.layers.pool2d_same import MaxPool2dSame
+from timm.layers.split_attn import RadixSoftmax
+from timm.layers.std_conv import ScaledStdConv2dSame, StdConv2dSame
+from timm.models import convnext, fastvit, hgnet, inception_next, metaformer, nfnet, rdnet, selecsls
+from torch import Tensor, nn
+
+from gzoo.groups import Group
+from gzoo.nn import (
+    FibreNorm,
+    GroupConv2d,
+    GroupConvTranspose2d,
+    GroupEca,
+    GroupLinear,
+    GroupPool,
+    InvariantConv2d,
+    InvariantLinear,
+    LiftingConv2d,
+    SymmetricPool2d,
+    WeightStandardization,
+)
+from gzoo.nn.fibre import share_along_fibre
+from gzoo.nn.linear import Pooling
+from gzoo.nn.resample import Window, square
+from gzoo.plan import REDUCTIONS, Plan
+from gzoo.trace import Segments
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a rule needs to know: the group, the planned widths, and where the module stands."""
+
+    plan: Plan
+    group_pool: Pooling
+    path: str = ""
+
+    @property
+    def group(self) -> Group:
+        """The group."""
+        return self.plan.group
+
+    @property
+    def in_fields(self) -> int:
+        """Regular fields that the module is given."""
+        return self.plan.fields(self._seen(self.plan.trace.inputs))
+
+    @property
+    def out_fields(self) -> int:
+        """Regular fields that the module gives."""
+        return self.plan.fields(self._seen(self.plan.trace.outputs))
+
+    @property
+    def lifts(self) -> bool:
+        """Whether the module is given channels of the image."""
+        return any(segment.image for segment in self._seen(self.plan.trace.inputs))
+
+    @property
+    def folded(self) -> int:
+        """Side of the squares of pixels that a space-to-depth before the module folded into channels; 1 if none."""
+        return max(segment.folded for segment in self._seen(self.plan.trace.inputs))
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the module makes the logits."""
+        return self.path == self.plan.classifier
+
+    def at(self, path: str) -> "Recipe":
+        """This recipe for the module called ``path``."""
+        return replace(self, path=path)
+
+    def _seen(self, known: dict[str, Segments]) -> Segments:
+        if self.path in known:
+            return known[self.path]
+        if self.path in self.plan.trace.lost:
+            raise ValueError(
+                f"its channels come out of {self.plan.trace.lost[self.path]!r}, through which gzoo cannot follow them: "
+                "a step that mixes channels or pixels, such as attention, a shuffle of channels or a flattened map, "
+                "has no equivariant counterpart here. Use a convolution, or global pooling before a linear layer"
+            )
+        raise ValueError(
+            "it has weights, but does not run on an image in eval mode, so its width is unknown; remove it from the "
+            "plain network"
+        )
+
+
+Rule = Callable[[Any, Recipe], nn.Module]
+RULES: dict[type[nn.Module], Rule] = {}
+
+
+def rule(*types: type[nn.Module]) -> Callable[[Rule], Rule]:
+    """Teaches `convert` what replaces modules of exactly these types.
+
+    The decorated function gets the plain module, whose children are converted already, and the `Recipe`; it returns the
+    module to put in its place, which must commute with the group: ``convert`` checks the whole network afterwards.
+    """
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(types, function))
+        return function
+
+    return register
+
+
+# --- convolutions and linear maps
+
+
+@rule(nn.Conv2d, tl.Conv2dSame)
+def _conv(plain: nn.Conv2d, recipe: Recipe) -> nn.Module:
+    if recipe.is_classifier and plain.kernel_size == plain.stride == (1, 1):
+        last = InvariantConv2d(
+            recipe.group, recipe.in_fields, plain.out_channels, plain.bias is not None, recipe.group_pool
+        )
+        _initialize_like(last, plain, plain.in_channels, last.in_channels)
+        return last
+    out_fields = plain.out_channels if recipe.is_classifier else recipe.out_fields
+    padding: int | Literal["same"]
+    if isinstance(plain, tl.Conv2dSame | StdConv2dSame | ScaledStdConv2dSame) or plain.padding == "same":
+        padding = "same"  # TensorFlow pads one side more where it must; here both alike, behind the resampling rule
+    else:
+        padding = _square_padding(plain)
+    height, width = plain.kernel_size
+    options: dict[str, Any] = {
+        "kernel_size": height if height == width else (height, width),
+        "stride": square(plain.stride, "stride"),
+        "padding": padding,
+        "dilation": square(plain.dilation, "dilation"),
+        "bias": plain.bias is not None,
+        "padding_mode": plain.padding_mode,
+    }
+    in_fields = recipe.in_fields
+    groups = recipe.plan.groups_of(plain, in_fields, out_fields)
+    kind = LiftingConv2d if recipe.lifts else GroupConv2d
+    if recipe.folded > 1:  # behind a space-to-depth, which a quarter turn would scramble: the same pixels, unfolded
+        in_fields //= recipe.folded**2
+        for name in ("kernel_size", "stride", "padding"):
+            options[name] *= recipe.folded
+    new = kind(recipe.group, in_fields, out_fields, groups=groups, **options)
+    _initialize_like(new, plain, plain.weight[0].numel(), new.fan_in)
+    return nn.Sequential(new, GroupPool(recipe.group.order, recipe.group_pool)) if recipe.is_classifier else new
+
+
+def _square_padding(plain: nn.Conv2d) -> int:
+    """The padding of a convolution's kernel, or of the square that the kernel is the middle of."""
+    paddings: Any = (0, 0) if plain.padding == "valid" else plain.padding
+    side = max(plain.kernel_size)
+    around = [p + d * (side - k) // 2 for p, d, k in zip(paddings, plain.dilation, plain.kernel_size, strict=True)]
+    if around[0] != around[1]:
+        raise ValueError(
+            f"kernel_size={plain.kernel_size} with padding={paddings} makes the map smaller along one axis only, and a "
+            "quarter turn exchanges the axes; choose the padding that keeps the size, or a square kernel"
+        )
+    return around[0]
+
+
+@rule(tl.StdConv2d, StdConv2dSame, tl.ScaledStdConv2d, ScaledStdConv2dSame)
+def _standardized_conv(plain: Any, recipe: Recipe) -> nn.Module:
+    new: Any = _conv(plain, recipe)
+    new.standardize = WeightStandardization(
+        new.out_fields, recipe.group.order, plain.eps, getattr(plain, "gain", None), getattr(plain, "scale", 1.0)
+    )
+    return new
+
+
+@rule(nn.ConvTranspose2d)
+def _transposed_conv(plain: nn.ConvTranspose2d, recipe: Recipe) -> nn.Module:
+    if any(plain.output_padding):
+        raise ValueError(
+            f"output_padding={plain.output_padding} adds pixels on one side only; choose kernel, stride and padding "
+            "with kernel - 2 * padding = stride, which doubles the size without it"
+        )
+    new = GroupConvTranspose2d(
+        recipe.group,
+        recipe.in_fields,
+        recipe.out_fields,
+        kernel_size=square(plain.kernel_size, "kernel_size"),
+        stride=square(plain.stride, "stride"),
+        padding=square(plain.padding, "padding"),  # type: ignore[arg-type]
+        dilation=square(plain.dilation, "dilation"),
+        groups=recipe.plan.groups_of(plain, recipe.in_fields, recipe.out_fields),
+        bias=plain.bias is not None,
+    )
+    _initialize_like(new, plain, plain.weight[:, 0].numel() // plain.groups, new.fan_in)
+    return new
+
+
+@rule(nn.Linear, tl.Linear)
+def _linear(plain: nn.Linear, recipe: Recipe) -> nn.Module:
+    if recipe.lifts:
+        raise ValueError("it is linear in the channels of the image; use a 1x1 convolution, which lifts them")
+    in_fields, bias = recipe.in_fields, plain.bias is not None
+    new: GroupLinear | InvariantLinear
+    if recipe.is_classifier:
+        new = InvariantLinear(recipe.group, in_fields, plain.out_features, bias, recipe.group_pool)
+        _initialize_like(new, plain, plain.in_features, in_fields)
+    else:
+        new = GroupLinear(recipe.group, in_fields, recipe.out_fields, bias)
+        _initialize_like(new, plain, plain.in_features, new.fan_in)
+    return new
+
+
+@torch.no_grad()
+def _initialize_like(new: Any, plain: Any, plain_fan_in: int, fan_in: int) -> None:
+    """Draws weights of the plain layer's size, corrected for the number of inputs; a constant bias is kept."""
+    size = plain.weight.square().mean().sqrt() * math.sqrt(plain_fan_in / fan_in)
+    new.weight.normal_().mul_(size)
+    if plain.bias is not None:
+        new.bias.fill_(plain.bias.mean())
+
+
+@rule(tl.GlobalContext)
+def _global_context(plain: Any, recipe: Recipe) -> nn.Module:
+    if plain.conv_attn is not None:  # one attention map for all poses
+        plain.conv_attn = nn.Sequential(plain.conv_attn, GroupPool(recipe.group.order))
+    return plain
+
+
+@rule(tl.EcaModule)
+def _eca(plain: tl.EcaModule, recipe: Recipe) -> nn.Module:
+    if plain.conv2 is not None:
+        raise ValueError("ECA with an MLP has no equivariant counterpart here; use ECA without, or squeeze-excite")
+    return GroupEca(recipe.group, plain.conv.kernel_size[0], plain.gate)
+
+
+# --- norms and scales
+
+
+@rule(nn.BatchNorm2d, nn.BatchNorm1d, nn.SyncBatchNorm, tl.BatchNormAct2d, nn.InstanceNorm2d)
+def _batch_norm(plain: Any, recipe: Recipe) -> nn.Module:
+    plain.num_features = recipe.in_fields
+    return _fibre_norm(plain, plain.num_features, recipe)
+
+
+@rule(tl.EvoNorm2dS0, tl.EvoNorm2dS0a, tl.FilterResponseNormTlu2d)
+def _evo_norm(plain: Any, recipe: Recipe) -> nn.Module:
+    fields = recipe.in_fields
+    if hasattr(plain, "groups"):
+        plain.groups = max(n for n in range(1, plain.groups + 1) if fields % n == 0)
+    return _fibre_norm(plain, fields, recipe)
+
+
+@rule(nn.GroupNorm, tl.GroupNorm, tl.GroupNorm1, tl.GroupNormAct, tl.GroupNorm1Act, metaformer.GroupNorm1NoBias)
+def _group_norm(plain: Any, recipe: Recipe) -> nn.Module:
+    fields = recipe.in_fields
+    plain.num_channels = fields
+    plain.num_groups = max(n for n in range(1, plain.num_groups + 1) if fields % n == 0)
+    return _fibre_norm(plain, fields, recipe)
+
+
+def _fibre_norm(plain: nn.Module, fields: int, recipe: Recipe) -> FibreNorm:
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters(recurse=False):
+            shrunk = nn.Parameter(parameter.mean().expand(fields).clone(), parameter.requires_grad)
+            plain.register_parameter(name, shrunk)
+        for name, buffer in plain.named_buffers(recurse=False):
+            if buffer.ndim == 1:
+                plain.register_buffer(name, buffer.mean().expand(fields).clone())
+    return FibreNorm(plain, recipe.group.order)
+
+
+@rule(
+    *(nn.LayerNorm, tl.LayerNorm, tl.LayerNorm2d, tl.LayerNormAct2d, metaformer.LayerNorm2dNoBias),
+    *(metaformer.LayerNormNoBias, tl.RmsNorm, tl.RmsNorm2d, tl.RmsNormAct2d, tl.SimpleNorm, tl.SimpleNorm2d),
+)
+def _layer_norm(plain: Any, recipe: Recipe) -> nn.Module:
+    if len(plain.normalized_shape) != 1:
+        raise ValueError(
+            f"layer norm over {tuple(plain.normalized_shape)} holds one parameter per pixel; norm channels only"
+        )
+    fields = recipe.in_fields
+    plain.normalized_shape = (fields * recipe.group.order,)
+    share_along_fibre(plain, ("weight", "bias"), recipe.group.order, fields)
+    return plain
+
+
+@rule(
+    *(tl.LayerScale, tl.LayerScale2d, fastvit.LayerScale2d, GlobalResponseNorm, metaformer.Scale),
+    *(convnext.ConvNeXtBlock, inception_next.MetaNeXtBlock, rdnet.DenseBlock),
+)
+def _channel_scale(plain: Any, recipe: Recipe) -> nn.Module:
+    """One number a channel becomes one a field."""
+    if isinstance(plain, metaformer.Scale):
+        plain.shape = (recipe.in_fields * recipe.group.order, *plain.shape[1:])
+    share_along_fibre(plain, ("gamma", "weight", "bias", "scale"), recipe.group.order, recipe.out_fields)
+    return plain
+
+
+# --- pools and pads
+
+
+@rule(nn.MaxPool2d, nn.AvgPool2d)
+def _pool(plain: Any, recipe: Recipe) -> nn.Module:
+    return SymmetricPool2d(plain)
+
+
+@rule(MaxPool2dSame, tl.AvgPool2dSame)
+def _same_pool(plain: Any, recipe: Recipe) -> nn.Module:
+    kernel, stride = square(plain.kernel_size, "kernel_size"), square(plain.stride, "stride")
+    padding, ceil = kernel // 2 if kernel % 2 else 0, kernel % 2 == 0  # as many pixels out as TensorFlow gives
+    if isinstance(plain, nn.MaxPool2d):
+        return SymmetricPool2d(nn.MaxPool2d(kernel, stride, padding, ceil_mode=ceil))
+    return SymmetricPool2d(nn.AvgPool2d(kernel, stride, padding, ceil, count_include_pad=False))
+
+
+@rule(tl.BlurPool2d)
+def _blur_pool(plain: Any, recipe: Recipe) -> nn.Module:
+    if len(set(plain.padding)) > 1:
+        raise ValueError(f"it pads {plain.padding} pixels, more on one side; choose an odd filter size")
+    plain.channels, plain.filt = None, plain.filt[:1]  # the same filter for all channels, however many
+    return SymmetricPool2d(plain, Window(plain.filt_size, plain.stride, 2 * plain.padding[0]))
+
+
+class _SymmetricStemV2(hgnet.StemV2):
+    """PP-HGNetV2's stem, which pads on the right and below: its 2x2 windows are behind the resampling rule here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem1(x)
+        x = torch.cat([self.pool(x), self.stem2b(self.stem2a(x))], dim=1)
+        return self.stem4(self.stem3(x))
+
+
+@rule(hgnet.StemV2)
+def _hgnet_stem(plain: Any, recipe: Recipe) -> nn.Module:
+    plain.__class__ = _SymmetricStemV2
+    window = Window(kernel=2, stride=1, padding=1)
+    plain.stem2a.conv.window = plain.stem2b.conv.window = window
+    plain.pool = SymmetricPool2d(nn.MaxPool2d(2, stride=1, padding=1), window)
+    return plain
+
+
+@rule(nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d)
+def _pad(plain: Any, recipe: Recipe) -> nn.Module:
+    if len(set(plain.padding)) > 1:
+        raise ValueError(f"it pads {plain.padding} pixels (left, right, top, bottom); all four must be the same")
+    return plain
+
+
+@rule(tl.SpaceToDepth)
+def _space_to_depth(plain: tl.SpaceToDepth, recipe: Recipe) -> nn.Module:
+    if not recipe.lifts:
+        raise ValueError("it folds pixels of a feature map into channels; use a strided convolution")
+    return nn.Identity()  # the convolution that follows gets a kernel as many times as wide
+
+
+@rule(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
+def _upsample(plain: nn.Upsample, recipe: Recipe) -> nn.Module:
+    factors = plain.scale_factor if isinstance(plain.scale_factor, tuple) else (plain.scale_factor,)
+    if plain.mode == "nearest" and not all(factor and float(factor).is_integer() for factor in factors):
+        raise ValueError(
+            "'nearest' to a size that is no multiple picks pixels more to one side; use 'nearest-exact', 'bilinear' or "
+            "an integer scale_factor"
+        )
+    return plain
+
+
+@rule(
+    # These act on each number, or on each channel, alike.
+    *(nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, tl.DropPath, tl.DropBlock2d),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh),
+    *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Tanhshrink, nn.Threshold),
+    *(tl.Swish, tl.Mish, tl.Sigmoid, tl.Tanh, tl.HardSwish, tl.HardSigmoid, tl.HardMish, tl.GELU, tl.GELUTanh),
+    *(tl.QuickGELU, nfnet.GammaAct, metaformer.StarReLU, hgnet.LearnableAffineBlock, nfnet.NormFreeBlock),
+    *(RadixSoftmax, selecsls.SelectSeq),
+    # These reduce all pixels alike; a flattened map that still has pixels is met by an error at the next layer.
+    *REDUCTIONS,
+    *(tl.SelectAdaptivePool2d, tl.AdaptiveAvgMaxPool2d, AdaptiveCatAvgMaxPool2d, FastAdaptiveAvgPool),
+)
+def _unchanged(plain: nn.Module, recipe: Recipe) -> nn.Module:
+    return plain
+
+
+ON_IMAGE = (_conv, _standardized_conv, _linear, _pool, _same_pool, _blur_pool, _pad, _space_to_depth, _hgnet_stem)
+"""Rules that replace a module that sees the image, too; others leave it, as it acts on each channel alike."""
+
+WHOLE = (tl.EcaModule,)
+"""Modules that are replaced with all that is in them."""

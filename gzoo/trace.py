@@ -1,0 +1,455 @@
+"""Following the channels of a plain network through one run: which belong together, and where they are taken apart.
+
+A layer makes a `Segment`: channels whose number can be chosen. Adding two maps ties their segments together; a
+concatenation strings them; a split cuts them in two. What is left after the run are the free widths of the network.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import SpaceToDepth
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+class MixedChannelsError(ValueError):
+    """Channels that transform in different ways are added."""
+
+
+class Segment:
+    """Consecutive channels that stay together.
+
+    Attributes:
+        size: plain channels.
+        image: whether they are channels of the image, which have no fibre.
+        groups: of the grouped convolutions that read or write them.
+        folded: side of the squares of pixels that are folded into them; 1 if none are.
+    """
+
+    def __init__(self, size: int, image: bool = False, groups: Iterable[int] = (), folded: int = 1) -> None:
+        self.size, self.image, self.groups, self.folded = size, image, set(groups), folded
+        self._became: tuple[Segment, ...] | None = None  # the parts that it was cut in, or what it was tied to
+
+    def parts(self) -> "Segments":
+        """What the segment is by now."""
+        if self._became is None:
+            return (self,)
+        self._became = flat(self._became)
+        return self._became
+
+    def cut(self, position: int) -> None:
+        """Takes the segment apart after ``position`` channels."""
+        sizes = position, self.size - position
+        self._became = tuple(Segment(size, self.image, self.groups, self.folded) for size in sizes)
+
+    def tie(self, other: "Segment") -> None:
+        """From now on the two are one."""
+        if self.image != other.image:
+            raise MixedChannelsError(
+                f"{self.size} channels of the image are added to features, which turn in another way: lift the image "
+                "by a convolution first"
+            )
+        self.groups |= other.groups
+        other._became = (self,)
+
+
+Segments = tuple[Segment, ...]
+
+
+def flat(segments: Iterable[Segment]) -> Segments:
+    """The segments as they are by now."""
+    return tuple(part for segment in segments for part in segment.parts())
+
+
+def cut(segments: Segments, position: int) -> tuple[Segments, Segments]:
+    """The first ``position`` channels, and the others."""
+    left = 0
+    for i, segment in enumerate(flat(segments)):
+        if left == position:
+            return flat(segments)[:i], flat(segments)[i:]
+        if left < position < left + segment.size:
+            segment.cut(position - left)
+            return flat(segments)[: i + 1], flat(segments)[i + 1 :]
+        left += segment.size
+    return flat(segments), ()
+
+
+def tie(first: Segments, second: Segments) -> None:
+    """Ties two strings of segments with the same number of channels, cutting them where the other has an end."""
+    while True:
+        first, second = flat(first), flat(second)
+        pair = next(((a, b) for a, b in zip(first, second, strict=False) if a is not b), None)
+        if pair is None:
+            return
+        a, b = pair
+        if a.size == b.size:
+            a.tie(b)
+        else:
+            max(pair, key=lambda segment: segment.size).cut(min(a.size, b.size))
+
+
+class Channels(NamedTuple):
+    """Where a tensor has its channels, and which they are."""
+
+    dim: int
+    segments: Segments
+
+
+@dataclass
+class Trace:
+    """What one run showed.
+
+    Attributes:
+        order: names of the leaf modules in the order in which they first ran.
+        inputs: the channels that each module was given first.
+        outputs: the channels of each module's result.
+        pieces: channels that a module's own forward split off, with their number, in order.
+        prefixes: the same for the channels before each piece, and for all.
+        pixels: positions at which a layer is applied to one image.
+        lost: leaf modules whose input could not be followed, with the operation that lost it.
+        result: the network's output.
+    """
+
+    order: list[str] = field(default_factory=list)
+    inputs: dict[str, Segments] = field(default_factory=dict)
+    outputs: dict[str, Segments] = field(default_factory=dict)
+    pieces: dict[str, list[tuple[int, Segments]]] = field(default_factory=dict)
+    prefixes: dict[str, list[tuple[int, Segments]]] = field(default_factory=dict)
+    pixels: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
+    result: Any = None
+
+
+def trace(model: nn.Module, x: Tensor) -> Trace:
+    """Runs a copy of ``model`` on x and follows the channels. Without arithmetic, where the model can do without.
+
+    Args:
+        model: a plain network; stays as it is.
+        x: images (B, C, H, W).
+
+    Raises:
+        ValueError: the network does not run; or adds what cannot be added.
+    """
+    try:
+        return _run(_without_numbers(model), x.to("meta"))
+    except MixedChannelsError:
+        raise
+    except Exception:  # what reads numbers, or keeps tensors that are no buffers, has to be run for real
+        pass
+    try:
+        return _run(copy.deepcopy(model), x)
+    except MixedChannelsError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} does not run on a random image of {tuple(x.shape)}: {error}"
+        ) from error
+
+
+def _without_numbers(model: nn.Module) -> nn.Module:
+    """A copy on the meta device, made without copying what is in the tensors."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
+def _run(model: nn.Module, x: Tensor) -> Trace:
+    seen = Trace()
+    follow = _Follow(seen)
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(follow.enter(name))
+        module.register_forward_hook(follow.leave(name))
+    _mark(x, 1, (Segment(x.shape[1], image=True),))
+    with torch.no_grad(), follow:
+        seen.result = model.eval()(x)
+    return seen
+
+
+def _mark(x: Tensor, dim: int, segments: Segments) -> None:
+    x.gzoo_channels = Channels(dim, segments)  # type: ignore[attr-defined]
+
+
+def _channels(x: Any) -> Channels | None:
+    return getattr(x, "gzoo_channels", None) if isinstance(x, Tensor) else None
+
+
+class _Follow(TorchFunctionMode):
+    """Hands the channels on from the arguments of every torch function to its results."""
+
+    def __init__(self, seen: Trace) -> None:
+        super().__init__()
+        self.seen = seen
+        self.path = [""]
+        self.made: dict[str, Segments] = {}
+
+    # --- modules
+
+    def enter(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            self.path.append(name)
+            seen = self.seen
+            x = next((x for x in _tensors(inputs) if _channels(x)), None)
+            if not any(True for _ in module.children()) and name not in seen.order:
+                seen.order.append(name)
+                if x is None and inputs and isinstance(inputs[0], Tensor):
+                    seen.lost[name] = getattr(inputs[0], "gzoo_lost", "the network")
+            if x is None:
+                return
+            segments = _channels(x).segments  # type: ignore[union-attr]
+            first = seen.inputs.setdefault(name, segments)
+            has_own = any(True for _ in (*module.parameters(), *module.buffers()))
+            if has_own and _total(first) == _total(segments):  # run twice, it has the same widths twice
+                tie(first, segments)
+
+        return hook
+
+    def leave(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            self.path.pop()
+            channels = _channels(inputs[0]) if inputs else None
+            if channels and isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                self.seen.pixels[name] = output[0, 0].numel()
+                if isinstance(module, nn.ConvTranspose2d):
+                    self.seen.pixels[name] = inputs[0][0, 0].numel()
+                _mark(output, 1, self._made(name, _conv_output(module, channels.segments)))
+            elif channels and isinstance(module, SpaceToDepth):
+                image = all(segment.image for segment in flat(channels.segments))
+                _mark(output, 1, (Segment(output.shape[1], image, folded=module.bs),))
+            elif channels and isinstance(module, nn.Linear) and channels.dim == inputs[0].ndim - 1:
+                self.seen.pixels[name] = output[0, ..., 0].numel()
+                _mark(output, output.ndim - 1, self._made(name, (Segment(module.out_features),)))
+            result = next((_channels(x) for x in _tensors(output) if _channels(x)), None)
+            if result:
+                self.seen.outputs.setdefault(name, result.segments)
+
+        return hook
+
+    def _made(self, name: str, segments: Segments) -> Segments:
+        return self.made.setdefault(name, segments)
+
+    # --- functions
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        outputs = [out] if isinstance(out, Tensor) else list(_tensors(out))
+        inputs = list(_tensors((args, kwargs)))
+        if not any(_channels(x) for x in inputs):
+            lost = next((x.gzoo_lost for x in inputs if hasattr(x, "gzoo_lost")), None)
+            for x in outputs if lost else ():
+                x.gzoo_lost = lost  # type: ignore[attr-defined]
+            return out
+        name = getattr(func, "__name__", "")
+        before = [(x, _channels(x)) for x in outputs if any(x is y for y in inputs)]  # written in place
+        followed = _FOLLOWED.get(name, _Follow._inherit)(self, outputs, inputs, args, kwargs)
+        for x, channels in before:
+            if channels and not followed:
+                _mark(x, *channels)
+        for x in outputs:
+            if _channels(x) is None:
+                x.gzoo_lost = name  # type: ignore[attr-defined]
+        return out
+
+    def _inherit(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
+        """Results with as many channels at the same place have those of the arguments."""
+        found = False
+        known = [(x.ndim, channels) for x in inputs if (channels := _channels(x))]
+        for out in outputs:
+            mine = None
+            for ndim, (dim, segments) in known:
+                place = dim - ndim  # from the right, as broadcasting aligns
+                if -place > out.ndim or out.shape[place] != _total(segments):
+                    place = dim  # from the left, as reductions of pixels leave it
+                    if place >= out.ndim or out.shape[place] != _total(segments):
+                        continue
+                    place -= out.ndim
+                if mine is None:
+                    mine = place + out.ndim, segments
+                elif mine[0] == place + out.ndim:
+                    tie(mine[1], segments)
+            if mine:
+                _mark(out, *mine)
+                found = True
+        return found
+
+    def _cat(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
+        out = outputs[0]
+        dim = _argument(args, kwargs, 1, "dim", 0) % out.ndim
+        known = [_channels(x) for x in inputs]
+        if any(channels is None for channels in known) or len({c.dim for c in known if c}) > 1:
+            return False
+        if known[0].dim != dim:  # type: ignore[union-attr]
+            return self._inherit(outputs, inputs, args, kwargs)
+        _mark(out, dim, tuple(segment for channels in known if channels for segment in channels.segments))
+        return True
+
+    def _stack(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
+        out = outputs[0]
+        new = _argument(args, kwargs, 1, "dim", 0) % out.ndim
+        known = [_channels(x) for x in inputs]
+        first = known[0]
+        if first is None or any(channels is None or channels.dim != first.dim for channels in known):
+            return False
+        for channels in known[1:]:
+            tie(first.segments, channels.segments)  # type: ignore[union-attr]
+        _mark(out, first.dim + (new <= first.dim), first.segments)
+        return True
+
+    def _split(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
+        channels = _channels(inputs[0])
+        dim = _argument(args, kwargs, 2, "dim", 0) % inputs[0].ndim
+        if channels is None or dim != channels.dim:
+            return self._inherit(outputs, inputs, args, kwargs)
+        start = 0
+        for out in outputs:
+            self._piece(out, channels, start, start + out.shape[dim])
+            start += out.shape[dim]
+        return True
+
+    def _narrow(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
+        channels = _channels(inputs[0])
+        dim = _argument(args, kwargs, 1, "dim", 0) % inputs[0].ndim
+        if channels is None or dim != channels.dim:
+            return self._inherit(outputs, inputs, args, kwargs)
+        start = _argument(args, kwargs, 2, "start", 0)
+        self._piece(outputs[0], channels, start, start + outputs[0].shape[dim])
+        return True
+
+    def _getitem(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
+        x, index = args
+        channels = _channels(x)
+        index = index if isinstance(index, tuple) else (index,)
+        if channels is None or not all(i is None or i is ... or isinstance(i, int | slice) for i in index):
+            return False
+        used = sum(i is not None and i is not ... for i in index)
+        at = next((k for k, i in enumerate(index) if i is ...), len(index))
+        index = index[:at] + (slice(None),) * (x.ndim - used) + index[at + 1 :]
+        old = new = 0
+        for i in index:
+            if i is None:
+                new += 1
+                continue
+            if old == channels.dim:
+                if isinstance(i, int) or i.step not in (None, 1):
+                    return False
+                start, stop, _ = i.indices(x.shape[old])
+                self._piece(outputs[0], Channels(new, channels.segments), start, stop)
+                return True
+            old += 1
+            new += not isinstance(i, int)
+        return False
+
+    def _piece(self, out: Tensor, channels: Channels, start: int, stop: int) -> None:
+        """Marks ``out`` as the channels from ``start`` to ``stop``, and remembers how many were cut off where."""
+        before, rest = cut(channels.segments, start)
+        segments, _ = cut(rest, stop - start)
+        path = self.path[-1]
+        self.seen.pieces.setdefault(path, []).append((stop - start, segments))
+        whole = _total(channels.segments), channels.segments
+        self.seen.prefixes.setdefault(path, []).extend([(start, before), whole] if start else [whole])
+        _mark(out, channels.dim, segments)
+
+    def _permute(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
+        channels = _channels(inputs[0])
+        dims = args[1] if len(args) == 2 and isinstance(args[1], Sequence) else args[1:] or kwargs["dims"]
+        assert channels is not None
+        _mark(outputs[0], [d % inputs[0].ndim for d in dims].index(channels.dim), channels.segments)
+        return True
+
+    def _transpose(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
+        channels, ndim = _channels(inputs[0]), inputs[0].ndim
+        assert channels is not None
+        first = _argument(args, kwargs, 1, "dim0", 0) % ndim
+        second = _argument(args, kwargs, 2, "dim1", 0) % ndim
+        dim = {first: second, second: first}.get(channels.dim, channels.dim)
+        _mark(outputs[0], dim, channels.segments)
+        return True
+
+    def _reduce(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
+        x, channels = inputs[0], _channels(inputs[0])
+        dims = _argument(args, kwargs, 1, "dim", None)
+        if isinstance(dims, Tensor):  # torch.max of two tensors
+            return self._inherit(outputs, inputs, args, kwargs)
+        if channels is None or dims is None:
+            return False
+        reduced = {d % x.ndim for d in ([dims] if isinstance(dims, int) else dims)}
+        if channels.dim in reduced:
+            return False
+        dropped = 0 if outputs[0].ndim == x.ndim else sum(d < channels.dim for d in reduced)
+        for out in outputs:
+            _mark(out, channels.dim - dropped, channels.segments)
+        return True
+
+    def _reshape(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
+        out, channels = outputs[0], _channels(inputs[0])
+        if channels is None:
+            return False
+        dim, segments = channels
+        old, new, total = inputs[0].shape, out.shape, _total(channels.segments)
+        before = math.prod(old[:dim])
+        for e in range(len(new)):
+            leading = math.prod(new[:e])
+            if leading == before and new[e] == total:
+                _mark(out, e, segments)
+                return True
+            if leading == before and e + 1 < len(new) and new[e] * new[e + 1] == total and new[e] > 1:
+                equal, rest = cut(segments, new[e + 1])  # C channels read as new[e] times the same ones
+                while rest:
+                    part, rest = cut(rest, new[e + 1])
+                    tie(equal, part)
+                _mark(out, e + 1, flat(equal))
+                return True
+            for first in range(dim):  # the dimensions before the channels are taken in, as copies of them
+                if leading == math.prod(old[:first]) and leading * new[e] == before * total:
+                    _mark(out, e, segments * math.prod(old[first:dim]))
+                    return True
+        return False
+
+
+_FOLLOWED: dict[str, Callable[..., bool]] = {
+    **dict.fromkeys(("cat", "concat", "concatenate"), _Follow._cat),
+    "stack": _Follow._stack,
+    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), _Follow._split),
+    "narrow": _Follow._narrow,
+    "__getitem__": _Follow._getitem,
+    "permute": _Follow._permute,
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _Follow._transpose),
+    **dict.fromkeys(("mean", "sum", "amax", "amin", "max", "min", "norm", "std", "var"), _Follow._reduce),
+    **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"), _Follow._reshape),
+}
+
+
+def _conv_output(module: nn.Conv2d | nn.ConvTranspose2d, segments: Segments) -> Segments:
+    inputs, outputs, groups = module.in_channels, module.out_channels, module.groups
+    if groups > 1 and groups == inputs and not any(segment.image for segment in flat(segments)):
+        return segments * (outputs // inputs)  # depthwise: each channel gives its own
+    out = Segment(outputs)
+    if groups > 1:
+        out.groups.add(groups)
+        for segment in flat(segments):
+            segment.groups.add(groups)
+    return (out,)
+
+
+def _total(segments: Segments) -> int:
+    return sum(segment.size for segment in segments)
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+def _argument(args: tuple, kwargs: dict, position: int, name: str, default: Any) -> Any:
+    return args[position] if len(args) > position else kwargs.get(name, default)
