@@ -3,5 +3,6 @@
 from gzoo import groups, nn, registry
 from gzoo.check import check
 from gzoo.convert import convert, rule
+from gzoo.interop import from_escnn, to_escnn
 
-__all__ = ["check", "convert", "groups", "nn", "registry", "rule"]
+__all__ = ["check", "convert", "from_escnn", "groups", "nn", "registry", "rule", "to_escnn"]

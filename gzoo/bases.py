@@ -10,7 +10,7 @@ The pixel basis takes the values of w at the pixels as parameters. It is exact f
 and the expansion is a gather: every parameter stands once in each filter[g]. A 3x3 kernel between two regular fields
 keeps all 9|G| parameters.
 
-The steerable basis serves the other groups. Its parameters are the coefficients of w in circular harmonics on rings
+The steerable basis serves every group. Its parameters are the coefficients of w in circular harmonics on rings
 (Weiler & Cesa 2019, arXiv:1911.08251, section 2.5), functions that can be turned by any angle before they are sampled
 at the pixels. Rings, widths and band limits are those of ``escnn.nn.R2Conv``, so both span the same filters; a 3x3
 kernel keeps 6|G| parameters. Turns that fit the grid move the samples exactly, so on that subgroup it is exact, too.
@@ -18,13 +18,15 @@ kernel keeps 6|G| parameters. Turns that fit the grid move the samples exactly, 
 
 import math
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gzoo.groups import Group
+
+BasisName = Literal["pixel", "steerable"]
 
 
 class Basis(NamedTuple):
@@ -44,11 +46,21 @@ class Basis(NamedTuple):
 
 
 @cache
-def lifting_basis(group: Group, size: int) -> Basis:
-    """Kernels from an image to regular fields: ``parameters`` is (k, k), or (1, functions) if steerable."""
-    if size == 1:  # without pixels there is nothing to turn, so every group is exact, on the grid or not
+def lifting_basis(group: Group, size: int, name: BasisName | None = None) -> Basis:
+    """Kernels from an image to regular fields: ``parameters`` is (k, k), or (1, functions) if steerable.
+
+    Args:
+        group: any point group.
+        size: k. A single pixel has nothing to turn: there the two bases are one, exact for every group.
+        name: which basis; None for the pixel basis where the group is on the grid, else the steerable one.
+
+    Raises:
+        ValueError: there is no such basis, or no pixel basis of this group.
+    """
+    steerable = _is_steerable(group, size, name)
+    if size == 1:
         return Basis((1, 1), torch.zeros(group.order, 1, dtype=torch.long), None, 1)
-    if group.on_grid:
+    if not steerable:
         w = torch.arange(size * size).view(1, size, size)
         index = torch.stack([group.transform_image(w, g) for g in range(group.order)])
         return Basis((size, size), index.flatten(1), None, size)
@@ -58,18 +70,34 @@ def lifting_basis(group: Group, size: int) -> Basis:
 
 
 @cache
-def regular_basis(group: Group, size: int) -> Basis:
-    """Kernels from regular to regular fields: ``parameters`` is (|G|, k, k), or (|G|, functions) if steerable."""
-    order = group.order
-    if group.on_grid and size > 1:
+def regular_basis(group: Group, size: int, name: BasisName | None = None) -> Basis:
+    """Kernels from regular to regular fields: ``parameters`` is (|G|, k, k), or (|G|, functions) if steerable.
+
+    Arguments and errors are those of `lifting_basis`.
+    """
+    order, steerable = group.order, _is_steerable(group, size, name)
+    if size > 1 and not steerable:
         w = torch.arange(order * size * size).view(1, order, size, size)
         index = torch.stack([group.transform_features(w, g) for g in range(order)])
         return Basis((order, size, size), index.flatten(1), None, size)
-    samples = None if size == 1 else _harmonics(group, size)
+    samples = _harmonics(group, size) if steerable else None
     slices = 1 if samples is None else samples.shape[1]
     rows = [[group.multiply(group.inverse(g), h) for h in range(order)] for g in range(order)]
     index = torch.tensor(rows).unsqueeze(2) * slices + torch.arange(slices)  # (|G|, |G|, slices)
     return Basis((order, 1, 1) if samples is None else (order, slices), index.flatten(1), samples, size)
+
+
+def _is_steerable(group: Group, size: int, name: BasisName | None) -> bool:
+    if name not in (None, "pixel", "steerable"):
+        raise ValueError(f"basis is {name!r}; accepted are 'pixel', 'steerable' and None, which chooses by the group")
+    if size == 1:
+        return False
+    if name == "pixel" and not group.on_grid:
+        raise ValueError(
+            f"{group.name} turns kernels of {size}x{size} pixels between the pixels, so it has no pixel basis; use "
+            "basis='steerable'"
+        )
+    return name == "steerable" or not group.on_grid
 
 
 def _harmonics(group: Group, size: int) -> Tensor:
@@ -86,6 +114,22 @@ def _harmonics(group: Group, size: int) -> Tensor:
     return (samples / norm.view(1, -1, 1, 1)).flatten(2).float()
 
 
+def balance(basis: Basis) -> Tensor:
+    """How wide to draw the coefficients of a kernel, (functions,), or () if not steerable; 1 keeps white noise.
+
+    Functions of norm one keep the variance of white noise, but enlarge what all pixels share: a ring without frequency
+    sums it up. With these both keep their variance: the functions that sum to something are drawn smaller.
+    """
+    if basis.samples is None or basis.samples.shape[1] == 1:
+        return torch.ones(())
+    energy = basis.samples.square().sum(2).mean(0)  # of each function, over the poses: the norm is one in the first
+    sums = basis.samples.sum(2).square().mean(0)
+    shared = sums > 1e-6
+    variance = len(sums) / sums.sum()
+    rest = (len(sums) - variance * energy[shared].sum()) / energy[~shared].sum()
+    return torch.where(shared, variance, rest).sqrt()
+
+
 def _pose(group: Group, size: int, g: int) -> Tensor:
     """The functions at g^-1 y for all pixels y: (functions, size, size), float64."""
     axis = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
@@ -96,7 +140,7 @@ def _pose(group: Group, size: int, g: int) -> Tensor:
         x = -x
     radius, theta = torch.hypot(x, y), torch.atan2(y, x)
     functions = []
-    for ring, width, highest in _rings(size):
+    for ring, width, highest in rings(size):
         profile = torch.exp(-((radius - ring) ** 2) / (2 * width**2))
         functions.append(profile)
         for frequency in range(1, highest + 1):
@@ -105,19 +149,19 @@ def _pose(group: Group, size: int, g: int) -> Tensor:
     return torch.stack(functions)
 
 
-def _rings(size: int) -> list[tuple[float, float, int]]:
+def rings(size: int) -> list[tuple[float, float, int]]:
     """Radius and width in pixels and highest frequency of each ring, as escnn chooses them."""
     count = math.ceil(size / 2)
     radii = torch.linspace(0, (size - 1) // 2, count).tolist()
-    rings = []
+    chosen = []
     for i, radius in enumerate(radii):
         width = 0.6 if i < count - 1 else 0.4
         if radius == 0 and size % 2:
             width = 0.005  # the central pixel alone; an even size has none
         outermost = radius == size // 2
         highest = min(2 * radius, 2 if outermost else 2 * radius - (radius + 1) % 2) if radius else 0
-        rings.append((radius, width, int(highest)))
-    return rings
+        chosen.append((radius, width, int(highest)))
+    return chosen
 
 
 class _Spread(torch.autograd.Function):

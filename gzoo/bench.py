@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from gzoo import _escnn
 from gzoo.check import group_of
 from gzoo.groups import Group
+from gzoo.interop import EscnnLayer
 from gzoo.nn import FibreNorm, GroupConv2d, GroupLinear, InvariantLinear, LiftingConv2d, SymmetricPool2d
 
 
@@ -95,18 +96,6 @@ def _replace(model: nn.Module, library: str) -> nn.Module:
         if new is not None:
             model.set_submodule(path, new)
     return model
-
-
-class EscnnLayer(nn.Module):
-    """An escnn module that takes and gives plain tensors."""
-
-    def __init__(self, module: Any) -> None:
-        super().__init__()
-        self.module, self.in_type = module, module.in_type
-        self.wrap = _escnn.load().nn.GeometricTensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.module(self.wrap(x, self.in_type)).tensor
 
 
 def _to_escnn(module: nn.Module, group: Group) -> nn.Module | None:

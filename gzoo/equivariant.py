@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gzoo.groups import Group
 from gzoo.nn import GroupPool, InvariantConv2d, InvariantLinear
+from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.linear import Pooling
 
 # The kernel bases that a state_dict can be made for, by the number in its signature.
@@ -29,15 +30,21 @@ def make_equivariant(model: nn.Module, group: Group, pool: Pooling) -> None:
         group: its group.
         pool: how its head pools a fibre.
     """
-    # A checkpoint of another group can have tensors of the same shapes (p4 and d2), so the state_dict itself says what
-    # it belongs to: N, reflections, basis.
-    basis = _BASES.index("pixel" if group.on_grid else "steerable")
-    signature = torch.tensor([group.rotations, int(group.reflections), basis])
-    model.register_buffer(_SIGNATURE, signature)
+    sign(model, group)
     model.__class__ = _equivariant_class(type(model))  # type: ignore[arg-type]  # mypy: a class is hashable
     assert isinstance(model, Equivariant)
     model.group = group
     object.__setattr__(model, "group_pool", GroupPool(group.order, pool))  # no child: an nn.Sequential runs those
+
+
+def sign(model: nn.Module, group: Group) -> None:
+    """Writes into the state_dict of ``model`` what it belongs to: N, reflections, basis.
+
+    A checkpoint of another group can have tensors of the same shapes (p4 and d2).
+    """
+    steerable = any(isinstance(layer, ExpandedLayer) and layer.samples is not None for layer in model.modules())
+    basis = _BASES.index("steerable" if steerable or not group.on_grid else "pixel")
+    model.register_buffer(_SIGNATURE, torch.tensor([group.rotations, int(group.reflections), basis]))
 
 
 class Equivariant(nn.Module):

@@ -99,36 +99,88 @@ def test_an_index_is_computed_once_for_a_group_and_a_size():
 # --- the steerable basis ---
 
 
-def span(group, size):
-    """All filters of one pair of regular fields, one for each parameter: (parameters, |G| * |G| * k * k)."""
-    G = groups.get(group)
-    basis = bases.regular_basis(G, size)
+STEERABLE = {"lifting": bases.lifting_basis, "regular": bases.regular_basis}
+
+# Every group up to d16. escnn takes seconds to build a basis of a large dN, and 36 s for d16.
+_QUICK = (*(f"c{n}" for n in range(1, 17)), "d1", "d2", "d3", "d4")
+ALL_GROUPS = [
+    pytest.param(f"{kind}{n}", marks=[] if f"{kind}{n}" in _QUICK else pytest.mark.slow)
+    for n in range(1, 17)
+    for kind in "cd"
+]
+
+
+def steerable_filters(kind, group, size):
+    """The filters of one pair of fields, one for each parameter: (parameters, all numbers of a filter)."""
+    basis = STEERABLE[kind](groups.get(group), size, "steerable")
     count = torch.Size(basis.parameters).numel()
     return bases.expand(torch.eye(count).view(-1, 1, *basis.parameters), basis).view(count, -1).double()
 
 
-@pytest.mark.parametrize(("group", "size"), [("c8", 3), ("c6", 5), ("d3", 3), ("c5", 7), ("d6", 3)])
-def test_steerable_filters_span_those_of_escnn(group, size):
-    ours = span(group, size)
-    field = groups.get(group).field_type(1)
+def escnn_filters(kind, group, size):
+    """The same of escnn's default basis."""
+    G = groups.get(group)
+    in_type = G.image_type(1) if kind == "lifting" else G.field_type(1)
     # recompute=True: escnn keeps one sampled basis per process, whose dtype another layer may have changed.
-    layer = _escnn.load().nn.R2Conv(field, field, size, bias=False, recompute=True)
-    theirs = []
+    layer = _escnn.load().nn.R2Conv(in_type, G.field_type(1), size, bias=False, recompute=True)
     with torch.no_grad():
-        for one in torch.eye(layer.weights.numel()):
-            layer.weights.copy_(one)
-            theirs.append(layer.expand_parameters()[0].double().flatten())
-    both = torch.cat([ours, torch.nn.functional.normalize(torch.stack(theirs), dim=1)])
-    ranks = [torch.linalg.matrix_rank(filters, rtol=1e-5).item() for filters in (ours, both)]
-    assert ranks == [len(ours), len(ours)]
+        filters = [layer.basisexpansion(one).double().flatten() for one in torch.eye(layer.weights.numel())]
+    return torch.nn.functional.normalize(torch.stack(filters), dim=1)
+
+
+@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize("kind", STEERABLE)
+@pytest.mark.parametrize("group", ALL_GROUPS)
+def test_steerable_filters_span_those_of_escnn(group, kind, size):
+    ours, theirs = steerable_filters(kind, group, size), escnn_filters(kind, group, size)
+    ranks = [
+        torch.linalg.matrix_rank(filters, rtol=1e-5).item() for filters in (ours, theirs, torch.cat([ours, theirs]))
+    ]
+    assert ranks == [len(ours)] * 3
     assert len(theirs) == len(ours)
 
 
-@pytest.mark.parametrize("group", ["c8", "d8", "c12", "d6", "c3", "d5"])
+@pytest.mark.parametrize("kind", STEERABLE)
+def test_the_filters_of_another_group_of_the_same_order_span_something_else(kind):
+    both = torch.cat([steerable_filters(kind, group, 3) for group in ("d4", "c8")])
+    assert torch.linalg.matrix_rank(both, rtol=1e-5) > len(both) // 2
+
+
+@pytest.mark.parametrize("group", GRID_GROUPS)
+def test_on_the_grid_every_steerable_filter_is_a_pixel_filter(group):
+    G = groups.get(group)
+    pixel = bases.regular_basis(G, 3, "pixel")
+    assert pixel is not bases.regular_basis(G, 3, "steerable")
+    steerable = steerable_filters("regular", group, 3).view(-1, G.order, G.order, 3, 3)
+    # filter[e, h](y) = w(h, y): the first row of a filter is its parameters.
+    again = bases.expand(steerable[:, 0].unsqueeze(1), pixel)
+    assert again.view_as(steerable).equal(steerable)
+
+
+def test_a_pixel_basis_off_the_grid_is_refused_unless_the_kernel_is_one_pixel():
+    G = groups.get("c8")
+    for basis in STEERABLE.values():
+        with pytest.raises(ValueError, match=r"c8 turns kernels of 3x3 pixels between the pixels.*basis='steerable'"):
+            basis(G, 3, "pixel")
+        assert basis(G, 1, "pixel").source.equal(basis(G, 1, "steerable").source)
+
+
+def test_an_unknown_basis_is_refused():
+    with pytest.raises(ValueError, match="basis is 'pixels'; accepted are 'pixel', 'steerable' and None"):
+        bases.lifting_basis(groups.get("p4"), 1, "pixels")
+
+
+def test_a_basis_is_built_once_for_a_group_and_a_size():
+    G = groups.get("d16")
+    assert bases.regular_basis(G, 3) is bases.regular_basis(groups.Group(16, True), 3)
+    assert bases.lifting_basis(G, 3) is bases.lifting_basis(groups.Group(16, True), 3)
+
+
+@pytest.mark.parametrize("group", [*GRID_GROUPS, "c8", "d8", "c12", "d6", "c3", "d5"])
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
 def test_steerable_filters_are_exact_on_the_turns_that_fit_the_grid(group, size):
     G = groups.get(group)
-    basis = bases.regular_basis(G, size)
+    basis = bases.regular_basis(G, size, "steerable")
     w = torch.randn(2, 3, *basis.parameters, dtype=torch.float64)
     x = torch.randn(1, 3 * G.order, 6, 9, dtype=torch.float64)
     convolve = partial(torch.nn.functional.conv2d, weight=bases.expand(w, basis))

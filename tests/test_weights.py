@@ -15,7 +15,9 @@ from timm.models._registry import _clear_model_entries, _model_entrypoints
 from torch import nn
 
 import gzoo
-from gzoo import registry, weights
+from gzoo import groups, registry, weights
+from gzoo.equivariant import make_equivariant
+from gzoo.nn import LiftingConv2d
 from gzoo.registry import Entry
 
 NAME = "p4_cnn7"
@@ -337,7 +339,23 @@ def test_a_group_with_the_same_shapes_is_refused():
             p4.load_state_dict(d2.state_dict(), strict=strict)
 
 
-def test_another_kernel_basis_is_refused():
+@pytest.mark.parametrize("group", ["p4", "p4m"])
+def test_the_other_kernel_basis_is_refused_by_name(group):
+    def network(basis):
+        model = nn.Sequential(LiftingConv2d(groups.get(group), 1, 2, 3, basis=basis))
+        make_equivariant(model, groups.get(group), "mean")
+        return model
+
+    pixel, steerable = network("pixel"), network("steerable")
+    message = f"of a {group} network in the steerable basis, but the model is a {group} network in the pixel basis"
+    with pytest.raises(ValueError, match=message):
+        pixel.load_state_dict(steerable.state_dict())
+    with pytest.raises(ValueError, match=r"in the pixel basis, but the model is a .* in the steerable basis"):
+        steerable.load_state_dict(pixel.state_dict())
+    assert steerable.load_state_dict(network("steerable").state_dict()).missing_keys == []
+
+
+def test_a_kernel_basis_of_a_newer_gzoo_is_refused():
     model = timm.create_model(NAME)
     state = {**model.state_dict(), "group_signature": torch.tensor([4, 0, 2])}
     with pytest.raises(

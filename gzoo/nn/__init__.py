@@ -4,7 +4,7 @@ from gzoo.nn.conv import GroupConv2d, LiftingConv2d
 from gzoo.nn.eca import GroupEca
 from gzoo.nn.linear import GroupLinear, GroupPool, InvariantConv2d, InvariantLinear
 from gzoo.nn.norm import FibreNorm
-from gzoo.nn.resample import SymmetricPool2d
+from gzoo.nn.resample import SymmetricBlur2d, SymmetricPool2d, keep_original_strides
 from gzoo.nn.standardize import WeightStandardization
 from gzoo.nn.transposed import GroupConvTranspose2d
 
@@ -18,6 +18,8 @@ __all__ = [
     "InvariantConv2d",
     "InvariantLinear",
     "LiftingConv2d",
+    "SymmetricBlur2d",
     "SymmetricPool2d",
     "WeightStandardization",
+    "keep_original_strides",
 ]

@@ -17,7 +17,7 @@ class Window(NamedTuple):
     """A window operation along one axis, in pixels. Both axes share it, or a quarter turn would mix them up.
 
     ``padding`` is the sum over both ends. An odd sum, as "same" padding with an even kernel has, is rounded up and
-    the input resampled to one pixel less.
+    the input resampled to one pixel less. If not ``symmetric`` nothing is resampled: see `keep_original_strides`.
     """
 
     kernel: int
@@ -25,6 +25,7 @@ class Window(NamedTuple):
     padding: int
     dilation: int = 1
     ceil_mode: bool = False
+    symmetric: bool = True
 
     @property
     def extent(self) -> int:
@@ -53,6 +54,8 @@ def resample(x: Tensor, window: Window) -> tuple[Tensor, int, int]:
     Raises:
         ValueError: the map is smaller than the window.
     """
+    if not window.symmetric:
+        return x, (window.padding + 1) // 2, window.stride
     height, width = x.shape[-2:]
     counts = window.output_size(height), window.output_size(width)
     padding = (window.padding + 1) // 2
@@ -112,7 +115,50 @@ class SymmetricPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = resample(x, self.window)[0]
-        return x if self.window.extent == 1 else self.pool(x)
+        return x if self.window.extent == 1 and self.window.symmetric else self.pool(x)
+
+
+class SymmetricBlur2d(nn.Module):
+    """A fixed blur with a stride, behind the symmetric resampling rule. Acts on each channel alike.
+
+    Exact for the group if ``kernel`` itself is symmetric, as a Gaussian is.
+
+    Args:
+        kernel: what each channel is convolved with, (k, k).
+        stride: in pixels.
+        padding: pixels on either side.
+
+    Shape:
+        x: (B, C, H, W); result: (B, C, H', W') with H', W' as of ``nn.Conv2d``.
+
+    Raises:
+        ValueError: x is smaller than the window.
+
+    Source: Zhang 2019, arXiv:1904.11486.
+    """
+
+    def __init__(self, kernel: Tensor, stride: int, padding: int) -> None:
+        super().__init__()
+        self.kernel: Tensor
+        self.register_buffer("kernel", kernel)
+        self.window = Window(kernel.shape[-1], stride, 2 * padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, padding, stride = resample(x, self.window)
+        channels = x.shape[1]
+        return F.conv2d(x, self.kernel.expand(channels, 1, -1, -1), None, stride, padding, groups=channels)
+
+
+def keep_original_strides(model: nn.Module) -> nn.Module:
+    """Lets every window in ``model`` drop the pixels that its stride does not reach, as plain torch does; in place.
+
+    For weights that were trained so. The result is not equivariant at sizes where windows do not fit.
+    """
+    for module in model.modules():
+        window = getattr(module, "window", None)
+        if isinstance(window, Window):
+            module.window = window._replace(symmetric=False)  # type: ignore[assignment]  # no submodule
+    return model
 
 
 def _window(pool: Any) -> Window:

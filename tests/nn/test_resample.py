@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from torch import nn
 
 from gzoo import _escnn, groups
-from gzoo.nn import SymmetricPool2d
+from gzoo.nn import LiftingConv2d, SymmetricBlur2d, SymmetricPool2d, keep_original_strides
 from gzoo.nn.resample import Window, resample, square
 from tests.conftest import GRID_GROUPS, random_fields, random_image, worst_error
 
@@ -94,6 +94,7 @@ windows = st.builds(
     stride=st.integers(1, 4),
     padding=st.integers(0, 6),
     dilation=st.integers(1, 3),
+    symmetric=st.just(True),
 )
 
 
@@ -166,3 +167,27 @@ def test_a_pool_that_differs_between_the_axes_is_refused(options):
 
 def test_a_pair_of_equal_numbers_is_one_number():
     assert square((3, 3), "kernel_size") == square(3, "kernel_size") == 3
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, 2), nn.MaxPool2d(1, 2)])
+def test_original_strides_are_those_of_the_plain_operation(pool):
+    convolution = LiftingConv2d(groups.get("p4"), 2, 1, 3, stride=2, padding=1)
+    layers = nn.Sequential(convolution, SymmetricPool2d(pool))
+    for size in (8, 9, 10, 11):
+        x = torch.randn(1, 2, size, size)
+        plain = pool(F.conv2d(x, convolution.filter(), convolution.bias.repeat_interleave(4), 2, 1))
+        for module in (convolution, layers[1]):
+            module.window = module.window._replace(symmetric=True)
+        assert size % 2 or not layers(x).equal(plain)
+        assert keep_original_strides(layers)(x).equal(plain)
+
+
+def test_a_blur_is_a_depthwise_convolution_at_the_size_of_the_plain_one():
+    kernel = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]], dtype=torch.float64) / 16
+    blur = SymmetricBlur2d(kernel, 2, 1)
+    for size in (7, 8, 9):
+        x = random_fields("p4", 1, (size, size))
+        plain = F.conv2d(x, kernel.expand(4, 1, 3, 3), None, 2, 1, groups=4)
+        assert blur(x).shape == plain.shape
+        assert blur(x).equal(plain) == (size % 2 == 1)
+        assert worst_error(blur, "p4", x) < 1e-12

@@ -1,0 +1,255 @@
+"""ImageNet ResNets of the equivision repository: its checkpoints, made with escnn, become timm ResNets of gzoo.
+
+Source: https://github.com/dmklee/equivision, `equivision/models.py` and `equivision/e2resnet.py`: torchvision's
+ResNet-18, 50 and 101 with regular fields in escnn's default steerable basis, inner batch norm, and a maximum over the
+group after the average over all pixels. What it publishes are twelve checkpoints, as files on a web drive; they are
+the user's to fetch. The table has its widths. That of d8resnet18 is in no file of the repository: 20 is the one that
+gives the 11.9 million parameters that its README names.
+"""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models._hub import save_for_hf
+from torch import Tensor, nn
+
+from gzoo import _escnn, groups
+from gzoo.convert import convert_in_place
+from gzoo.equivariant import require_same_shapes, sign
+from gzoo.groups import Group
+from gzoo.interop import Strides, from_escnn
+from gzoo.nn import GroupConv2d, LiftingConv2d, keep_original_strides
+
+TAG = "equivision_in1k"
+
+
+class Architecture(NamedTuple):
+    """A row of the table: a group's name, the layers of the ResNet, and the regular fields of its stem."""
+
+    group: str
+    depth: int
+    fields: int
+
+    @property
+    def name(self) -> str:
+        """The name of the entry without its tag, with the group as equivision spells it: c4_resnet50."""
+        return f"{self.group}_resnet{self.depth}"
+
+
+# Of its `train.py`: 256 pixels on the short side, the central 224 of them, torchvision's bilinear interpolation.
+_PREPROCESSING = {
+    "input_size": (3, 224, 224),
+    "crop_pct": 0.875,
+    "interpolation": "bilinear",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "test_input_size": None,
+    "test_crop_pct": None,
+}
+
+# Blocks of each stage, by depth; 18 has basic blocks, the others bottlenecks.
+_BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+
+ARCHITECTURES = {
+    f"{row.group}resnet{row.depth}": row
+    for row in (
+        Architecture("d1", 18, 55),
+        Architecture("c4", 18, 39),
+        Architecture("d4", 18, 28),
+        Architecture("c8", 18, 28),
+        Architecture("d8", 18, 20),
+        Architecture("d1", 50, 50),
+        Architecture("c4", 50, 35),
+        Architecture("d4", 50, 25),
+        Architecture("c8", 50, 25),
+        Architecture("d1", 101, 50),
+        Architecture("c4", 101, 35),
+        Architecture("d4", 101, 25),
+    )
+}
+
+# What an R2Conv and an InnerBatchNorm put into a state_dict beside what they learned; some only in eval mode.
+_DERIVED = re.compile(r"(^|\.)(filter|expanded_bias|bias_expansion|(in_|out_)?indices_\S+|_basisexpansion\..+)$")
+
+
+def create(name: str, strides: Strides = "symmetric", **kwargs: Any) -> nn.Module:
+    """timm's ResNet of gzoo's layers in equivision's widths and steerable basis, with random weights.
+
+    Args:
+        name: as equivision names it: "d4resnet50"; a key of `ARCHITECTURES`.
+        strides: "symmetric" for gzoo's exact strides; "original" for torch's own, which the checkpoints were trained
+            with: equivariant only where each window fits, at 32 n + 1 pixels.
+        **kwargs: of timm's ResNet.
+
+    Raises:
+        ValueError: there is no such model; the message lists the names.
+    """
+    row = _row(name)
+    group, widths = groups.get(row.group), {64 * 2**i: row.fields * 2**i for i in range(6)}
+    plain = timm.create_model(f"resnet{row.depth}", **kwargs)
+    model = convert_in_place(plain, group, widths=widths, group_pool="max")
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, LiftingConv2d | GroupConv2d):
+            model.set_submodule(path, _steerable(layer))
+    sign(model, group)
+    config: Any = model.pretrained_cfg
+    model.pretrained_cfg = model.default_cfg = config | {"architecture": row.name, "tag": TAG} | _PREPROCESSING
+    return keep_original_strides(model) if strides == "original" else model
+
+
+def _row(name: str) -> Architecture:
+    if name not in ARCHITECTURES:
+        raise ValueError(f"equivision has no checkpoint of {name!r}; it has {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
+
+
+def _steerable(layer: LiftingConv2d | GroupConv2d) -> nn.Module:
+    options: dict[str, Any] = {"stride": layer.stride, "padding": layer.window.padding // 2, "bias": False}
+    inputs = layer.in_channels if isinstance(layer, LiftingConv2d) else layer.in_fields
+    return type(layer)(layer.group, inputs, layer.out_fields, layer.kernel_size, basis="steerable", **options)
+
+
+def import_checkpoint(path: str | Path, name: str, out: str | Path, strides: Strides = "symmetric") -> nn.Module:
+    """Turns a checkpoint of equivision into a folder with model.safetensors and config.json, as training writes it.
+
+    Args:
+        path: the file, of ``torch.save`` or safetensors. No code in it is run.
+        name: which model it is of: "d4resnet50"; a key of `ARCHITECTURES`.
+        out: the folder.
+        strides: as in `create`. The weights are the same.
+
+    Returns:
+        The network in eval mode. Its logits equal the original's at every image size with "original" strides, and at
+        32 n + 1 pixels with symmetric ones.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the name is unknown, or the file is truncated or of another model.
+    """
+    row, path = _row(name), Path(path)
+    state = _read(path)
+    try:
+        converted = _converted(row, state)
+    except ValueError as error:
+        raise ValueError(f"{path} is no checkpoint of equivision's {name}: {error}") from error
+    model = create(name, strides).eval()
+    signature = {key: value for key, value in model.state_dict().items() if key == "group_signature"}
+    # The layers inside equivision's own code are wrapped once; apart from that both networks name them alike.
+    model.load_state_dict({key.replace(".layer.", "."): value for key, value in converted.items()} | signature)
+    model_args = {"strides": strides} if strides == "original" else {}
+    config = {"pretrained_cfg": {"tag": TAG}, "gzoo": {"group": groups.get(row.group).name}}
+    save_for_hf(model, str(out), model_config=config, model_args=model_args, safe_serialization=True)
+    return model
+
+
+def _converted(row: Architecture, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state_dict of gzoo's layers, by the paths of escnn's network, from that of the network itself."""
+    # A copy, because escnn's layers share their sampled basis with the whole process, and that of the file may be of a
+    # version of escnn that has the functions in another order. It also tells d4 from c8, whose shapes are the same.
+    network = copy.deepcopy(escnn_network(row)).train()
+    own = network.state_dict()
+    learned = [key for key in own if not _DERIVED.search(key) and not key.endswith("num_batches_tracked")]
+    wrong = [f"{key} is missing" for key in learned if key not in state]
+    wrong += [f"{key} is not in the model" for key in state if key not in own and not _DERIVED.search(key)]
+    if wrong:
+        raise ValueError("; ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+    require_same_shapes(network, state, own)
+    network.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
+    return from_escnn(network, "steerable").state_dict()
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; fetch a checkpoint that equivision's README links to")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises what the zip reader, the unpickler or the tensor reader raise
+        raise ValueError(
+            f"{path}: the file is truncated or corrupt, or holds more than tensors ({type(error).__name__}); download "
+            "it again"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"{path} holds a {type(state).__name__}, no state_dict; give the file that equivision publishes"
+        )
+    return state
+
+
+def escnn_network(row: Architecture) -> nn.Module:
+    """The network out of escnn's modules, whose state_dict a checkpoint is; its filters are zero."""
+    return _ResNet(groups.get(row.group), row.depth, row.fields)
+
+
+def _convolution(group: Group, in_fields: int, out_fields: int, size: int, stride: int) -> Any:
+    types = group.field_type(in_fields), group.field_type(out_fields)
+    return _escnn.load().nn.R2Conv(*types, size, size // 2, stride, bias=False, initialize=False)
+
+
+class _Block(nn.Module):
+    """A basic block or a bottleneck of ``width`` fields: bottlenecks stride in the middle and end with 4 * width."""
+
+    def __init__(self, group: Group, in_fields: int, width: int, stride: int, bottleneck: bool) -> None:
+        super().__init__()
+        enn, out_fields = _escnn.load().nn, 4 * width if bottleneck else width
+        rows = [(in_fields, width, 3, stride), (width, out_fields, 3, 1)]
+        if bottleneck:
+            rows = [(in_fields, width, 1, 1), (width, width, 3, stride), (width, out_fields, 1, 1)]
+        self.layers = len(rows)
+        for i, (fields, wider, size, step) in enumerate(rows, start=1):
+            self.add_module(f"conv{i}", _convolution(group, fields, wider, size, step))
+            self.add_module(f"bn{i}", enn.InnerBatchNorm(group.field_type(wider)))
+            self.add_module(f"relu{i}", enn.ReLU(group.field_type(wider)))
+        self.downsample = None
+        if stride > 1 or in_fields != out_fields:
+            self.downsample = enn.SequentialModule(
+                _convolution(group, in_fields, out_fields, 1, stride), enn.InnerBatchNorm(group.field_type(out_fields))
+            )
+
+    def forward(self, x: Any) -> Any:
+        y = x
+        for i in range(1, self.layers + 1):
+            y = self.get_submodule(f"bn{i}")(self.get_submodule(f"conv{i}")(y))
+            if i == self.layers:
+                y = y + (x if self.downsample is None else self.downsample(x))
+            y = self.get_submodule(f"relu{i}")(y)
+        return y
+
+
+class _ResNet(nn.Module):
+    """Images (B, 3, H, W) to logits (B, 1000)."""
+
+    def __init__(self, group: Group, depth: int, fields: int) -> None:
+        super().__init__()
+        enn, bottleneck = _escnn.load().nn, depth > 18
+        self.in_type, stem = group.image_type(3), group.field_type(fields)
+        self.wrap = enn.GeometricTensor
+        self.conv1 = enn.R2Conv(self.in_type, stem, 7, 3, 2, bias=False, initialize=False)
+        self.bn1, self.relu1, self.maxpool = (
+            enn.InnerBatchNorm(stem),
+            enn.ReLU(stem),
+            enn.PointwiseMaxPool2D(stem, 3, 2, 1),
+        )
+        in_fields = fields
+        for i, count in enumerate(_BLOCKS[depth]):
+            blocks = []
+            for j in range(count):
+                blocks.append(_Block(group, in_fields, fields * 2**i, 2 if i and not j else 1, bottleneck))
+                in_fields = fields * 2**i * (4 if bottleneck else 1)
+            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+        self.avgpool = enn.PointwiseAdaptiveAvgPool2D(group.field_type(in_fields), 1)
+        self.gpool = enn.GroupPooling(group.field_type(in_fields))
+        self.fc = nn.Linear(in_fields, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.maxpool(self.relu1(self.bn1(self.conv1(self.wrap(x, self.in_type)))))
+        for i in range(1, 5):
+            y = self.get_submodule(f"layer{i}")(y)
+        return self.fc(self.gpool(self.avgpool(y)).tensor.flatten(1))

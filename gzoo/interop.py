@@ -1,0 +1,437 @@
+"""To and from escnn: the same network out of escnn's modules, and gzoo's layers out of a network of escnn's.
+
+Both libraries lay a feature map out alike, so only filters and statistics have to change hands. A gzoo kernel and the
+coefficients of an ``R2Conv`` span the same filters; one set follows from the other by least squares, and the filters
+are compared afterwards.
+"""
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+from gzoo import _escnn, bases
+from gzoo.bases import BasisName
+from gzoo.check import group_of, in_channels, relative_error
+from gzoo.equivariant import Equivariant, sign
+from gzoo.groups import Group
+from gzoo.nn import (
+    FibreNorm,
+    GroupConv2d,
+    GroupPool,
+    LiftingConv2d,
+    SymmetricBlur2d,
+    SymmetricPool2d,
+    keep_original_strides,
+)
+from gzoo.nn.resample import Window, resample, square
+
+if TYPE_CHECKING:
+    from escnn.nn import EquivariantModule, FieldType, R2Conv
+
+Strides = Literal["symmetric", "original"]
+
+_TOLERANCE = 1e-4  # escnn samples its filters in float32
+
+
+class EscnnLayer(nn.Module):
+    """An escnn module that takes and gives plain tensors; a window in it stands behind `gzoo.nn.resample`.
+
+    Args:
+        module: any escnn module.
+        window: the window operation that it is, if it is one.
+
+    Shape:
+        x: (B, channels of ``module.in_type``, H, W), or without pixels; result: as ``module`` gives it.
+    """
+
+    def __init__(self, module: "EquivariantModule", window: Window | None = None) -> None:
+        super().__init__()
+        self.module, self.window, self.in_type = module, window, module.in_type
+        self.wrap = _escnn.load().nn.GeometricTensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        if x.ndim == 2:  # a GeometricTensor has pixels
+            return self(x[..., None, None])[..., 0, 0]
+        if self.window is not None:
+            x, padding, _ = resample(x, self.window)
+            if self.window.padding % 2:  # "same" padding of an even kernel: rounded up, but down on a single pixel
+                self.module.padding = padding
+        return self.module(self.wrap(x, self.in_type)).tensor.to(dtype)  # escnn's group pooling gives float32
+
+
+class GeometricLayer(nn.Module):
+    """A layer on plain tensors, in a network whose own code hands ``GeometricTensor`` from module to module.
+
+    Args:
+        layer: takes and gives plain tensors.
+        in_type: escnn's type of the input.
+        out_type: escnn's type of the result.
+
+    Shape:
+        x: a GeometricTensor of ``in_type``; result: one of ``out_type``.
+    """
+
+    def __init__(self, layer: nn.Module, in_type: "FieldType", out_type: "FieldType") -> None:
+        super().__init__()
+        self.layer, self.in_type, self.out_type = layer, in_type, out_type
+        self.wrap = _escnn.load().nn.GeometricTensor
+
+    def forward(self, x: Any) -> Any:
+        return self.wrap(self.layer(x.tensor), self.out_type)
+
+
+def to_escnn(model: nn.Module) -> nn.Module:
+    """The same network out of escnn's modules, with the same weights and statistics.
+
+    Convolutions become ``R2Conv``, batch norms ``InnerBatchNorm``, max and average pools ``PointwiseMaxPool2D`` and
+    ``PointwiseAvgPool2D``, group pooling by maximum ``GroupPooling``; each inside an `EscnnLayer`, so that the
+    network's own code still hands plain tensors around, and behind gzoo's symmetric resampling, so that outputs are
+    equal at every image size. What acts on each number or channel alike (activations, dropout, global pooling) stays as
+    it is.
+
+    Without a counterpart in escnn, and so still gzoo's own: `GroupLinear`, `GroupConvTranspose2d`, convolutions with
+    weight standardization, group pooling by mean, the linear map of a classifier, layer norm, group norm, instance
+    norm, layer scale, other pools than torch's two, and average pools that do not count padding.
+
+    A pixel kernel of k > 1 needs an ``R2Conv`` with a ring through every pixel and frequencies up to half of the
+    pixels on it: such a layer has more coefficients than the pixels need, and filters that are no smoother than pixels.
+
+    Args:
+        model: an equivariant network; it stays as it is.
+
+    Returns:
+        The network, in the mode of ``model``. Float32 shares escnn's sampled bases with all other layers of the
+        process, as escnn does itself; for other dtypes every layer has its own.
+
+    Raises:
+        ValueError: ``model`` is not equivariant; or an ``R2Conv`` does not hold a filter.
+    """
+    group = group_of(model)
+    if group is None:
+        raise ValueError(f"{type(model).__name__} is not equivariant; convert it with gzoo.convert first")
+    model = copy.deepcopy(model)
+    types = _types_of_pooled_maps(model, group)
+
+    def rule(path: str, module: nn.Module) -> nn.Module | None:
+        if isinstance(module, LiftingConv2d | GroupConv2d) and module.standardize is None:
+            return EscnnLayer(_r2conv(path, module), module.window)
+        if isinstance(module, FibreNorm) and type(module.norm) in (nn.BatchNorm2d, BatchNormAct2d):
+            return _inner_batch_norm(module.norm, group)
+        if isinstance(module, SymmetricPool2d) and path in types:
+            return _pointwise_pool(module, types[path])
+        if isinstance(module, GroupPool) and module.pool == "max" and path in types:
+            return EscnnLayer(_escnn.load().nn.GroupPooling(types[path]))
+        return None
+
+    return _replace(model, rule)
+
+
+Rule = Callable[[str, nn.Module], nn.Module | None]
+
+
+def _replace(module: nn.Module, rule: Rule) -> nn.Module:
+    """``module`` with every submodule replaced, in place, by what ``rule`` gives for it; None keeps and walks on."""
+    return _walk(module, rule, "", {})
+
+
+def _walk(module: nn.Module, rule: Rule, path: str, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    if module not in done:  # a module may stand at two places
+        new = rule(path, module)
+        with torch.no_grad():  # eval() expands filters, and escnn would keep their graph
+            done[module] = module if new is None else new.train(module.training)
+        if new is None:
+            for name, child in module.named_children():
+                module._modules[name] = _walk(child, rule, f"{path}.{name}" if path else name, done)
+    return done[module]
+
+
+def _types_of_pooled_maps(model: nn.Module, group: Group) -> "dict[str, FieldType]":
+    """escnn's type of what each pool gets, by path: images before the lifting, fields after it."""
+    types: dict[str, FieldType] = {}
+    lifted = False
+
+    def hook(path: str) -> Callable[..., None]:
+        def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            nonlocal lifted
+            if isinstance(module, LiftingConv2d):
+                lifted = True
+            else:
+                channels = inputs[0].shape[1]
+                types[path] = group.field_type(channels // group.order) if lifted else group.image_type(channels)
+
+        return record
+
+    watched = (SymmetricPool2d, GroupPool, LiftingConv2d)
+    modules = {path: module for path, module in model.named_modules() if isinstance(module, watched)}
+    kinds = {isinstance(module, LiftingConv2d) for module in modules.values()}
+    if len(kinds) < 2:  # no pools; or layers without the image that their fields come from
+        return types
+    handles = [module.register_forward_pre_hook(hook(path)) for path, module in modules.items()]
+    parameter, training = next(model.parameters()), model.training
+    size = min(64, *((getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (3, 64, 64))[1:])
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, in_channels(model), size, size).to(parameter))
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return types
+
+
+def _r2conv(path: str, layer: LiftingConv2d | GroupConv2d) -> "R2Conv":
+    enn, k, window = _escnn.load().nn, layer.kernel_size, layer.window
+    rings = _pixel_rings(k) if layer.samples is None else bases.rings(k)
+
+    def highest_frequency(radius: float) -> int:
+        return min(rings, key=lambda ring: abs(ring[0] * layer.dilation - radius))[2]
+
+    new = enn.R2Conv(
+        *(layer.in_type, layer.out_type, k),
+        padding=(window.padding + 1) // 2,
+        stride=1 if window.extent == 1 and window.symmetric else layer.stride,  # then `resample` takes the steps
+        dilation=layer.dilation,
+        padding_mode=layer.padding_mode,
+        groups=layer.groups,
+        bias=layer.bias is not None,
+        sigma=[layer.dilation * width for _, width, _ in rings],
+        frequencies_cutoff=highest_frequency,
+        rings=[layer.dilation * radius for radius, _, _ in rings],
+        recompute=layer.weight.dtype != torch.float32,
+        initialize=False,
+    )
+    filters = layer.filter().detach()
+    (block,) = new.basisexpansion.children()
+    # The filter of the first pose, the identity, says all; the others are the same functions turned.
+    rows = filters.view(layer.out_fields, layer.group.order, -1, block.sampled_basis[0, 0].numel())[:, 0].double()
+    with torch.no_grad():
+        coefficients = rows @ torch.linalg.pinv(block.sampled_basis[:, 0].flatten(1).double(), rtol=1e-6)
+        new.weights.copy_(coefficients.flatten())
+        if layer.bias is not None:
+            new.bias.copy_(layer.bias * layer.group.order / new.bias_expansion.sum(0))
+    new.to(filters)
+    _require_same_filter(path, new.expand_parameters()[0], filters, "no R2Conv holds them; use another kernel size")
+    return new.train()  # escnn's eval() expands the filter anew only after train()
+
+
+def _pixel_rings(size: int) -> list[tuple[float, float, int]]:
+    """Radius, width and highest frequency of rings whose functions span all kernels of size x size pixels."""
+    axis = [i - (size - 1) / 2 for i in range(size)]
+    pixels = Counter(x * x + y * y for x in axis for y in axis)
+    # n pixels on a ring need frequencies up to n / 2. The next ring is so far off that its pixels weigh nothing.
+    outermost = (size - 1) / 2 * math.sqrt(2)
+    return [(min(math.sqrt(square), outermost), 0.01, count // 2) for square, count in sorted(pixels.items())]
+
+
+def _require_same_filter(path: str, found: Tensor, expected: Tensor, advice: str) -> None:
+    error = relative_error(found, expected)
+    if not error < _TOLERANCE:
+        raise ValueError(f"{path or 'the layer'}: the filters differ by {error:.1e} of the largest tap; {advice}")
+
+
+def _inner_batch_norm(norm: Any, group: Group) -> nn.Module:
+    new = _escnn.load().nn.InnerBatchNorm(
+        group.field_type(norm.num_features), norm.eps, norm.momentum, norm.affine, norm.track_running_stats
+    )
+    inner = getattr(new, f"batch_norm_[{group.order}]")
+    inner.load_state_dict({name: norm.state_dict()[name] for name in inner.state_dict()})
+    layer = EscnnLayer(new.to(next(norm.parameters(), torch.empty(0))))
+    # What timm fuses into its batch norms runs after it.
+    return nn.Sequential(layer, norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else layer
+
+
+def _pointwise_pool(module: SymmetricPool2d, field_type: "FieldType") -> nn.Module | None:
+    enn, pool, window = _escnn.load().nn, module.pool, module.window
+    if window.extent == 1 and window.symmetric:
+        return None  # no pooling at all: `resample` takes the steps
+    sizes = (window.kernel, window.stride, window.padding // 2)
+    if type(pool) is nn.MaxPool2d:
+        new = enn.PointwiseMaxPool2D(field_type, *sizes, dilation=window.dilation, ceil_mode=window.ceil_mode)
+        return EscnnLayer(new, window)
+    if type(pool) is not nn.AvgPool2d or pool.divisor_override or not (pool.count_include_pad or window.padding == 0):
+        return None
+    return EscnnLayer(enn.PointwiseAvgPool2D(field_type, *sizes, ceil_mode=window.ceil_mode), window)
+
+
+def from_escnn(model: nn.Module, basis: BasisName | None = None, strides: Strides = "symmetric") -> nn.Module:
+    """A copy of a network of escnn modules with gzoo's layers in their place, with the same filters and statistics.
+
+    Known are ``R2Conv`` from trivial or regular to regular fields, ``InnerBatchNorm``, the pointwise nonlinearities,
+    dropout and pools (antialiased ones, too), ``GroupPooling``, and ``SequentialModule`` of these. Networks of the
+    user's own classes keep their code: inside them each replaced module still takes and gives a ``GeometricTensor``.
+    A ``SequentialModule`` or a single module becomes one that takes and gives plain tensors.
+
+    Args:
+        model: a network of escnn modules, or one that `to_escnn` made; it stays as it is.
+        basis: of the kernels; None for pixel where the group is on the grid, else steerable. What escnn learned with
+            its default rings is held by the steerable basis with as many numbers.
+        strides: "symmetric" puts every stride behind `gzoo.nn.resample`: exactly equivariant at every image size, and
+            equal to ``model`` where its windows fit. "original" equals ``model`` at every size, and is no more
+            equivariant than that. What `to_escnn` made is resampled already, and equal at every size with "symmetric".
+
+    Returns:
+        The network, in the mode of ``model``.
+
+    Raises:
+        ValueError: a module has no counterpart, or its filter does not lie in the basis; names it and its type.
+    """
+    if strides not in ("symmetric", "original"):
+        raise ValueError(f"strides is {strides!r}; accepted are 'symmetric' and 'original'")
+    # In eval mode escnn keeps filters with the graph that made them, which torch does not copy.
+    kept = {id(buffer): buffer.detach() for buffer in model.buffers() if not buffer.is_leaf}
+    model = copy.deepcopy(model, kept)
+
+    def rule(path: str, module: nn.Module) -> nn.Module | None:
+        if isinstance(module, EscnnLayer):
+            return _gzoo_layer(path, module.module, basis, module.window)
+        return _gzoo_layer(path, module, basis, None) if _is_escnns_own(module) else None
+
+    def geometric_rule(path: str, module: nn.Module) -> nn.Module | None:
+        new = rule(path, module)
+        if new is None or isinstance(module, EscnnLayer):
+            return new
+        return GeometricLayer(new, module.in_type, module.out_type)
+
+    new = rule("", model)
+    new = _replace(model, geometric_rule) if new is None else new.train(model.training)
+    if strides == "original":
+        keep_original_strides(new)
+    if isinstance(new, Equivariant):
+        sign(new, new.group)  # the basis may be another
+    return new
+
+
+def _is_escnns_own(module: nn.Module) -> bool:
+    """Whether a module, with all that runs in it, is of escnn's classes and not of a user's."""
+    enn = _escnn.load().nn
+    if type(module) is enn.SequentialModule:
+        return all(_is_escnns_own(child) for child in module.children())
+    return isinstance(module, enn.EquivariantModule) and type(module).__module__.startswith("escnn.")
+
+
+def _gzoo_layer(path: str, module: Any, basis: BasisName | None, window: Window | None) -> nn.Module:
+    """gzoo's layer, or torch's, that is the same function as one module of escnn."""
+    enn = _escnn.load().nn
+    if type(module) is enn.SequentialModule:
+        children = module.named_children()
+        return nn.Sequential(*(_gzoo_layer(f"{path}.{n}".strip("."), child, basis, None) for n, child in children))
+    if type(module) is enn.R2Conv:
+        return _gzoo_convolution(path, module, basis, window)
+    if type(module) is enn.InnerBatchNorm:
+        return _gzoo_norm(path, module)
+    if type(module) is enn.GroupPooling:
+        group, law = _law(path, module, module.in_type)
+        return GroupPool(group.order, "max") if law == "regular" else nn.Identity()
+    _law(path, module, module.in_type)  # any other acts on each channel alike, but an unknown type is better named here
+    if type(module) in _pointwise():
+        return _pointwise()[type(module)](module)
+    raise ValueError(
+        f"{_named(path, module)} of type {module.in_type}, which gzoo has no layer for; it has counterparts of R2Conv, "
+        f"InnerBatchNorm, GroupPooling, SequentialModule, {', '.join(known.__name__ for known in _pointwise())}"
+    )
+
+
+def _pointwise() -> dict[type, Callable[[Any], nn.Module]]:
+    """What acts on each number or channel alike."""
+    enn = _escnn.load().nn
+    return {
+        enn.IdentityModule: lambda m: nn.Identity(),
+        enn.ReLU: lambda m: nn.ReLU(m._inplace),
+        enn.LeakyReLU: lambda m: nn.LeakyReLU(m._negative_slope, m._inplace),
+        enn.ELU: lambda m: nn.ELU(m.alpha, m._inplace),
+        enn.PointwiseNonLinearity: lambda m: _FUNCTIONS[m._function.__name__](),
+        enn.PointwiseDropout: lambda m: nn.Dropout(m.p, m.inplace),
+        enn.PointwiseAdaptiveAvgPool2D: lambda m: nn.AdaptiveAvgPool2d(m.output_size),
+        enn.PointwiseAdaptiveMaxPool2D: lambda m: nn.AdaptiveMaxPool2d(m.output_size),
+        enn.PointwiseMaxPool2D: lambda m: SymmetricPool2d(
+            nn.MaxPool2d(m.kernel_size, m.stride, m.padding, m.dilation, ceil_mode=m.ceil_mode)
+        ),
+        enn.PointwiseAvgPool2D: lambda m: SymmetricPool2d(
+            nn.AvgPool2d(m.kernel_size, m.stride, m.padding, ceil_mode=m.ceil_mode)
+        ),
+        enn.PointwiseAvgPoolAntialiased2D: lambda m: _blur(m, m.padding),
+        enn.PointwiseMaxPoolAntialiased2D: lambda m: nn.Sequential(
+            SymmetricPool2d(nn.MaxPool2d(m.kernel_size, 1, m.padding, ceil_mode=m.ceil_mode)), _blur(m, m._pad)
+        ),
+    }
+
+
+_FUNCTIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
+
+
+def _blur(module: Any, padding: tuple[int, ...]) -> SymmetricBlur2d:
+    return SymmetricBlur2d(module.filter[0, 0].clone(), square(module.stride, "stride"), square(padding, "padding"))
+
+
+def _gzoo_convolution(path: str, conv: Any, basis: BasisName | None, window: Window | None) -> nn.Module:
+    group, law = _law(path, conv, conv.in_type)
+    if _law(path, conv, conv.out_type)[1] != "regular":
+        raise ValueError(f"{_named(path, conv)} to {conv.out_type}; gzoo's convolutions give regular fields")
+    padding, stride = square(conv.padding, "padding"), square(conv.stride, "stride")
+    # What `to_escnn` made may leave steps and an odd padding to the resampling in front of it.
+    taken = window or Window(conv.kernel_size, stride, 2 * padding, square(conv.dilation, "dilation"))
+    options: dict[str, Any] = {
+        "kernel_size": conv.kernel_size,
+        "stride": taken.stride,
+        "padding": "same" if taken.padding % 2 else taken.padding // 2,
+        "dilation": taken.dilation,
+        "groups": conv.groups,
+        "bias": conv.bias is not None,
+        "padding_mode": conv.padding_mode,
+        "basis": basis,
+    }
+    new = (GroupConv2d if law == "regular" else LiftingConv2d)(group, len(conv.in_type), len(conv.out_type), **options)
+    with torch.no_grad():
+        filters, bias = conv.expand_parameters()
+        new.to(filters)
+        rows = filters.view(new.out_fields, group.order, *new.weight.shape[1:3], -1)[:, 0]  # of the identity
+        if new.samples is not None:
+            rows = (rows.double() @ torch.linalg.pinv(new.samples[0].double())).to(filters)
+        new.weight.copy_(rows.view_as(new.weight))
+        if bias is not None:
+            assert new.bias is not None
+            new.bias.copy_(bias[:: group.order])
+        advice = "this R2Conv has other rings or frequencies than escnn's default"
+        advice += "; use basis='pixel', which holds every filter" if group.on_grid else ", which gzoo does not have"
+        _require_same_filter(path, new.filter(), filters, advice)
+    return new
+
+
+def _gzoo_norm(path: str, norm: Any) -> nn.Module:
+    group, law = _law(path, norm, norm.in_type)
+    new = nn.BatchNorm2d(len(norm.in_type), norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    inner = getattr(norm, f"batch_norm_[{norm.in_type.representations[0].size}]")
+    new.load_state_dict(inner.state_dict())
+    new.to(next(inner.parameters(), torch.empty(0)))
+    return FibreNorm(new, group.order) if law == "regular" else new
+
+
+def _law(path: str, module: Any, field_type: "FieldType") -> tuple[Group, Literal["trivial", "regular"]]:
+    """Group and transformation law of a type whose fields are all trivial or all regular."""
+    gspace = field_type.gspace
+    order = gspace.fibergroup.order()
+    candidates = [Group(order, False), Group(max(order // 2, 1), True)] if order > 0 else []
+    group = next((group for group in candidates if group.gspace == gspace), None)
+    what = f"{_named(path, module)} of type {field_type}"
+    if group is None:
+        raise ValueError(
+            f"{what}: gzoo knows the gspaces rot2dOnR2(N), flipRot2dOnR2(N), flip2dOnR2() and trivialOnR2() with their "
+            "default axis"
+        )
+    for law, representation in (("regular", gspace.regular_repr), ("trivial", gspace.trivial_repr)):
+        if all(own == representation for own in field_type.representations):
+            return group, law  # type: ignore[return-value]  # mypy: takes the tuple's str
+    raise ValueError(
+        f"{what}: gzoo has layers for all trivial or all regular fields, for no irreps, quotients, mixtures"
+    )
+
+
+def _named(path: str, module: nn.Module) -> str:
+    return f"{path or 'the network'} is an escnn {type(module).__name__}"

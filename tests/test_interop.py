@@ -1,0 +1,392 @@
+"""Networks keep their function on the way to escnn's modules and back, at every image size."""
+
+import pytest
+import timm
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+import gzoo
+from gzoo import _escnn, backbones, groups
+from gzoo.check import check
+from gzoo.equivariant import make_equivariant
+from gzoo.interop import EscnnLayer, from_escnn, to_escnn
+from gzoo.nn import FibreNorm, GroupConv2d, LiftingConv2d, SymmetricBlur2d, SymmetricPool2d, WeightStandardization
+from tests.conftest import random_fields, random_image, relative, with_random_statistics
+from tests.nn.test_conv import VARIANTS
+
+
+def enn():
+    """escnn.nn, imported by the first test that needs it: not while tests are collected."""
+    return _escnn.load().nn
+
+
+def d8_resnet8():
+    return gzoo.convert(backbones.resnet_cifar(8, base_width=8), "d8")
+
+
+def fused():
+    """timm's batch norm with its activation, an average pool, and a classifier on pixels."""
+    layers = [nn.Conv2d(3, 8, 3, padding=1), BatchNormAct2d(8), nn.AvgPool2d(3, 2, 1), nn.Conv2d(8, 5, 1)]
+    return gzoo.convert(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), "p4", group_pool="max")
+
+
+NETWORKS = {
+    "p4_cnn7": (lambda: timm.create_model("p4_cnn7"), 1, (28, 29, 36)),
+    "p4m_resnet20": (lambda: timm.create_model("p4m_resnet20"), 3, (32, 33, 18)),
+    "c8_cnn7": (lambda: timm.create_model("c8_cnn7"), 1, (28, 29)),
+    "d8_resnet8": (d8_resnet8, 3, (16, 17)),
+    "fused": (fused, 3, (8, 9)),
+}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def pair(request):
+    """A network with random statistics, its escnn twin, and images of several sizes."""
+    torch.manual_seed(0)
+    build, channels, sizes = NETWORKS[request.param]
+    model = with_random_statistics(build()).float().eval()
+    return model, to_escnn(model), [torch.randn(2, channels, n, n + 2) for n in sizes]
+
+
+def modules(network, *types):
+    return [module for module in network.modules() if isinstance(module, types)]
+
+
+def test_outputs_are_equal_at_every_size(pair):
+    model, twin, images = pair
+    with torch.no_grad():
+        for x in images:
+            assert relative(twin.eval()(x), model.eval()(x)) < 1e-5
+
+
+def test_batch_norms_train_alike(pair):
+    model, twin, images = pair
+    model, twin = from_escnn(twin).train(), to_escnn(model).train()  # both new: a step changes the statistics
+    with torch.no_grad():
+        assert relative(twin(images[0]), model(images[0])) < 1e-5
+    for ours, theirs in zip(modules(model, nn.BatchNorm2d), modules(twin, nn.BatchNorm3d), strict=True):
+        assert relative(theirs.running_mean, ours.running_mean) < 1e-5
+        assert relative(theirs.running_var, ours.running_var) < 1e-5
+        assert theirs.num_batches_tracked == ours.num_batches_tracked
+
+
+def test_the_twin_is_made_of_escnns_modules(pair):
+    model, twin, _ = pair
+    assert not modules(twin, LiftingConv2d, GroupConv2d, FibreNorm, SymmetricPool2d)
+    assert len(modules(twin, enn().R2Conv)) == len(modules(model, LiftingConv2d, GroupConv2d))
+    assert len(modules(twin, enn().InnerBatchNorm)) == len(modules(model, FibreNorm))
+    pools = modules(twin, enn().PointwiseMaxPool2D, enn().PointwiseAvgPool2D)
+    assert len(pools) == len(modules(model, SymmetricPool2d))
+
+
+def test_the_way_there_and_back_gives_the_same_network(pair):
+    model, twin, images = pair
+    back = from_escnn(twin).eval()
+    with torch.no_grad():
+        for x in images:
+            assert relative(back(x), model(x)) < 1e-5
+    assert not modules(back, EscnnLayer)
+    if modules(model, BatchNormAct2d):
+        return  # the activation that timm fuses into it now stands beside the norm
+    own, found = model.state_dict(), back.state_dict()
+    assert list(own) == list(found)
+    assert all(relative(found[key].double(), own[key].double()) < 1e-5 for key in own)
+
+
+def test_what_escnn_learns_comes_back(pair):
+    model, twin, images = pair
+    twin = to_escnn(from_escnn(twin))  # a copy: others use the first
+    optimizer = torch.optim.SGD(twin.train().parameters(), lr=0.1)
+    twin(images[0]).square().mean().backward()
+    optimizer.step()
+    twin.eval()
+    back = from_escnn(twin)
+    with torch.no_grad():
+        assert relative(back(images[1]), twin(images[1])) < 1e-5
+        assert relative(back(images[1]), model(images[1])) > 1e-3
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("group", "basis"), [("p4", "pixel"), ("p4", "steerable"), ("d1", "pixel"), ("c8", "steerable")]
+)
+def test_every_kind_of_window_is_equal_at_every_size_and_comes_back(group, basis, variant):
+    layers = (LiftingConv2d, random_image(4, (8, 8))), (GroupConv2d, random_fields(group, 4, (8, 8)))
+    for layer, x in layers:
+        ours = with_random_statistics(layer(groups.get(group), 4, 4, **VARIANTS[variant], basis=basis)).float()
+        twin = to_escnn(ours)
+        back = from_escnn(twin, basis)
+        assert relative(back.weight, ours.weight) < 1e-5
+        for height, width in [(7, 7), (8, 8), (5, 8), (6, 5)]:
+            image = x[..., :height, :width].float()
+            with torch.no_grad():
+                assert relative(twin(image), ours(image)) < 1e-5
+                assert back(image).shape == ours(image).shape
+                assert relative(back(image), ours(image)) < 1e-5
+
+
+def test_same_padding_of_an_even_kernel_is_equal_on_a_single_pixel():
+    ours = LiftingConv2d(groups.get("p4"), 1, 2, 4, padding="same")
+    x = torch.randn(1, 1, 1, 5)
+    assert relative(to_escnn(ours)(x), ours(x)) < 1e-5
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7])
+def test_an_r2conv_can_hold_every_pixel_filter(size):
+    ours = GroupConv2d(groups.get("p4m"), 1, 1, size, bias=False)
+    found = to_escnn(ours).module.expand_parameters()[0]
+    assert relative(found, ours.filter()) < 1e-5
+
+
+def test_an_r2conv_with_escnns_default_rings_holds_no_pixel_filter(monkeypatch):
+    monkeypatch.setattr("gzoo.interop._pixel_rings", gzoo.bases.rings)
+    with pytest.raises(ValueError, match=r"the filters differ by \S+ of the largest tap; no R2Conv holds them"):
+        to_escnn(GroupConv2d(groups.get("p4"), 2, 2, 3))
+
+
+def test_a_kernel_that_is_no_square_keeps_its_function():
+    ours = GroupConv2d(groups.get("p4"), 2, 2, (1, 3), padding=1)
+    twin, x = to_escnn(ours), random_fields("p4", 2).float()
+    assert relative(twin(x), ours(x)) < 1e-5
+    assert relative(from_escnn(twin)(x), ours(x)) < 1e-5
+
+
+def test_weight_standardization_stays_gzoos_own():
+    ours = GroupConv2d(groups.get("p4"), 2, 2, 3)
+    ours.standardize = WeightStandardization(2, 4, 1e-6)
+    twin, x = to_escnn(ours), random_fields("p4", 2).float()
+    assert not modules(twin, EscnnLayer)
+    assert twin(x).equal(ours(x))
+
+
+def test_float64_has_bases_of_its_own():
+    ours = with_random_statistics(GroupConv2d(groups.get("p4"), 2, 2, 3))
+    x = random_fields("p4", 2)
+    single, double = to_escnn(ours.float()), to_escnn(ours.double())
+    assert relative(double(x), ours(x)) < 1e-6
+    assert single(x.float()).dtype == torch.float32
+
+
+def test_the_model_stays_as_it_is():
+    model = timm.create_model("p4_cnn7")
+    before = [type(module) for module in model.modules()]
+    twin = to_escnn(model)
+    from_escnn(twin)
+    assert [type(module) for module in model.modules()] == before
+    assert modules(twin, EscnnLayer)
+    assert model.training
+    assert twin.training
+    assert not to_escnn(model.eval()).training
+
+
+def test_a_plain_network_is_refused():
+    with pytest.raises(ValueError, match=r"StagedCNN is not equivariant; convert it with gzoo.convert first"):
+        to_escnn(timm.create_model("cnn7"))
+
+
+def test_the_signature_follows_the_basis():
+    model = nn.Sequential(LiftingConv2d(groups.get("p4"), 1, 2, 3, basis="steerable"))
+    make_equivariant(model, groups.get("p4"), "mean")
+    assert from_escnn(to_escnn(model), "steerable").state_dict()["group_signature"].tolist() == [4, 0, 1]
+    assert from_escnn(to_escnn(model)).state_dict()["group_signature"].tolist() == [4, 0, 0]
+
+
+# --- networks that somebody wrote in escnn ---
+
+
+def sequential(group, pools=True):
+    G = groups.get(group)
+    image, narrow, wide = G.image_type(3), G.field_type(2), G.field_type(4)
+    layers = [enn().R2Conv(image, narrow, 5, padding=2), enn().InnerBatchNorm(narrow), enn().ReLU(narrow, inplace=True)]
+    if pools:
+        layers += [enn().PointwiseMaxPool(narrow, 3, 2, 1), enn().PointwiseAvgPool(narrow, 2, 1)]
+    layers += [
+        enn().R2Conv(narrow, wide, 3, padding=1, stride=2, bias=False),
+        enn().InnerBatchNorm(wide),
+        enn().ELU(wide, 0.5),
+    ]
+    layers += [enn().PointwiseDropout(wide, 0.3), enn().PointwiseAdaptiveAvgPool(wide, 1), enn().GroupPooling(wide)]
+    return with_random_numbers(enn().SequentialModule(*layers))
+
+
+def with_random_numbers(network):
+    """Random biases and statistics, float32, in eval mode."""
+    with torch.no_grad():
+        for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+            if name.split(".")[-1] in ("bias", "weight", "running_mean", "running_var"):
+                tensor.copy_(torch.rand_like(tensor) + 0.5)
+    return network.eval()
+
+
+def run(network, x):
+    with torch.no_grad():
+        return network(enn().GeometricTensor(x, network.in_type)).tensor
+
+
+@pytest.mark.parametrize(
+    ("group", "basis"),
+    [
+        ("c1", "pixel"),
+        ("d1", "steerable"),
+        ("c2", None),
+        ("p4", "steerable"),
+        ("p4m", None),
+        ("c8", None),
+        ("c6", None),
+    ],
+)
+def test_a_sequential_module_becomes_a_sequential_of_plain_tensors(group, basis):
+    theirs = sequential(group)
+    symmetric, original = from_escnn(theirs, basis), from_escnn(theirs, basis, strides="original")
+    assert not modules(symmetric, enn().EquivariantModule)
+    for size, fits in ((15, True), (19, True), (16, False), (17, False)):  # the strided windows fit 15 -> 8 -> 7 -> 4
+        x = torch.randn(2, 3, size, size)
+        with torch.no_grad():
+            assert relative(original(x), run(theirs, x)) < 1e-5
+            assert (relative(symmetric(x), run(theirs, x)) < 1e-5) == fits
+
+
+@pytest.mark.parametrize("group", ["p4", "p4m"])
+def test_symmetric_strides_make_it_exact_and_original_ones_do_not(group):
+    theirs = sequential(group)
+    for size, fits in ((15, True), (16, False), (17, False)):
+        errors = [
+            check(nn.Sequential(from_escnn(theirs, strides=strides), nn.Flatten()), size).worst
+            for strides in ("symmetric", "original")
+        ]
+        assert errors[0] < 1e-12
+        assert (errors[1] < 1e-12) == fits
+
+
+def users_network(group):
+    """Of classes of a user's own: plain tensors in and out, geometric ones inside."""
+
+    class Block(enn().EquivariantModule):
+        def __init__(self, in_type, out_type):
+            super().__init__()
+            self.in_type, self.out_type = in_type, out_type
+            self.body = enn().SequentialModule(
+                enn().R2Conv(in_type, out_type, 3, padding=1, stride=2),
+                enn().InnerBatchNorm(out_type),
+                enn().ReLU(out_type),
+                enn().R2Conv(out_type, out_type, 3, padding=1, bias=False),
+            )
+            self.shortcut = enn().R2Conv(in_type, out_type, 1, stride=2, bias=False)
+            self.relu = enn().ReLU(out_type)
+
+        def forward(self, x):
+            return self.relu(self.body(x) + self.shortcut(x))
+
+        def evaluate_output_shape(self, input_shape):
+            raise NotImplementedError
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            G = groups.get(group)
+            self.in_type, self.norm = G.image_type(1), enn().InnerBatchNorm(G.image_type(1))
+            self.stem = enn().SequentialModule(
+                enn().R2Conv(self.in_type, G.field_type(2), 3), Block(G.field_type(2), G.field_type(3))
+            )
+            self.pool = enn().GroupPooling(G.field_type(3))
+            self.fc = nn.Linear(3, 4)
+
+        def forward(self, x):
+            y = self.pool(self.stem(self.norm(enn().GeometricTensor(x, self.in_type))))
+            return self.fc(y.tensor.mean((2, 3)))
+
+    return with_random_numbers(Network())
+
+
+@pytest.mark.parametrize("group", ["p4m", "c8"])
+def test_a_network_of_a_users_own_classes_keeps_its_code(group):
+    theirs = users_network(group)
+    ours = from_escnn(theirs)
+    assert type(ours) is type(theirs)
+    assert not modules(ours, enn().R2Conv, enn().InnerBatchNorm, enn().ReLU, enn().GroupPooling)
+    original = from_escnn(theirs, strides="original")
+    for size, fits in ((9, True), (11, True), (10, False)):
+        x = torch.randn(2, 1, size, size)
+        with torch.no_grad():
+            assert relative(original(x), theirs(x)) < 1e-5
+            assert (relative(ours(x), theirs(x)) < 1e-5) == fits
+
+
+@pytest.mark.parametrize("name", ["PointwiseAvgPoolAntialiased", "PointwiseMaxPoolAntialiased"])
+def test_antialiased_pools_are_escnns_where_they_fit_and_exact_elsewhere(name):
+    G = groups.get("p4")
+    options = {"sigma": 0.6, "stride": 2} | ({"kernel_size": 3, "padding": 1} if "Max" in name else {})
+    theirs = getattr(enn(), name)(G.field_type(2), **options)
+    ours = from_escnn(theirs)
+    x = random_fields("p4", 2, (9, 11)).float()
+    assert relative(ours(x), run(theirs, x)) < 1e-5
+    assert modules(ours, SymmetricBlur2d)
+    even = random_fields("p4", 2, (8, 6)).float()
+    assert relative(from_escnn(theirs, strides="original")(even), run(theirs, even)) < 1e-5
+    for maps in (x.double(), even.double()):
+        y = ours.double()(maps)
+        for g in G.grid_elements:
+            assert relative(ours(G.transform_features(maps, g)), G.transform_features(y, g)) < 1e-12
+
+
+@pytest.mark.parametrize("function", ["p_relu", "p_elu", "p_sigmoid", "p_tanh"])
+def test_pointwise_nonlinearities_are_torchs(function):
+    theirs = enn().PointwiseNonLinearity(groups.get("p4").field_type(2), function)
+    x = random_fields("p4", 2)
+    assert from_escnn(theirs)(x).equal(run(theirs, x))
+
+
+def test_a_filter_beyond_the_default_band_is_held_by_pixels_and_refused_elsewhere():
+    p4, c8 = groups.get("p4"), groups.get("c8")
+    options = {"padding": 1, "bias": False, "rings": [0.0, 1.0, 1.4], "frequencies_cutoff": 3.0}
+    theirs = enn().SequentialModule(enn().R2Conv(p4.image_type(1), p4.field_type(2), 3, **options))
+    x = random_image(1).float()
+    assert relative(from_escnn(theirs)(x), run(theirs, x)) < 1e-5
+    with pytest.raises(ValueError, match=r"0: the filters differ by .* than escnn's default; use basis='pixel'"):
+        from_escnn(theirs, "steerable")
+    with pytest.raises(ValueError, match="than escnn's default, which gzoo does not have"):
+        from_escnn(enn().R2Conv(c8.image_type(1), c8.field_type(2), 3, **options))
+
+
+def unknown():
+    """Modules without a counterpart, and what an error says of them."""
+    G = groups.get("p4")
+    gspace, fields = G.gspace, G.field_type(2)
+    irreps = enn().FieldType(gspace, [gspace.irrep(1)])
+    quotient = enn().FieldType(gspace, [gspace.quotient_repr(2)])
+    mixed = enn().FieldType(gspace, [gspace.regular_repr, gspace.trivial_repr])
+    so2 = _escnn.load().gspaces.rot2dOnR2(-1, maximum_frequency=1)
+    tilted = _escnn.load().gspaces.flipRot2dOnR2(4, axis=0.3)
+    return {
+        "irreps": (enn().R2Conv(fields, irreps, 3), "is an escnn R2Conv of type .* no irreps, quotients, mixtures"),
+        "quotient": (
+            enn().InnerBatchNorm(quotient),
+            "is an escnn InnerBatchNorm of type .* no irreps, quotients, mixtures",
+        ),
+        "mixed": (enn().ReLU(mixed), "is an escnn ReLU of type .* no irreps, quotients, mixtures"),
+        "to trivial": (
+            enn().R2Conv(fields, G.image_type(2), 1),
+            "R2Conv to .*; gzoo's convolutions give regular fields",
+        ),
+        "norm pool": (enn().NormMaxPool(fields, 2), "is an escnn NormMaxPool of type .* no layer for; it has .*R2Conv"),
+        "SO(2)": (
+            enn().IdentityModule(enn().FieldType(so2, [so2.trivial_repr])),
+            r"gzoo knows the gspaces rot2dOnR2\(N\)",
+        ),
+        "axis": (enn().ReLU(enn().FieldType(tilted, [tilted.regular_repr])), "with their default axis"),
+    }
+
+
+@pytest.mark.parametrize("case", ["irreps", "quotient", "mixed", "to trivial", "norm pool", "SO(2)", "axis"])
+def test_a_module_without_a_counterpart_is_named(case):
+    module, message = unknown()[case]
+    with pytest.raises(ValueError, match=f"the network .*{message}|the network {message}"):
+        from_escnn(module)
+    with pytest.raises(ValueError, match=r"^1 is an escnn"):
+        from_escnn(nn.Sequential(nn.Identity(), module))
+
+
+def test_unknown_strides_are_refused():
+    with pytest.raises(ValueError, match="strides is 'plain'; accepted are 'symmetric' and 'original'"):
+        from_escnn(enn().IdentityModule(groups.get("p4").field_type(1)), strides="plain")
