@@ -59,6 +59,26 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.add_argument("--model", required=True, help="a folder that `gzoo train` wrote, or a pretrained model")
     command.add_argument("--topk", type=int, default=5, help="classes to print, default: 5")
 
+    command = commands.add_parser("plan", help="show the widths of a conversion before anything is built")
+    command.set_defaults(run=_plan)
+    command.add_argument("model", help="a plain model of timm or of ours, such as resnext50_32x4d")
+    command.add_argument("--group", required=True, help="such as p4m or c8")
+    command.add_argument("--basis", choices=("pixel", "steerable"), help="of the kernels, default: by the group")
+
+    command = commands.add_parser("import", help="turn a checkpoint of another library into a folder of ours")
+    command.set_defaults(run=_import)
+    command.add_argument("source", choices=("equivision",), help="https://github.com/dmklee/equivision")
+    command.add_argument("checkpoint", help="the file")
+    command.add_argument("--model", required=True, help="which network it is of, such as d4resnet50")
+    command.add_argument("--out", required=True, help="folder for model.safetensors and config.json")
+    command.add_argument(
+        "--strides",
+        default="symmetric",
+        choices=("symmetric", "original"),
+        help="symmetric: exact at every size, and the original's logits at 32 n + 1 pixels; original: those at every "
+        "size, and exact at 32 n + 1; default: symmetric",
+    )
+
     command = commands.add_parser("check", help="measure the equivariance error of a model")
     command.set_defaults(run=_check)
     command.add_argument("model", help="a registered model, or a folder that `gzoo train` wrote")
@@ -189,6 +209,21 @@ def _size(text: str) -> tuple[int, int]:
     """ "48" or "48x65": height and width in pixels."""
     height, _, width = text.partition("x")
     return int(height), int(width or height)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from gzoo.plan import comparison
+
+    print(comparison(args.model, args.group, args.basis))
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from gzoo.equivision import import_checkpoint
+
+    import_checkpoint(args.checkpoint, args.model, args.out, args.strides)
+    print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")
+    return 0
 
 
 def _check(args: argparse.Namespace) -> int:

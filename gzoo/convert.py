@@ -16,6 +16,7 @@ from timm.models._pretrained import filter_pretrained_cfg
 from torch import Tensor, nn
 
 from gzoo import groups
+from gzoo.bases import BasisName
 from gzoo.check import first_broken_layer, group_of
 from gzoo.equivariant import make_equivariant
 from gzoo.groups import Group
@@ -35,6 +36,7 @@ def convert(
     match: Match = "params",
     widths: Mapping[int, int] | None = None,
     group_pool: Pooling = "mean",
+    basis: BasisName | None = None,
 ) -> nn.Module:
     """The equivariant counterpart of a plain CNN, freshly initialised; ``model`` itself stays as it is.
 
@@ -46,6 +48,7 @@ def convert(
             fields, the cost of the plain network), or its "width" (C fields, C * |G| channels).
         widths: plain channels -> fields, where they differ from ``match``.
         group_pool: how the classifier pools a fibre, "mean" or "max".
+        basis: of the kernels, "pixel" or "steerable" (band-limited, as escnn's); None: pixel for groups on the grid.
 
     Returns:
         The network; ``model.group`` is its group. Feature maps are (B, fields * |G|, H, W); logits are invariant.
@@ -54,7 +57,7 @@ def convert(
         ValueError: a module has no equivariant counterpart here, or the result is not equivariant; names the module.
     """
     copied = copy.deepcopy(model)
-    converted = convert_in_place(copied, group, match, widths, group_pool)
+    converted = convert_in_place(copied, group, match, widths, group_pool, basis)
     check_itself(converted)
     return converted
 
@@ -65,6 +68,7 @@ def convert_in_place(
     match: Match = "params",
     widths: Mapping[int, int] | None = None,
     group_pool: Pooling = "mean",
+    basis: BasisName | None = None,
     scale: float | None = None,
 ) -> nn.Module:
     """`convert`, but uses up ``model`` and does not check the result; for networks that a test checks.
@@ -74,7 +78,7 @@ def convert_in_place(
     group = groups.get(group) if isinstance(group, str) else group
     if group_of(model) is not None:
         raise ValueError(f"{type(model).__name__} is equivariant already; convert the plain network")
-    recipe = Recipe(plan(model, group, match, widths, scale), group_pool)
+    recipe = Recipe(plan(model, group, match, widths, scale, basis), group_pool)
     counts = _channel_counts(model, recipe.plan)
     converted = _walk(model, recipe, {})
     counts()

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from gzoo import _escnn, groups
 from gzoo.convert import convert_in_place
-from gzoo.equivariant import require_same_shapes, sign
+from gzoo.equivariant import require_same_shapes
 from gzoo.groups import Group
 from gzoo.interop import Strides, from_escnn
-from gzoo.nn import GroupConv2d, LiftingConv2d, keep_original_strides
+from gzoo.nn import keep_original_strides
 
 TAG = "equivision_in1k"
 
@@ -43,7 +43,7 @@ class Architecture(NamedTuple):
 
 
 # Of its `train.py`: 256 pixels on the short side, the central 224 of them, torchvision's bilinear interpolation.
-_PREPROCESSING = {
+PREPROCESSING = {
     "input_size": (3, 224, 224),
     "crop_pct": 0.875,
     "interpolation": "bilinear",
@@ -93,13 +93,9 @@ def create(name: str, strides: Strides = "symmetric", **kwargs: Any) -> nn.Modul
     row = _row(name)
     group, widths = groups.get(row.group), {64 * 2**i: row.fields * 2**i for i in range(6)}
     plain = timm.create_model(f"resnet{row.depth}", **kwargs)
-    model = convert_in_place(plain, group, widths=widths, group_pool="max")
-    for path, layer in list(model.named_modules()):
-        if isinstance(layer, LiftingConv2d | GroupConv2d):
-            model.set_submodule(path, _steerable(layer))
-    sign(model, group)
+    model = convert_in_place(plain, group, widths=widths, group_pool="max", basis="steerable", scale=1.0)
     config: Any = model.pretrained_cfg
-    model.pretrained_cfg = model.default_cfg = config | {"architecture": row.name, "tag": TAG} | _PREPROCESSING
+    model.pretrained_cfg = model.default_cfg = config | {"architecture": row.name, "tag": TAG} | PREPROCESSING
     return keep_original_strides(model) if strides == "original" else model
 
 
@@ -107,12 +103,6 @@ def _row(name: str) -> Architecture:
     if name not in ARCHITECTURES:
         raise ValueError(f"equivision has no checkpoint of {name!r}; it has {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]
-
-
-def _steerable(layer: LiftingConv2d | GroupConv2d) -> nn.Module:
-    options: dict[str, Any] = {"stride": layer.stride, "padding": layer.window.padding // 2, "bias": False}
-    inputs = layer.in_channels if isinstance(layer, LiftingConv2d) else layer.in_fields
-    return type(layer)(layer.group, inputs, layer.out_fields, layer.kernel_size, basis="steerable", **options)
 
 
 def import_checkpoint(path: str | Path, name: str, out: str | Path, strides: Strides = "symmetric") -> nn.Module:

@@ -5,22 +5,25 @@ where s = 1 / sqrt|G| keeps the parameters of a dense layer and 1 / |G| its mult
 network's number by more than 10% (lifting layers, classifiers and rounding follow other laws), s is searched for.
 """
 
+import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import timm
 import torch
 from torch import Tensor, nn
 
-from gzoo.bases import lifting_basis, regular_basis
+from gzoo import groups
+from gzoo.bases import BasisName, lifting_basis, regular_basis
 from gzoo.check import in_channels
 from gzoo.groups import Group
 from gzoo.trace import Segment, Segments, Trace, flat, trace
 
 Match = Literal["params", "flops", "width"]
 
-SCALE = {
+SCALE: dict[Match, Callable[[int], float]] = {
     "params": lambda order: 1 / math.sqrt(order),
     "flops": lambda order: 1 / order,
     "width": lambda order: 1.0,
@@ -54,6 +57,7 @@ class Plan:
         trace: what a run of the plain network showed.
         classifiers: paths of the layers that make logits, which stay as many as they are.
         widths: plain channels -> fields, where they are given.
+        basis: of the kernels, as `gzoo.nn.GroupConv2d` takes it.
         scale: fields for each plain channel.
     """
 
@@ -62,7 +66,8 @@ class Plan:
     trace: Trace
     classifiers: frozenset[str]
     widths: Mapping[int, int]
-    scale: float = 1.0
+    basis: BasisName | None
+    scale: float
     _known: dict[Segment, int] = field(default_factory=dict)
 
     def fields(self, segments: Segments) -> int:
@@ -108,9 +113,15 @@ class Plan:
         fields_in, fields_out = self.fields(inputs), self.fields(outputs)
         if name in self.classifiers and set(getattr(module, "kernel_size", (1,))) == {1}:  # on pooled fibres
             weights = module.weight.numel() / plain_in
-            macs = weights * fields_in / plain_in * self.trace.pixels[name]
+            pixels = self.trace.pixels[name]
             return Row(
-                name, plain_out, own, module.weight.numel(), plain_out, own + weights * (fields_in - plain_in), macs
+                name,
+                plain_out,
+                own,
+                weights * plain_in * pixels,
+                plain_out,
+                own + weights * (fields_in - plain_in),
+                weights * fields_in * pixels,
             )
         if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             return Row(name, plain_out, own, 0, fields_out, own / plain_in * fields_in, 0)
@@ -121,7 +132,7 @@ class Plan:
         else:
             taps = max(module.kernel_size) ** 2
             groups = self.groups_of(module, fields_in, fields_out)
-            free = _free_numbers(self.group, module.kernel_size, lifts)
+            free = _free_numbers(self.group, module.kernel_size, lifts, self.basis)
         kernels = fields_out * fields_in / groups
         bias = fields_out if module.bias is not None else 0
         macs = kernels * order * (1 if lifts else order) * taps * pixels
@@ -152,11 +163,11 @@ def _sum(name: str, rows: list[Row]) -> Row:
     return Row(name, widest.plain_width, plain_params, plain_macs, widest.fields, params, macs)
 
 
-def _free_numbers(group: Group, kernel_size: tuple[int, ...], lifts: bool) -> int:
+def _free_numbers(group: Group, kernel_size: tuple[int, ...], lifts: bool, name: BasisName | None) -> int:
     """Parameters of one kernel."""
-    if group.on_grid:
+    basis = (lifting_basis if lifts else regular_basis)(group, max(kernel_size), name)
+    if basis.samples is None:
         return math.prod(kernel_size) * (1 if lifts else group.order)
-    basis = (lifting_basis if lifts else regular_basis)(group, max(kernel_size))
     return math.prod(basis.parameters)
 
 
@@ -171,6 +182,7 @@ def plan(
     match: Match = "params",
     widths: Mapping[int, int] | None = None,
     scale: float | None = None,
+    basis: BasisName | None = None,
 ) -> Plan:
     """Plans the conversion of a plain network.
 
@@ -180,6 +192,7 @@ def plan(
         match: what to keep of the plain network: its "params", its "flops" (multiply-adds), or its "width".
         widths: plain channels -> fields, where they differ from ``match``.
         scale: fields for each plain channel, in place of the one that ``match`` leads to.
+        basis: of the kernels, "pixel" or "steerable"; None chooses by the group.
 
     Raises:
         ValueError: the network has no convolution or does not run; ``match`` is unknown.
@@ -189,7 +202,7 @@ def plan(
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has no Conv2d; gzoo converts convolutional networks")
     seen = trace(model, example(model))
-    made = Plan(model, group, seen, _classifiers(model, seen), widths or {}, scale or SCALE[match](group.order))
+    made = Plan(model, group, seen, _classifiers(model, seen), widths or {}, basis, scale or SCALE[match](group.order))
     if match != "width" and scale is None:
         _fit(made, match)
     return made
@@ -213,6 +226,50 @@ def _fit(made: Plan, match: str) -> None:
         errors[middle] = abs(math.log(found))
         low, high = (middle, high) if found < 1 else (low, middle)
     ratio(min(errors, key=errors.__getitem__))
+
+
+def comparison(name: str, group: str, basis: BasisName | None = None) -> str:
+    """A table of plain and equivariant widths, parameters and multiply-adds by stage, for all that can be matched.
+
+    Args:
+        name: a plain model that timm lists.
+        group: the name of a group.
+        basis: of the kernels, as in `plan`.
+
+    Raises:
+        ValueError: timm has no such model; or as `plan`.
+    """
+    if not timm.is_model(name):
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), 3)) or "see timm.list_models()"
+        raise ValueError(f"timm has no model {name!r}; near it are: {near}")
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    acts = groups.get(group)
+    plans = {match: plan(model, acts, match, basis=basis) for match in SCALE}
+    columns = [f"{'channels':>8} {'params':>8} {'macs':>8}", *(3 * [f"{'fields':>8} {'params':>8} {'macs':>8}"])]
+    shape = "x".join(map(str, example(model).shape[2:]))
+    rows = {match: [*made.stages(), made.total()] for match, made in plans.items()}
+    width = max(len(row.name) for row in rows["params"])
+    lines = [
+        f"{name} over {acts.name}, |G| = {acts.order}; multiply-adds of one image of {shape} pixels",
+        " | ".join([" " * width, f"{'plain':26}", *(f"{f'match={match}':26}" for match in rows)]),
+        " | ".join(["stage".ljust(width), *columns]),
+    ]
+    for plain, *others in zip(rows["params"], *rows.values(), strict=True):
+        cells = [f"{plain.plain_width:8} {_short(plain.plain_params)} {_short(plain.plain_macs)}"]
+        cells += [f"{row.fields:8} {_short(row.params)} {_short(row.macs)}" for row in others]
+        lines.append(" | ".join([plain.name.ljust(width), *cells]))
+    total = " | ".join(
+        f"{'':8} {row.params / row.plain_params:7.2f}x {row.macs / max(row.plain_macs, 1):7.2f}x"
+        for row in (made.total() for made in plans.values())
+    )
+    return "\n".join([*lines, f"{'':{width}} | {'':26} | {total}"])
+
+
+def _short(number: float) -> str:
+    """In eight characters, with a unit: 2.64M."""
+    unit = next((unit for unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if number >= unit[0]), (1, " "))
+    return f"{number / unit[0]:7.2f}{unit[1]}"
 
 
 def example(model: nn.Module, most: int | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from timm.models import (
 from timm.models._pretrained import PretrainedCfg
 from torch import nn
 
-from gzoo import backbones, groups, weights
+from gzoo import backbones, equivision, groups, weights
 from gzoo.convert import convert_in_place
 from gzoo.nn.linear import Pooling
 from gzoo.plan import plan
@@ -200,7 +200,12 @@ def _configs(entry: Entry) -> dict[str, dict[str, Any]]:
     return {f"{entry.name}.{tag}": base | weights.pretrained_cfg(entry.name, tag) for tag in entry.weights}
 
 
-def _factory(entry: Entry) -> Callable[..., nn.Module]:
+# Names of equivision's ResNets, which have its widths where the tag says so. No weights are bundled or on the Hub:
+# `gzoo import equivision` makes a folder from a file that the user has.
+_EQUIVISION = {row.name: key for key, row in equivision.ARCHITECTURES.items()}
+
+
+def _factory(name: str, entry: Entry | None) -> Callable[..., nn.Module]:
     def create(
         pretrained: bool = False,
         pretrained_cfg: Any = None,
@@ -208,11 +213,16 @@ def _factory(entry: Entry) -> Callable[..., nn.Module]:
         **kwargs: Any,
     ) -> nn.Module:
         overlay = {"hf_hub_filename": weights.FILENAME, **(pretrained_cfg_overlay or {})}
-        config = _resolve(entry, pretrained_cfg, overlay)
+        config = _resolve(name, pretrained_cfg, overlay)
+        build: Callable[..., nn.Module]
+        if entry is None or config.tag == equivision.TAG:
+            build = functools.partial(equivision.create, _EQUIVISION[name])
+        else:
+            build = entry.build
         with weights.explained(config) if pretrained else nullcontext():
             return build_model_with_cfg(
-                entry.build,
-                entry.name,
+                build,
+                name,
                 pretrained,
                 pretrained_cfg=pretrained_cfg,
                 pretrained_cfg_overlay=overlay,
@@ -222,22 +232,35 @@ def _factory(entry: Entry) -> Callable[..., nn.Module]:
                 **kwargs,
             )
 
-    create.__name__ = create.__qualname__ = entry.name
+    create.__name__ = create.__qualname__ = name
     create.__module__ = __name__
-    create.__doc__ = f"{entry.backbone} over {entry.group or 'no group: the plain network'}. {entry.paper}".strip()
+    if entry is None:
+        create.__doc__ = "A ResNet of https://github.com/dmklee/equivision: see gzoo.equivision."
+    else:
+        create.__doc__ = f"{entry.backbone} over {entry.group or 'no group: the plain network'}. {entry.paper}".strip()
     return create
 
 
-def _resolve(entry: Entry, pretrained_cfg: Any, overlay: dict[str, Any]) -> PretrainedCfg:
+def _resolve(name: str, pretrained_cfg: Any, overlay: dict[str, Any]) -> PretrainedCfg:
     try:
-        return resolve_pretrained_cfg(entry.name, pretrained_cfg, overlay)
+        return resolve_pretrained_cfg(name, pretrained_cfg, overlay)
     except RuntimeError as error:
+        tags = [key.partition(".")[2] for key in _CONFIGS if key.startswith(f"{name}.")]
         raise ValueError(
-            f"{entry.name} has no weights with the tag {pretrained_cfg!r}; it has {', '.join(entry.weights) or 'none'}"
+            f"{name} has no weights with the tag {pretrained_cfg!r}; it has {', '.join(tags) or 'none'}"
         ) from error
 
 
-default_cfgs = generate_default_cfgs({name: cfg for entry in ENTRIES for name, cfg in _configs(entry).items()})
+_CONFIGS: dict[str, Any] = {name: config for entry in ENTRIES for name, config in _configs(entry).items()}
+for _name in _EQUIVISION:
+    _CONFIGS[f"{_name}.{equivision.TAG}"] = {
+        **_BACKBONES["resnet50"].config,
+        **equivision.PREPROCESSING,
+        "pool_size": None,
+    }
 
-for _entry in ENTRIES:
-    setattr(sys.modules[__name__], _entry.name, register_model(_factory(_entry)))
+default_cfgs = generate_default_cfgs(_CONFIGS)
+
+_BY_NAME: dict[str, Entry | None] = {**dict.fromkeys(_EQUIVISION), **{entry.name: entry for entry in ENTRIES}}
+for _name, _entry in _BY_NAME.items():
+    setattr(sys.modules[__name__], _name, register_model(_factory(_name, _entry)))

@@ -19,6 +19,7 @@ from timm.layers.std_conv import ScaledStdConv2dSame, StdConv2dSame
 from timm.models import convnext, fastvit, hgnet, inception_next, metaformer, nfnet, rdnet, selecsls
 from torch import Tensor, nn
 
+from gzoo.bases import balance
 from gzoo.groups import Group
 from gzoo.nn import (
     FibreNorm,
@@ -33,6 +34,7 @@ from gzoo.nn import (
     SymmetricPool2d,
     WeightStandardization,
 )
+from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.fibre import share_along_fibre
 from gzoo.nn.linear import Pooling
 from gzoo.nn.resample import Window, square
@@ -148,7 +150,7 @@ def _conv(plain: nn.Conv2d, recipe: Recipe) -> nn.Module:
         in_fields //= recipe.folded**2
         for name in ("kernel_size", "stride", "padding"):
             options[name] *= recipe.folded
-    new = kind(recipe.group, in_fields, out_fields, groups=groups, **options)
+    new = kind(recipe.group, in_fields, out_fields, groups=groups, basis=recipe.plan.basis, **options)
     _initialize_like(new, plain, plain.weight[0].numel(), new.fan_in)
     return nn.Sequential(new, GroupPool(recipe.group.order, recipe.group_pool)) if recipe.is_classifier else new
 
@@ -216,6 +218,8 @@ def _linear(plain: nn.Linear, recipe: Recipe) -> nn.Module:
 def _initialize_like(new: Any, plain: Any, plain_fan_in: int, fan_in: int) -> None:
     """Draws weights of the plain layer's size, corrected for the number of inputs; a constant bias is kept."""
     size = plain.weight.square().mean().sqrt() * math.sqrt(plain_fan_in / fan_in)
+    if isinstance(new, ExpandedLayer):
+        size = size * balance(new.basis)
     new.weight.normal_().mul_(size)
     if plain.bias is not None:
         new.bias.fill_(plain.bias.mean())

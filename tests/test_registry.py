@@ -14,7 +14,7 @@ from gzoo.check import group_of
 from gzoo.registry import ENTRIES, GROUPS, Entry
 from tests.conftest import core_entries
 
-NAMES = [entry.name for entry in ENTRIES]
+NAMES = list(registry._BY_NAME)
 SMALL = [entry.name for entry in core_entries() if entry.backbone not in ("resnet110", "resnet56")]
 
 
@@ -47,7 +47,7 @@ def test_importing_gzoo_does_not_import_escnn(fresh_import):
 
 def test_importing_gzoo_adds_the_entries_and_takes_no_name_of_timm(fresh_import):
     assert fresh_import["kept"]
-    assert fresh_import["new"] == len(ENTRIES)
+    assert fresh_import["new"] == len(NAMES)
 
 
 def test_importing_gzoo_leaves_global_settings_alone(fresh_import):
@@ -75,7 +75,20 @@ def test_timm_lists_as_pretrained_exactly_the_entries_with_tags():
 
 
 def test_names_are_unique():
-    assert len(set(NAMES)) == len(NAMES)
+    names = [entry.name for entry in ENTRIES]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(("name", "fields"), [("d4_resnet18", 28), ("c8_resnet18", 28), ("d8_resnet18", 20)])
+def test_the_tag_of_equivision_gives_its_widths_max_pooling_and_strides(name, fields):
+    model = timm.create_model(f"{name}.equivision_in1k", num_classes=5, strides="original")
+    assert model.num_features == 8 * fields * model.group.order
+    assert model.fc.group_pool.pool == "max"
+    assert isinstance(timm.create_model(name.replace("d4", "p4m"), num_classes=5), type(model))
+
+
+def test_weights_that_only_a_file_has_are_not_listed():
+    assert not [name for name in timm.list_models(pretrained=True) if "equivision" in name]
 
 
 @pytest.mark.parametrize("backbone", registry._BACKBONES)
