@@ -65,6 +65,13 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.add_argument("--group", required=True, help="such as p4m or c8")
     command.add_argument("--basis", choices=("pixel", "steerable"), help="of the kernels, default: by the group")
 
+    command = commands.add_parser("coverage", help="convert, train a step and check timm's convolutional networks")
+    command.set_defaults(run=_coverage)
+    command.add_argument("--group", default="p4", help="default: p4")
+    command.add_argument("--module", nargs="+", help="timm's modules, such as resnet; default: all convolutional ones")
+    command.add_argument("--most-params", type=float, default=float("inf"), help="leave out larger networks: 30e6")
+    command.add_argument("--out", default="coverage.csv", help="a row for each network; a second run goes on there")
+
     command = commands.add_parser("import", help="turn a checkpoint of another library into a folder of ours")
     command.set_defaults(run=_import)
     command.add_argument("source", choices=("equivision",), help="https://github.com/dmklee/equivision")
@@ -215,6 +222,17 @@ def _plan(args: argparse.Namespace) -> int:
     from gzoo.plan import comparison
 
     print(comparison(args.model, args.group, args.basis))
+    return 0
+
+
+def _coverage(args: argparse.Namespace) -> int:
+    from gzoo.coverage import CONV_MODULES, architectures, coverage, table
+
+    found = architectures(tuple(args.module or CONV_MODULES), args.most_params)
+    if not found:
+        raise ValueError(f"timm has no architectures in {args.module}; its modules are: {', '.join(CONV_MODULES)} ...")
+    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    print(table(coverage(found, args.group, Path(args.out), say)))
     return 0
 
 

@@ -194,16 +194,7 @@ def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
     """
     group = group_of(model)
     assert group is not None
-    probe = copy.deepcopy(model).double().eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        # Fresh norms, zero biases and zero-initialised branches hide errors: whatever is constant becomes random. Tame,
-        # or rounding grows with the depth of networks without norms.
-        for name, tensor in (*probe.named_parameters(), *probe.named_buffers()):
-            if tensor.is_floating_point() and tensor.ndim <= 1:
-                random = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-                tensor.copy_((random - 0.5) / 5 if name.endswith(("bias", "mean")) else (random + 1) / 2)
-    x = _runs_on(probe)
+    probe, x = randomized(model)
     _check_poses(probe, x, group, tolerance, group.grid_elements)
     odd = x[..., 1:, 1:] if x.shape[-1] % 2 == 0 else x
     try:
@@ -217,8 +208,30 @@ def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
     _check_poses(probe, odd, group, tolerance, (*turns[:1], *reflections))
 
 
-def _runs_on(probe: nn.Module) -> Tensor:
-    """The smallest image of the sizes tried that the converted network takes."""
+@torch.no_grad()
+def randomized(model: nn.Module) -> tuple[nn.Module, Tensor]:
+    """A float64 copy in eval mode that shows what a fresh network hides, and an image (1, C, H, W) for it.
+
+    What starts constant is random: scales, biases, branches that start at zero. Tamely, or rounding grows with depth
+    where there are no norms. Batch norms have the statistics of two images, or the image fades away with depth.
+    """
+    probe = copy.deepcopy(model).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in (*probe.named_parameters(), *probe.named_buffers()):
+        if tensor.is_floating_point() and tensor.ndim <= 1:
+            random = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+            tensor.copy_((random - 0.5) / 5 if name.endswith(("bias", "mean")) else (random + 1) / 2)
+    x = _image_for(probe)
+    norms = [module for module in probe.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    probe(torch.cat((x, x.roll(1, 1).flip(-2))))
+    return probe.eval(), x
+
+
+def _image_for(probe: nn.Module) -> Tensor:
+    """The smallest random image, (1, C, H, W), of the sizes tried that the converted network takes."""
     for most in _CHECKED_SIZES:
         x = example(probe, most)[:1]
         try:

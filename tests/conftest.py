@@ -98,7 +98,8 @@ def with_random_statistics(model: nn.Module) -> nn.Module:
     """A float64 copy in which all that starts constant, and so hides errors, is random: norms, biases, layer scales."""
     model = copy.deepcopy(model).double()
     with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.is_floating_point() and tensor.ndim <= 1:
-                tensor.copy_(torch.rand_like(tensor) + 0.5)
+                # Both signs where a constant would drown the image.
+                tensor.copy_(torch.rand_like(tensor) + (-0.5 if name.endswith(("bias", "mean")) else 0.5))
     return model
