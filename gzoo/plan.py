@@ -93,6 +93,14 @@ class Plan:
 
         return min(range(max(1, math.floor(0.8 * wanted)), math.ceil(1.25 * wanted) + 1), key=far)
 
+    def why_lost(self, name: str) -> str:
+        """Why the channels that a layer is given could not be followed."""
+        return (
+            f"its channels come out of {self.trace.lost[name]!r}, through which gzoo cannot follow them: a step that "
+            "mixes channels or pixels, such as attention, a shuffle of channels or a flattened map, has no equivariant "
+            "counterpart here. Use a convolution, or global pooling before a linear layer"
+        )
+
     def groups_of(self, conv: nn.Conv2d | nn.ConvTranspose2d, in_fields: int, out_fields: int) -> int:
         """The ``groups`` of the equivariant counterpart of a plain convolution."""
         if 1 < conv.groups == conv.in_channels and out_fields % in_fields == 0:
@@ -246,6 +254,9 @@ def comparison(name: str, group: str, basis: BasisName | None = None) -> str:
         model = timm.create_model(name)
     acts = groups.get(group)
     plans = {match: plan(model, acts, match, basis=basis) for match in SCALE}
+    weighted = [name for name in plans["width"].trace.lost if any(True for _ in model.get_submodule(name).parameters())]
+    if weighted:
+        raise ValueError(f"{name} does not convert. {weighted[0]}: {plans['width'].why_lost(weighted[0])}")
     columns = [f"{'channels':>8} {'params':>8} {'macs':>8}", *(3 * [f"{'fields':>8} {'params':>8} {'macs':>8}"])]
     shape = "x".join(map(str, example(model).shape[2:]))
     rows = {match: [*made.stages(), made.total()] for match, made in plans.items()}

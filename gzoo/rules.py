@@ -88,11 +88,7 @@ class Recipe:
         if self.path in known:
             return known[self.path]
         if self.path in self.plan.trace.lost:
-            raise ValueError(
-                f"its channels come out of {self.plan.trace.lost[self.path]!r}, through which gzoo cannot follow them: "
-                "a step that mixes channels or pixels, such as attention, a shuffle of channels or a flattened map, "
-                "has no equivariant counterpart here. Use a convolution, or global pooling before a linear layer"
-            )
+            raise ValueError(self.plan.why_lost(self.path))
         raise ValueError(
             "it has weights, but does not run on an image in eval mode, so its width is unknown; remove it from the "
             "plain network"
@@ -170,10 +166,12 @@ def _square_padding(plain: nn.Conv2d) -> int:
 
 @rule(tl.StdConv2d, StdConv2dSame, tl.ScaledStdConv2d, ScaledStdConv2dSame)
 def _standardized_conv(plain: Any, recipe: Recipe) -> nn.Module:
+    if recipe.is_classifier:
+        raise ValueError("it makes the logits with standardized weights; use a plain convolution there")
     new: Any = _conv(plain, recipe)
-    new.standardize = WeightStandardization(
-        new.out_fields, recipe.group.order, plain.eps, getattr(plain, "gain", None), getattr(plain, "scale", 1.0)
-    )
+    gain = getattr(plain, "gain", None)
+    scale = getattr(plain, "scale", 1.0) * math.sqrt(plain.weight[0].numel() / new.fan_in)  # it is of one input
+    new.standardize = WeightStandardization(new.out_fields, recipe.group.order, plain.eps, gain, scale)
     return new
 
 

@@ -386,6 +386,19 @@ class _Follow(TorchFunctionMode):
             _mark(out, channels.dim - dropped, channels.segments)
         return True
 
+    def _matmul(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
+        """A product keeps the channels that it does not sum over."""
+        for x, summed in zip(inputs[:2], (-1, -2), strict=False):
+            channels = _channels(x)
+            place = channels.dim - x.ndim if channels else summed
+            if channels and place != summed and outputs[0].ndim == x.ndim:
+                _mark(outputs[0], channels.dim, channels.segments)
+                return True
+        return False
+
+    def _lose(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
+        return False
+
     def _reshape(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         out, channels = outputs[0], _channels(inputs[0])
         if channels is None:
@@ -421,6 +434,8 @@ _FOLLOWED: dict[str, Callable[..., bool]] = {
     "permute": _Follow._permute,
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _Follow._transpose),
     **dict.fromkeys(("mean", "sum", "amax", "amin", "max", "min", "norm", "std", "var"), _Follow._reduce),
+    **dict.fromkeys(("matmul", "bmm", "__matmul__"), _Follow._matmul),
+    **dict.fromkeys(("einsum", "scaled_dot_product_attention"), _Follow._lose),
     **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"), _Follow._reshape),
 }
 

@@ -15,7 +15,7 @@ class WeightStandardization(nn.Module):
         group_order: |G|.
         eps: added to the variance.
         gain: a learned factor for each channel, as normalizer-free networks have it (arXiv:2102.06171); None for none.
-        scale: a factor for all.
+        scale: a factor of the gain.
 
     Shape:
         filters and result: (out_fields * |G|, channels in, k, k).

@@ -45,6 +45,8 @@ VARIANTS = {
     "5x5 same": {"kernel_size": 5, "padding": "same"},
     "5x5 strided": {"kernel_size": 5, "stride": 2, "padding": 2},
     "1x1 strided": {"kernel_size": 1, "stride": 2},
+    "1x7 padded": {"kernel_size": (1, 7), "padding": 3},
+    "5x3 strided": {"kernel_size": (5, 3), "padding": 2, "stride": 2},
 }
 
 

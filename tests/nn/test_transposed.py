@@ -1,0 +1,50 @@
+"""Transposed group convolutions: exact, the adjoint of the group convolution, and torch's size."""
+
+import pytest
+import torch
+from torch import nn
+
+from gzoo import groups
+from gzoo.nn import GroupConv2d, GroupConvTranspose2d
+from tests.conftest import GRID_GROUPS, random_fields, with_random_statistics, worst_error
+
+VARIANTS = {
+    "2x2 strided": {"kernel_size": 2, "stride": 2},
+    "3x3": {"kernel_size": 3, "padding": 1},
+    "3x3 strided": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "4x4 strided, padded": {"kernel_size": 4, "stride": 2, "padding": 1},
+    "3x3 dilated": {"kernel_size": 3, "dilation": 2, "bias": False},
+    "3x3 depthwise": {"kernel_size": 3, "groups": 4},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("group", [*GRID_GROUPS, "c8", "d8"])
+def test_it_and_its_gradients_commute_with_the_group(group, variant):
+    layer = with_random_statistics(GroupConvTranspose2d(groups.get(group), 4, 4, **VARIANTS[variant]))
+    for size in ((4, 4), (5, 5), (3, 6)):
+        assert worst_error(layer, group, random_fields(group, 4, size, batch=1)) < 1e-12
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_size_is_that_of_torch(variant):
+    options = VARIANTS[variant]
+    plain = nn.ConvTranspose2d(8, 8, **(options | {"groups": 1}))
+    layer = GroupConvTranspose2d(groups.get("p4"), 4, 4, **options)
+    for size in ((4, 4), (5, 7)):
+        assert layer(torch.zeros(1, 16, *size)).shape[2:] == plain(torch.zeros(1, 8, *size)).shape[2:]
+
+
+def test_it_is_the_adjoint_of_the_group_convolution():
+    group = groups.get("p4m")
+    up = GroupConvTranspose2d(group, 3, 2, 3, padding=1, bias=False).double()
+    down = GroupConv2d(group, 2, 3, 3, padding=1, bias=False).double()
+    with torch.no_grad():
+        down.weight.copy_(up.weight)
+    x, y = random_fields("p4m", 3), random_fields("p4m", 2)
+    assert torch.allclose((up(x) * y).sum(), (x * down(y)).sum())
+
+
+def test_other_channels_are_refused():
+    with pytest.raises(ValueError, match=r"x of shape .* has 8 channels, not 4 fields"):
+        GroupConvTranspose2d(groups.get("p4"), 4, 4, 2)(torch.zeros(1, 8, 3, 3))

@@ -1,0 +1,132 @@
+"""The planned widths are those that are built, and keep what is to be matched."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import gzoo
+from gzoo import groups
+from gzoo.cli import main
+from gzoo.convert import convert_in_place
+from gzoo.nn import GroupConv2d, GroupLinear, InvariantConv2d, InvariantLinear, LiftingConv2d
+from gzoo.plan import nearest_divisor, plan
+
+# Concatenation, grouped and depthwise convolutions, squeeze ratios, splits, dense connections.
+NAMES = (
+    *(
+        "resnet50",
+        "resnext50_32x4d",
+        "seresnet50",
+        "regnety_002",
+        "densenet121",
+        "mobilenetv3_small_100",
+        "ghostnet_050",
+    ),
+    *("res2net50_14w_8s", "dpn48b", "mixnet_s", "convnext_atto", "inception_v4", "hrnet_w18_small", "dla46x_c"),
+)
+
+
+def meta(name):
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
+CASES = [
+    (name, group, match)
+    for name in NAMES
+    for group in ("p4", "p4m", "c8", "d8")
+    for match in ("params", "flops")
+    # Layers of 8 to 20 channels are narrower than a single field of 8 or 16.
+    if (name, match) != ("ghostnet_050", "flops") or group == "p4"
+]
+
+
+@pytest.mark.parametrize(("name", "group", "match"), CASES)
+def test_what_is_matched_is_kept_within_ten_percent(name, group, match):
+    total = plan(meta(name), groups.get(group), match).total()
+    ratio = total.params / total.plain_params if match == "params" else total.macs / total.plain_macs
+    assert 0.9 <= ratio <= 1.1
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("group", ["p4", "d8"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_plan_counts_the_parameters_that_are_built(name, group):
+    total = plan(meta(name), groups.get(group)).total()
+    assert total.plain_params == parameters(meta(name))
+    assert total.params == pytest.approx(parameters(convert_in_place(timm.create_model(name), group)), rel=1e-6)
+
+
+@pytest.mark.parametrize("match", ["params", "flops", "width"])
+def test_the_plan_counts_the_multiply_adds_that_are_done(match):
+    plain = timm.create_model("ghostnet_050", num_classes=5)
+    plain.pretrained_cfg = {"input_size": (3, 33, 33)}
+    total = plan(plain, groups.get("p4"), match).total()
+    model, done = convert_in_place(plain, "p4", match).eval(), 0
+
+    def count(module, inputs, output):
+        nonlocal done
+        weight = module.filter() if hasattr(module, "filter") else module.weight
+        done += weight.numel() * output[0].numel() // weight.shape[0]
+
+    for module in model.modules():
+        if isinstance(module, GroupConv2d | LiftingConv2d | GroupLinear | InvariantLinear | InvariantConv2d):
+            module.register_forward_hook(count)
+    model(torch.randn(1, 3, 33, 33))
+    assert total.macs == done
+
+
+def test_rows_of_stages_add_up_to_the_total():
+    made = plan(meta("resnext50_32x4d"), groups.get("p4m"))
+    assert sum(row.params for row in made.stages()) == made.total().params
+    assert [row.name for row in made.stages()] == ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"]
+
+
+def test_a_grouped_convolution_keeps_groups_near_the_plain_ones():
+    model = gzoo.convert(timm.create_model("resnext26ts", num_classes=5), "p4m")
+    grouped = [m for m in model.modules() if isinstance(m, GroupConv2d) and m.groups > 1]
+    assert grouped
+    for layer in grouped:
+        assert layer.in_fields % layer.groups == 0
+
+
+@pytest.mark.parametrize(("n", "wanted", "expected"), [(12, 4.8, 4), (12, 6, 6), (7, 2, 1), (7, 4, 7), (1, 32, 1)])
+def test_nearest_divisor(n, wanted, expected):
+    assert nearest_divisor(n, wanted) == expected
+
+
+def test_the_width_does_not_depend_on_the_classifier():
+    shapes = [
+        {k: v.shape for k, v in timm.create_model("p4m_mobilenetv3_small_100", num_classes=n).state_dict().items()}
+        for n in (3, 1000)
+    ]
+    assert {key for key in shapes[0] if shapes[0][key] != shapes[1][key]} == {"classifier.weight", "classifier.bias"}
+
+
+def test_gzoo_plan_prints_all_three_matches(capsys):
+    assert main(["plan", "resnet18", "--group", "p4m"]) == 0
+    printed = capsys.readouterr().out
+    for text in ("match=params", "match=flops", "match=width", "layer4", "11.69M", "11.37M", "224x224"):
+        assert text in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet19", "--group", "p4"], "timm has no model 'resnet19'; near it are: "),
+        (["resnet18", "--group", "p5"], "unknown group 'p5'; accepted are p4"),
+        (["vit_tiny_patch16_224", "--group", "p4"], "does not convert. blocks.0.norm1: its channels come out of"),
+    ],
+)
+def test_gzoo_plan_refuses_what_it_does_not_know(arguments, message, capsys):
+    assert main(["plan", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_linear_networks_have_no_plan():
+    with pytest.raises(ValueError, match="has no Conv2d"):
+        plan(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), groups.get("p4"))

@@ -1,0 +1,105 @@
+"""timm's convolutional networks, at large: a sample in every run, all of them and all of the zoo in the slow one."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import timm
+
+from gzoo import coverage
+from gzoo.cli import main
+from gzoo.convert import convert_in_place, randomized
+from gzoo.registry import ENTRIES
+
+# The smallest of each family, and what their rules are for.
+SAMPLE = (
+    *("test_byobnet", "cs3darknet_focus_s", "cspnext_tiny", "densenet121", "densenetblur121d", "dla46x_c", "dpn48b"),
+    *("test_efficientnet", "tf_efficientnet_lite0", "fasternet_t0", "fastvit_t8", "ghostnetv2_100", "hgnetv2_b0"),
+    *("hrnet_w18_small", "inception_next_atto", "lcnetv2_small", "test_mambaout", "mobilenetv3_small_050", "mixnet_s"),
+    *(
+        "poolformerv2_s12",
+        "repvit_m1",
+        "repghostnet_050",
+        "regnetz_005",
+        "res2net50_14w_8s",
+        "resnest14d",
+        "test_resnet",
+    ),
+    *(
+        "test_resnet",
+        "eca_resnet33ts",
+        "gcresnet33ts",
+        "resnetv2_18",
+        "resnetv2_50d_evos",
+        "nf_regnet_b0",
+        "rexnet_100",
+    ),
+    *(
+        "selecsls42",
+        "skresnet18",
+        "starnet_s050",
+        "ese_vovnet19b_slim_dw",
+        "convnextv2_atto",
+        "repvgg_a0",
+        "mobileone_s0",
+    ),
+)
+
+REFUSED = {
+    "resnet50_clip": "head.proj: its channels come out of 'scaled_dot_product_attention'",
+    "fastvit_sa12": "channels come out of",
+    "caformer_s18": "channels come out of",
+    "nasnetalarge": "all four must be the same",
+    "focalnet_tiny_srf": "does not run",
+    "efficientnet_cc_b0_4e": "CondConv2d",
+}
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_network_of_timm_converts_trains_and_is_exact(name):
+    assert coverage.measure("", name, 1, "p4").reason == ""
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_convert_says_why(name):
+    reason = coverage.measure("", name, 1, "p4").reason
+    assert re.search(REFUSED[name], reason), reason
+
+
+def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, monkeypatch, capsys):
+    measured = []
+    monkeypatch.setattr(
+        coverage, "measure", lambda *row: measured.append(row[1]) or coverage.Row(*row[:3], 1.0, 1e-15, 0.1, "")
+    )
+    rows = coverage.architectures(("starnet",), 3e6)
+    out = tmp_path / "coverage.csv"
+    coverage.coverage(rows[:2], "p4", out)
+    assert coverage.coverage(rows, "p4", out) == coverage.read(out)
+    assert measured == [name for _, name, _ in rows]
+    assert main(["coverage", "--module", "starnet", "--most-params", "3e6", "--out", str(out)]) == 0
+    assert f"{len(rows)}/{len(rows)}" in capsys.readouterr().out
+
+
+def test_an_unknown_module_of_timm_is_named(tmp_path, capsys):
+    assert main(["coverage", "--module", "nope", "--out", str(tmp_path / "c.csv")]) == 1
+    assert "timm has no architectures in ['nope']" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.group], ids=lambda entry: entry.name)
+def test_every_entry_is_exact(entry):
+    probe, x = randomized(timm.create_model(entry.name))
+    assert max(coverage._errors(probe, x)) < coverage.TOLERANCE
+
+
+@pytest.mark.slow
+def test_nine_of_ten_networks_convert():
+    """Goes on in the file that GZOO_COVERAGE names, for it takes hours."""
+    rows = coverage.coverage(coverage.architectures(), "p4", Path(os.environ.get("GZOO_COVERAGE", "coverage.csv")))
+    assert sum(not row.reason for row in rows) / len(rows) >= 0.9
+
+
+def test_a_converted_network_keeps_its_logits_apart():
+    probe, x = randomized(convert_in_place(timm.create_model("test_resnet"), "p4"))
+    assert (probe(x) - probe(x.flip(-1) * 2)).abs().max() > 1e-3
