@@ -86,6 +86,8 @@ _OWN = (
     _resnet_cifar("resnet56", 56),
     _resnet_cifar("resnet110", 110),
     _resnet_cifar("resnet26_cifar", 26, base_width=71),
+    _own("wrn16_8", functools.partial(backbones.wide_resnet, 16, 8)),
+    _own("wrn28_10", functools.partial(backbones.wide_resnet, 28, 10)),
     _own("allcnnc", backbones.allcnnc, first_conv="stages.0.0"),
     _own("cnn7", backbones.cnn7, input_size=(1, 28, 28)),
 )
@@ -162,6 +164,8 @@ _COHEN_WELLING = "arXiv:1602.07576"
 
 # What the rows of some networks say beyond group and backbone.
 _DETAILS: dict[str, dict[str, Any]] = {
+    "wrn16_8": {"paper": "arXiv:1605.07146"},
+    "wrn28_10": {"paper": "arXiv:1605.07146"},
     "resnet44": {"paper": _COHEN_WELLING},
     "p4m_resnet44": {"paper": _COHEN_WELLING},
     "resnet26_cifar": {"paper": _COHEN_WELLING},

@@ -20,7 +20,7 @@ def core_entries() -> list[Entry]:
     return [
         entry
         for entry in ENTRIES
-        if (entry.backbone in timms or entry.backbone in PLAIN)
+        if (entry.backbone in timms or entry.backbone in PLAIN - {"wrn28_10"})
         and (entry.group in (None, "p4", "p4m") or entry.backbone in _STEERABLE_CORE)
     ]
 

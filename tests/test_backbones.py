@@ -11,7 +11,7 @@ from tests.conftest import core_entries, with_random_statistics
 
 # Deep or wide: one small image each, not square, odd after the first stride. The others: a power of two, one more, and
 # not square.
-SLOW = ("resnet56", "resnet110", "resnet26_cifar", "resnet18", "resnet50")
+SLOW = ("resnet56", "resnet110", "resnet26_cifar", "wrn16_8", "resnet18", "resnet50")
 SIZES = {"cnn7": (28, 31, (33, 36)), "convnext_atto": (32, 33, (36, 49)), **dict.fromkeys(SLOW, ((9, 12),))}
 
 BY_NAME = {entry.name: entry for entry in ENTRIES}
@@ -94,6 +94,19 @@ def test_a_cifar_resnet_has_6n_plus_2_layers_of_three_widths(depth, width):
     convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
     assert len(convolutions) + 1 == depth
     assert [level["num_chs"] for level in model.feature_info] == [width, 2 * width, 4 * width]
+
+
+@pytest.mark.parametrize(("depth", "factor", "paper"), [(16, 8, 11.0), (28, 10, 36.5), (40, 4, 8.9)])
+def test_wide_resnets_have_the_parameters_of_their_paper(depth, factor, paper):
+    with torch.device("meta"):
+        model = backbones.wide_resnet(depth, factor)
+    assert abs(sum(p.numel() for p in model.parameters()) / 1e6 / paper - 1) < 0.01
+    assert [level["num_chs"] for level in model.feature_info] == [16 * factor, 32 * factor, 64 * factor]
+
+
+def test_a_depth_that_is_not_6n_plus_4_is_refused():
+    with pytest.raises(ValueError, match=r"depth is 18; a wide ResNet has 6n \+ 4 layers: 10, 16"):
+        backbones.wide_resnet(18, 2)
 
 
 def test_base_width_16_gives_the_resnet_20_of_he():
