@@ -51,6 +51,11 @@ def pretrained_cfg(name: str, tag: str) -> dict[str, Any]:
     return config | {"source": None, "file": file, "hf_hub_id": f"{HUB_ORGANIZATION}/{name}.{tag}"}
 
 
+def _paths(paths: str | tuple[str, ...]) -> tuple[str, ...]:
+    """timm names one module, or several."""
+    return (paths,) if isinstance(paths, str) else paths
+
+
 def require_fit(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """timm's ``pretrained_filter_fn``: the checkpoint as it is, if it belongs to ``model``.
 
@@ -61,18 +66,20 @@ def require_fit(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         ValueError: names the checkpoint and the mismatch.
     """
     config: Any = model.pretrained_cfg
-    own, first = model.state_dict(), f"{config['first_conv']}.weight"
-    head = {f"{config['classifier']}.weight", f"{config['classifier']}.bias"}
+    own, firsts = model.state_dict(), [f"{path}.weight" for path in _paths(config["first_conv"])]
+    head = {f"{path}.{name}" for path in _paths(config["classifier"]) for name in ("weight", "bias")}
     try:
         require_same_group(model, state_dict)
         require_same_keys(model, state_dict, own, besides=head)
-        require_same_shapes(model, state_dict, own, besides={first, *head})
-        found, declared = state_dict[first].shape, config["input_size"][0]
-        if found != own[first].shape and found != (own[first].shape[0], declared, *own[first].shape[2:]):
-            raise ValueError(
-                f"{first} is {tuple(found)}, but the config declares {declared} channels for it; say what it reads "
-                "with pretrained_cfg_overlay=dict(input_size=(channels, height, width))"
-            )
+        require_same_shapes(model, state_dict, own, besides={*firsts, *head})
+        declared = config["input_size"][0]
+        for first in firsts:
+            found = state_dict[first].shape
+            if found != own[first].shape and found != (own[first].shape[0], declared, *own[first].shape[2:]):
+                raise ValueError(
+                    f"{first} is {tuple(found)}, but the config declares {declared} channels for it; say what it reads "
+                    "with pretrained_cfg_overlay=dict(input_size=(channels, height, width))"
+                )
     except ValueError as error:
         raise ValueError(f"{_place(config)}: {error}") from error
     return state_dict

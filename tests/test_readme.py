@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gzoo import coverage
 from gzoo.bench import table
 from gzoo.card import leaderboard
 
@@ -50,3 +51,9 @@ def test_readme_shows_the_bench_as_measured():
     shown = re.search(r"<!-- bench -->\n```\n(.*?)\n```\n<!-- /bench -->", README.read_text(), re.DOTALL)
     assert shown is not None
     assert shown[1] == table(json.loads((BENCHMARKS / "bench.json").read_text())).strip()
+
+
+def test_readme_shows_the_coverage_as_measured():
+    shown = re.search(r"<!-- coverage -->\n```\n(.*?)\n```\n<!-- /coverage -->", README.read_text(), re.DOTALL)
+    assert shown is not None
+    assert shown[1] == coverage.table(coverage.read(BENCHMARKS / "coverage.csv"))
