@@ -165,7 +165,13 @@ def nearest_divisor(n: int, wanted: int) -> int:
     return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(math.log(d / wanted)))
 
 
-def plan(model: nn.Module, group: Group, match: Match = "params", widths: Mapping[int, int] | None = None) -> Plan:
+def plan(
+    model: nn.Module,
+    group: Group,
+    match: Match = "params",
+    widths: Mapping[int, int] | None = None,
+    classifier: str | None = None,
+) -> Plan:
     """Plans the conversion of a plain network.
 
     Args:
@@ -173,16 +179,23 @@ def plan(model: nn.Module, group: Group, match: Match = "params", widths: Mappin
         group: the group.
         match: what to keep of the plain network: its "params", its "flops" (multiply-adds), or its "width".
         widths: plain channels -> fields, where they differ from ``match``.
+        classifier: path of the layer that makes the logits, "" for none; by default found as `gzoo.convert` says.
 
     Raises:
-        ValueError: the network has no convolution or does not run; ``match`` is unknown.
+        ValueError: the network has no convolution or does not run; ``match`` or ``classifier`` is unknown.
     """
     if match not in SCALE:
         raise ValueError(f"match is {match!r}; accepted are {', '.join(map(repr, SCALE))}")
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has no Conv2d; gzoo converts convolutional networks")
+    if classifier and not isinstance(dict(model.named_modules()).get(classifier), nn.Conv2d | nn.Linear):
+        raise ValueError(
+            f"classifier is {classifier!r}; {type(model).__name__} has no Conv2d or Linear of that path. Give the path "
+            "of the layer that makes the logits, as named_modules() spells it, or '' if there is none"
+        )
     seen = trace(model, example(model))
-    made = Plan(model, group, seen, _classifier(model, seen), widths or {}, SCALE[match](group.order))
+    found = _classifier(model, seen) if classifier is None else classifier
+    made = Plan(model, group, seen, found, widths or {}, SCALE[match](group.order))
     if match != "width":
         _fit(made, match)
     return made
@@ -222,10 +235,14 @@ def example(model: nn.Module, most: int | None = None) -> Tensor:
 # They reduce all pixels alike.
 REDUCTIONS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten)
 
+# Functions that make logits or probabilities of logits; a feature map ends in a norm, an activation or a sum.
+_OF_LOGITS = {"interpolate", "sigmoid", "softmax", "log_softmax"}
+
 
 def _classifier(model: Any, seen: Trace) -> str | None:
     """The layer that makes the logits: timm's classifier, else the last to run if it is linear, or a convolution whose
-    map is pooled to a vector; activations and dropout may follow."""
+    map is pooled to a vector (activations and dropout may follow), or a 1x1 convolution whose map is the output (what
+    makes logits of logits may follow)."""
     modules = dict(model.named_modules())
     if hasattr(model, "get_classifier"):
         classifier = model.get_classifier()
@@ -237,7 +254,9 @@ def _classifier(model: Any, seen: Trace) -> str | None:
     later = [modules[name] for name in seen.order[seen.order.index(last) + 1 :]]
     if any(True for module in later for _ in module.parameters()):
         return None
-    logits = result.shape[1] if isinstance(result, Tensor) and result.ndim == 2 else None
     if isinstance(modules[last], nn.Conv2d):
-        return last if modules[last].out_channels == logits else None
+        if not isinstance(result, Tensor) or result.ndim < 2 or modules[last].out_channels != result.shape[1]:
+            return None
+        at_each_pixel = modules[last].kernel_size == (1, 1) and _OF_LOGITS.issuperset(seen.later)
+        return last if result.ndim == 2 or at_each_pixel else None
     return None if any(isinstance(module, REDUCTIONS) for module in later) else last
