@@ -65,6 +65,7 @@ _BACKBONES = {
         Backbone("resnet18", "conv1", "fc", (3, 224, 224), 1000),
         Backbone("resnet50", "conv1", "fc", (3, 224, 224), 1000),
         Backbone("convnext_atto", "stem.0", "head.fc", (3, 224, 224), 1000),
+        Backbone("unet", "encoder.0.0", "head", (3, 256, 256), 2, backbones.UNet),
     )
 }
 
@@ -110,6 +111,7 @@ class Entry:
 
 
 _COHEN_WELLING = "arXiv:1602.07576"
+_RONNEBERGER = "arXiv:1505.04597"
 
 ENTRIES = (
     Entry(None, "resnet20"),
@@ -120,6 +122,7 @@ ENTRIES = (
     Entry(None, "resnet26_cifar", paper=_COHEN_WELLING),
     Entry(None, "allcnnc", paper="arXiv:1412.6806"),
     Entry(None, "cnn7", weights=("rotmnist",), paper=_COHEN_WELLING),
+    Entry(None, "unet", paper=_RONNEBERGER),
     Entry("p4", "resnet20"),
     Entry("p4", "resnet32"),
     Entry("p4", "resnet44"),
@@ -131,6 +134,7 @@ ENTRIES = (
     Entry("p4", "resnet18"),
     Entry("p4", "resnet50"),
     Entry("p4", "convnext_atto"),
+    Entry("p4", "unet"),
     Entry("p4m", "resnet20"),
     Entry("p4m", "resnet32"),
     Entry("p4m", "resnet44", paper=_COHEN_WELLING),
@@ -142,12 +146,14 @@ ENTRIES = (
     Entry("p4m", "resnet18"),
     Entry("p4m", "resnet50"),
     Entry("p4m", "convnext_atto"),
+    Entry("p4m", "unet"),
     Entry("c8", "resnet20"),
     Entry("c8", "resnet44"),
     Entry("c8", "cnn7", group_pool="max"),
     Entry("c8", "resnet18"),
     Entry("c8", "resnet50"),
     Entry("c8", "convnext_atto"),
+    Entry("c8", "unet"),
     Entry("d8", "resnet20"),
     Entry("d8", "resnet44"),
     Entry("d8", "cnn7", group_pool="max"),

@@ -84,7 +84,7 @@ def test_the_config_names_the_first_convolution_and_the_classifier(entry):
         plain = registry._BACKBONES[entry.backbone].plain()
     assert isinstance(plain.get_submodule(config.first_conv), torch.nn.Conv2d)
     assert plain.get_submodule(config.classifier) is plain.get_classifier()
-    assert plain.get_classifier().out_features == config.num_classes
+    assert len(plain.get_classifier().weight) == config.num_classes
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -94,7 +94,7 @@ def test_an_entry_runs_and_reloads(name):
     x = torch.randn(1, *model.pretrained_cfg["input_size"])[..., :32, :32]
     with torch.no_grad():
         y = model(x)
-        assert y.shape == (1, 3)
+        assert y.shape[:2] == (1, 3)
         again = timm.create_model(name, num_classes=3).eval()
         assert not torch.equal(again(x), y)
         again.load_state_dict(model.state_dict())

@@ -3,5 +3,6 @@
 from gzoo.backbones.allcnn import allcnnc
 from gzoo.backbones.cnn7 import cnn7
 from gzoo.backbones.resnet_cifar import resnet_cifar
+from gzoo.backbones.unet import UNet
 
-__all__ = ["allcnnc", "cnn7", "resnet_cifar"]
+__all__ = ["UNet", "allcnnc", "cnn7", "resnet_cifar"]
