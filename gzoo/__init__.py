@@ -3,5 +3,6 @@
 from gzoo import groups, nn, registry
 from gzoo.check import check
 from gzoo.convert import convert, rule
+from gzoo.fields import field_types, geometric, transform_features
 
-__all__ = ["check", "convert", "groups", "nn", "registry", "rule"]
+__all__ = ["check", "convert", "field_types", "geometric", "groups", "nn", "registry", "rule", "transform_features"]
