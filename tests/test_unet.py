@@ -215,6 +215,13 @@ def test_a_network_that_ends_otherwise_gives_regular_fields(end):
     assert gzoo.check(model, (9, 12)).worst < 1e-12
 
 
+@pytest.mark.parametrize("end", [[], [nn.AdaptiveAvgPool2d(1), nn.Flatten()]], ids=["map", "pooled"])
+def test_a_classifier_that_is_the_first_layer_lifts_and_pools(end):
+    model = gzoo.convert(nn.Sequential(nn.Conv2d(3, 5, 1), *end), "p4m")
+    assert gzoo.check(model, (9, 12)).worst < 1e-12
+    assert model(random_image(3).float()).shape[1] == 5
+
+
 def test_the_classifier_can_be_named():
     plain = Own(resized, nn.Conv2d(8, 5, 3, padding=1))
     model = with_random_statistics(gzoo.convert(plain, "p4", classifier="end")).eval()
