@@ -3,6 +3,19 @@
 from gzoo import groups, nn, registry
 from gzoo.check import check
 from gzoo.convert import convert, rule
+from gzoo.fields import field_types, geometric, transform_features
 from gzoo.interop import from_escnn, to_escnn
 
-__all__ = ["check", "convert", "from_escnn", "groups", "nn", "registry", "rule", "to_escnn"]
+__all__ = [
+    "check",
+    "convert",
+    "field_types",
+    "from_escnn",
+    "geometric",
+    "groups",
+    "nn",
+    "registry",
+    "rule",
+    "to_escnn",
+    "transform_features",
+]

@@ -22,6 +22,9 @@ def load() -> ModuleType:
         wigner = ModuleType("lie_learn.representations.SO3.wigner_d")
         wigner.wigner_D_matrix = _needs_lie_learn  # type: ignore[attr-defined]
         sys.modules[wigner.__name__] = wigner
+        # Who imported escnn before has half of it: it hides that lie_learn is missing, and cannot be completed.
+        for name in [name for name in sys.modules if name.partition(".")[0] == "escnn"]:
+            del sys.modules[name]
     with warnings.catch_warnings():
         # Without py3nj escnn warns that 3D Clebsch-Gordan coefficients are slow; its own docstrings hold bad escapes.
         warnings.filterwarnings("ignore", message="`py3nj` package not found")

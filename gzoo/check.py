@@ -14,7 +14,8 @@ from timm.layers import SpaceToDepth
 from torch import Tensor, nn
 
 from gzoo.groups import Group
-from gzoo.nn import FibreNorm
+from gzoo.nn import FibreNorm, GroupPool
+from gzoo.nn.expand import ExpandedLayer
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,12 @@ def check(
     """Measures the equivariance error of logits and stage feature maps for every element that is exact on the grid.
 
     Vectors are held to be invariant. Feature maps are regular fields, or plain channels where the model is a plain
-    network. The model is copied, so its weights, mode and dtype stay as they are.
+    network. A map of logits, which the model pooled over the group, is trivial fields: it is held to move like an
+    image. The model is copied, so its weights, mode and dtype stay as they are.
 
     Args:
-        model: a classifier (B, C, H, W) -> (B, classes); with timm's ``forward_intermediates`` its stages are measured
-            too. Or a ``features_only`` model.
+        model: a classifier (B, C, H, W) -> (B, classes), or of each pixel -> (B, classes, H, W); with timm's
+            ``forward_intermediates`` its stages are measured too. Or a ``features_only`` model.
         size: height and width of the image in pixels; one number for a square.
         group: which group; by default the model's own.
         dtype: float64 tells a broken symmetry from rounding; float32 is what runs in use.
@@ -106,13 +108,16 @@ def check(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, in_channels(model), height, width, dtype=dtype, generator=generator).to(parameter.device)
 
-    expected = _outputs(model, x)
+    with _group_layers(model) as ran:
+        expected = _outputs(model, x)
+    pooled = not ran or isinstance(ran[-1], GroupPool)
     errors: dict[str, dict[int, float]] = {name: {} for name in expected}
     for g in group.grid_elements:
         for name, value in _outputs(model, group.transform_image(x, g)).items():
             moved = expected[name]
             if moved.ndim == 4:
-                moved = (group.transform_features if own_group else group.transform_image)(moved, g)
+                like_image = own_group is None or (pooled and name == "logits")
+                moved = (group.transform_image if like_image else group.transform_features)(moved, g)
             errors[name][g] = relative_error(value, moved)
     return Report(group, (height, width), dtype, errors)
 
@@ -136,6 +141,24 @@ def _outputs(model: Any, x: Tensor) -> dict[str, Tensor]:
         return {**_named(stages), "logits": model.forward_head(features)}
     output = model(x)
     return {"logits": output} if isinstance(output, Tensor) else _named(output)
+
+
+@contextmanager
+def _group_layers(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """Collects the layers that know about fibres in the order in which they run: the last decides what the output is,
+    regular fields, or trivial ones after a group pooling."""
+    ran: list[nn.Module] = []
+
+    def record(module: nn.Module, inputs: tuple, output: object) -> None:
+        ran.append(module)
+
+    layers = [module for module in model.modules() if isinstance(module, ExpandedLayer | FibreNorm | GroupPool)]
+    handles = [module.register_forward_hook(record) for module in layers]
+    try:
+        yield ran
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _named(stages: list[Tensor]) -> dict[str, Tensor]:

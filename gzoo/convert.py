@@ -37,27 +37,34 @@ def convert(
     widths: Mapping[int, int] | None = None,
     group_pool: Pooling = "mean",
     basis: BasisName | None = None,
+    classifier: str | None = None,
 ) -> nn.Module:
     """The equivariant counterpart of a plain CNN, freshly initialised; ``model`` itself stays as it is.
 
     Args:
-        model: a plain network (B, C, H, W) -> logits: a timm model or any ``nn.Module`` of known layers. Its classifier
-            is timm's, or else the linear layer that runs last.
+        model: a plain network (B, C, H, W) -> logits, for the image or for each pixel: a timm model or any
+            ``nn.Module`` of known layers.
         group: a name that `gzoo.groups.get` knows, or a group.
         match: what to keep of the plain network: its "params" (C / sqrt|G| fields for C channels), its "flops" (C / |G|
             fields, the cost of the plain network), or its "width" (C fields, C * |G| channels).
         widths: plain channels -> fields, where they differ from ``match``.
         group_pool: how the classifier pools a fibre, "mean" or "max".
         basis: of the kernels, "pixel" or "steerable" (band-limited, as escnn's); None: pixel for groups on the grid.
+        classifier: path of the layer that makes the logits; "" if none does, and the output stays regular fields. By
+            default it is timm's classifier, or else the last layer with parameters, if that is linear, a convolution
+            whose map is pooled to a vector, or a 1x1 convolution whose map is the output itself (segmentation), which
+            a resize, sigmoid or softmax may follow. What ends in another convolution, a norm, an activation such as
+            ReLU or a sum is taken for a feature extractor.
 
     Returns:
-        The network; ``model.group`` is its group. Feature maps are (B, fields * |G|, H, W); logits are invariant.
+        The network; ``model.group`` is its group. Feature maps are (B, fields * |G|, H, W). Logits of an image are
+        invariant; a map of logits is trivial fields, which move with the image.
 
     Raises:
         ValueError: a module has no equivariant counterpart here, or the result is not equivariant; names the module.
     """
     copied = copy.deepcopy(model)
-    converted = convert_in_place(copied, group, match, widths, group_pool, basis)
+    converted = convert_in_place(copied, group, match, widths, group_pool, basis, classifier)
     check_itself(converted)
     return converted
 
@@ -69,6 +76,7 @@ def convert_in_place(
     widths: Mapping[int, int] | None = None,
     group_pool: Pooling = "mean",
     basis: BasisName | None = None,
+    classifier: str | None = None,
     scale: float | None = None,
 ) -> nn.Module:
     """`convert`, but uses up ``model`` and does not check the result; for networks that a test checks.
@@ -78,7 +86,7 @@ def convert_in_place(
     group = groups.get(group) if isinstance(group, str) else group
     if group_of(model) is not None:
         raise ValueError(f"{type(model).__name__} is equivariant already; convert the plain network")
-    recipe = Recipe(plan(model, group, match, widths, scale, basis), group_pool)
+    recipe = Recipe(plan(model, group, match, widths, scale, basis, classifier), group_pool)
     counts = _channel_counts(model, recipe.plan)
     converted = _walk(model, recipe, {})
     counts()

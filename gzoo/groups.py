@@ -87,7 +87,7 @@ class Group:
         Raises:
             ValueError: g is no element of the group, or maps pixels between pixels.
         """
-        self._require_element(g)
+        self.require_element(g)
         if g not in self.grid_elements:
             raise ValueError(
                 f"element {g} of {self.name} turns by {self.label(g)} degrees, between the pixels; exact on the grid "
@@ -107,7 +107,7 @@ class Group:
         Raises:
             ValueError: as `transform_image`, or the channels are no whole number of fields.
         """
-        self._require_element(g)
+        self.require_element(g)
         if x.shape[1] % self.order:
             raise ValueError(f"{x.shape[1]} channels are no whole number of {self.name} fields of |G| = {self.order}")
         inverse = self.inverse(g)
@@ -115,7 +115,7 @@ class Group:
         y = x.unflatten(1, (-1, self.order)).index_select(2, source).flatten(1, 2)
         return self.transform_image(y, g) if x.ndim > 2 else y
 
-    def _require_element(self, g: int) -> None:
+    def require_element(self, g: int) -> None:
         if not 0 <= g < self.order:
             raise ValueError(f"{g} is no element of {self.name}; its elements are 0 to {self.order - 1}")
 

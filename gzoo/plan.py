@@ -191,6 +191,7 @@ def plan(
     widths: Mapping[int, int] | None = None,
     scale: float | None = None,
     basis: BasisName | None = None,
+    classifier: str | None = None,
 ) -> Plan:
     """Plans the conversion of a plain network.
 
@@ -201,16 +202,23 @@ def plan(
         widths: plain channels -> fields, where they differ from ``match``.
         scale: fields for each plain channel, in place of the one that ``match`` leads to.
         basis: of the kernels, "pixel" or "steerable"; None chooses by the group.
+        classifier: path of the layer that makes the logits, "" for none; by default found as `gzoo.convert` says.
 
     Raises:
-        ValueError: the network has no convolution or does not run; ``match`` is unknown.
+        ValueError: the network has no convolution or does not run; ``match`` or ``classifier`` is unknown.
     """
     if match not in SCALE:
         raise ValueError(f"match is {match!r}; accepted are {', '.join(map(repr, SCALE))}")
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has no Conv2d; gzoo converts convolutional networks")
+    if classifier and not isinstance(dict(model.named_modules()).get(classifier), nn.Conv2d | nn.Linear):
+        raise ValueError(
+            f"classifier is {classifier!r}; {type(model).__name__} has no Conv2d or Linear of that path. Give the path "
+            "of the layer that makes the logits, as named_modules() spells it, or '' if there is none"
+        )
     seen = trace(model, example(model))
-    made = Plan(model, group, seen, _classifiers(model, seen), widths or {}, basis, scale or SCALE[match](group.order))
+    found = _classifiers(model, seen) if classifier is None else frozenset([classifier] if classifier else [])
+    made = Plan(model, group, seen, found, widths or {}, basis, scale or SCALE[match](group.order))
     if match != "width" and scale is None:
         _fit(made, match)
     return made
@@ -297,10 +305,14 @@ def example(model: nn.Module, most: int | None = None) -> Tensor:
 # They reduce all pixels alike.
 REDUCTIONS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten)
 
+# Functions that make logits or probabilities of logits; a feature map ends in a norm, an activation or a sum.
+_OF_LOGITS = {"interpolate", "sigmoid", "softmax", "log_softmax"}
+
 
 def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
     """The layers that make logits: timm's classifier, or those in it (two where a network was distilled); else the last
-    to run if it is linear, or a convolution whose map is pooled to a vector; activations and dropout may follow."""
+    to run if it is linear, or a convolution whose map is pooled to a vector (activations and dropout may follow), or a
+    1x1 convolution whose map is the output (what makes logits of logits may follow)."""
     modules = dict(model.named_modules())
     if hasattr(model, "get_classifier"):
         classifier = model.get_classifier()
@@ -314,11 +326,12 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
         return frozenset()
     last, result = layers[-1], seen.result
     later = [modules[name] for name in seen.order[seen.order.index(last) + 1 :]]
-    logits = result.shape[1] if isinstance(result, Tensor) and result.ndim == 2 else None
     if any(True for module in later for _ in module.parameters()):
         return frozenset()
     if isinstance(modules[last], nn.Conv2d):
-        makes = modules[last].out_channels == logits
+        is_output = isinstance(result, Tensor) and result.ndim >= 2 and modules[last].out_channels == result.shape[1]
+        at_each_pixel = modules[last].kernel_size == (1, 1) and _OF_LOGITS.issuperset(seen.later)
+        makes = is_output and (result.ndim == 2 or at_each_pixel)
     else:
         makes = not any(isinstance(module, REDUCTIONS) for module in later)
     return frozenset([last] if makes else [])

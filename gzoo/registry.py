@@ -50,14 +50,16 @@ def _own(
     build: Callable[..., nn.Module],
     first_conv: str = "stem.0",
     input_size: tuple[int, int, int] = (3, 32, 32),
+    classifier: str = "head.fc",
+    num_classes: int = 10,
 ) -> Backbone:
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     grey = input_size[0] == 1
     config = {
         "first_conv": first_conv,
-        "classifier": "head.fc",
+        "classifier": classifier,
         "input_size": input_size,
-        "num_classes": 10,
+        "num_classes": num_classes,
         "mean": (sum(mean) / 3,) if grey else mean,
         "std": (sum(std) / 3,) if grey else std,
         "crop_pct": 1.0,
@@ -90,6 +92,7 @@ _OWN = (
     _own("wrn28_10", functools.partial(backbones.wide_resnet, 28, 10)),
     _own("allcnnc", backbones.allcnnc, first_conv="stages.0.0"),
     _own("cnn7", backbones.cnn7, input_size=(1, 28, 28)),
+    _own("unet", backbones.UNet, "encoder.0.0", (3, 256, 256), classifier="head", num_classes=2),
 )
 
 _TIMM = (
@@ -161,9 +164,11 @@ def _scale(entry: Entry) -> float:
 
 
 _COHEN_WELLING = "arXiv:1602.07576"
+_RONNEBERGER = "arXiv:1505.04597"
 
 # What the rows of some networks say beyond group and backbone.
 _DETAILS: dict[str, dict[str, Any]] = {
+    "unet": {"paper": _RONNEBERGER},
     "wrn16_8": {"paper": "arXiv:1605.07146"},
     "wrn28_10": {"paper": "arXiv:1605.07146"},
     "resnet44": {"paper": _COHEN_WELLING},

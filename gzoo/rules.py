@@ -118,7 +118,7 @@ def rule(*types: type[nn.Module]) -> Callable[[Rule], Rule]:
 
 @rule(nn.Conv2d, tl.Conv2dSame)
 def _conv(plain: nn.Conv2d, recipe: Recipe) -> nn.Module:
-    if recipe.is_classifier and plain.kernel_size == plain.stride == (1, 1):
+    if recipe.is_classifier and not recipe.lifts and plain.kernel_size == plain.stride == (1, 1):
         last = InvariantConv2d(
             recipe.group, recipe.in_fields, plain.out_channels, plain.bias is not None, recipe.group_pool
         )
@@ -369,9 +369,10 @@ def _upsample(plain: nn.Upsample, recipe: Recipe) -> nn.Module:
 
 
 @rule(
-    # These act on each number, or on each channel, alike.
+    # These act on each number, or on each channel, alike, or are a softmax over channels.
     *(nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, tl.DropPath, tl.DropBlock2d),
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh),
+    *(nn.Softmax, nn.LogSoftmax, nn.Softmax2d),
     *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Tanhshrink, nn.Threshold),
     *(tl.Swish, tl.Mish, tl.Sigmoid, tl.Tanh, tl.HardSwish, tl.HardSigmoid, tl.HardMish, tl.GELU, tl.GELUTanh),
     *(tl.QuickGELU, nfnet.GammaAct, metaformer.StarReLU, hgnet.LearnableAffineBlock, nfnet.NormFreeBlock),

@@ -111,6 +111,7 @@ class Trace:
         prefixes: the same for the channels before each piece, and for all.
         pixels: positions at which a layer is applied to one image.
         lost: leaf modules whose input could not be followed, with the operation that lost it.
+        later: the functions of feature maps that ran after the last convolution or linear layer, in order.
         result: the network's output.
     """
 
@@ -121,6 +122,7 @@ class Trace:
     prefixes: dict[str, list[tuple[int, Segments]]] = field(default_factory=dict)
     pixels: dict[str, int] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
+    later: list[str] = field(default_factory=list)
     result: Any = None
 
 
@@ -212,6 +214,8 @@ class _Follow(TorchFunctionMode):
     def leave(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             self.path.pop()
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+                self.seen.later.clear()
             channels = _channels(inputs[0]) if inputs else None
             if channels and isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 self.seen.pixels[name] = output[0, 0].numel()
@@ -246,6 +250,8 @@ class _Follow(TorchFunctionMode):
                 x.gzoo_lost = lost  # type: ignore[attr-defined]
             return out
         name = getattr(func, "__name__", "")
+        if outputs:
+            self.seen.later.append(name)
         before = [(x, _channels(x)) for x in outputs if any(x is y for y in inputs)]  # written in place
         followed = _FOLLOWED.get(name, _Follow._inherit)(self, outputs, inputs, args, kwargs)
         for x, channels in before:

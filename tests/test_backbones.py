@@ -11,7 +11,7 @@ from tests.conftest import core_entries, with_random_statistics
 
 # Deep or wide: one small image each, not square, odd after the first stride. The others: a power of two, one more, and
 # not square.
-SLOW = ("resnet56", "resnet110", "resnet26_cifar", "wrn16_8", "resnet18", "resnet50")
+SLOW = ("resnet56", "resnet110", "resnet26_cifar", "wrn16_8", "resnet18", "resnet50", "unet")
 SIZES = {"cnn7": (28, 31, (33, 36)), "convnext_atto": (32, 33, (36, 49)), **dict.fromkeys(SLOW, ((9, 12),))}
 
 BY_NAME = {entry.name: entry for entry in ENTRIES}

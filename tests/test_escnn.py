@@ -33,6 +33,11 @@ def test_importing_gzoo_does_not_import_escnn():
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0
 
 
+def test_an_escnn_that_was_imported_before_is_completed():
+    code = "import escnn; from gzoo import _escnn; _escnn.load().gspaces.flipRot2dOnR2(4).regular_repr"
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0
+
+
 def test_a_kernel_basis_with_reflections_is_built_where_scikit_learn_is_installed():
     escnn = _escnn.load()
     pytest.importorskip("sklearn")
