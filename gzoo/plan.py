@@ -55,6 +55,7 @@ class Plan:
         classifier: path of the layer that makes the logits, which stay as many as they are.
         widths: plain channels -> fields, where they are given.
         scale: fields for each plain channel.
+        fit: whether widths may give way, to keep what the match says of the whole network.
     """
 
     model: nn.Module
@@ -63,6 +64,7 @@ class Plan:
     classifier: str | None
     widths: Mapping[int, int]
     scale: float = 1.0
+    fit: bool = True
     _known: dict[Segment, int] = field(default_factory=dict)
 
     def fields(self, segments: Segments) -> int:
@@ -78,6 +80,9 @@ class Plan:
 
     def _near(self, segment: Segment) -> int:
         wanted = segment.size * self.scale
+        if not self.fit:
+            self._require_whole(segment.size)
+            return round(wanted)
         if not segment.groups:
             return max(1, round(wanted))
         groups = max(segment.groups)  # a width with a divisor near the number of groups
@@ -87,6 +92,15 @@ class Plan:
             return abs(math.log(fields / wanted)) + 0.5 * abs(math.log(divisor / min(groups, max(wanted, 1))))
 
         return min(range(max(1, math.floor(0.8 * wanted)), math.ceil(1.25 * wanted) + 1), key=far)
+
+    def _require_whole(self, channels: int) -> None:
+        share, order = round(1 / self.scale), self.group.order
+        if channels % share:
+            low = channels - channels % share
+            raise ValueError(
+                f"{channels} channels are {channels / order:g} fields of |G| = {order}; a whole number is needed. "
+                f"Choose {f'{low} or ' if low else ''}{low + share} channels, or weights='transfer'"
+            )
 
     def groups_of(self, conv: nn.Conv2d | nn.ConvTranspose2d, in_fields: int, out_fields: int) -> int:
         """The ``groups`` of the equivariant counterpart of a plain convolution."""
@@ -165,7 +179,13 @@ def nearest_divisor(n: int, wanted: int) -> int:
     return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(math.log(d / wanted)))
 
 
-def plan(model: nn.Module, group: Group, match: Match = "params", widths: Mapping[int, int] | None = None) -> Plan:
+def plan(
+    model: nn.Module,
+    group: Group,
+    match: Match = "params",
+    widths: Mapping[int, int] | None = None,
+    fit: bool = True,
+) -> Plan:
     """Plans the conversion of a plain network.
 
     Args:
@@ -173,6 +193,8 @@ def plan(model: nn.Module, group: Group, match: Match = "params", widths: Mappin
         group: the group.
         match: what to keep of the plain network: its "params", its "flops" (multiply-adds), or its "width".
         widths: plain channels -> fields, where they differ from ``match``.
+        fit: whether widths may give way, to keep what ``match`` says of the whole network; else ``match`` holds for
+            each width, and where C / |G| is no whole number, `Plan.fields` is an error.
 
     Raises:
         ValueError: the network has no convolution or does not run; ``match`` is unknown.
@@ -182,8 +204,8 @@ def plan(model: nn.Module, group: Group, match: Match = "params", widths: Mappin
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has no Conv2d; gzoo converts convolutional networks")
     seen = trace(model, example(model))
-    made = Plan(model, group, seen, _classifier(model, seen), widths or {}, SCALE[match](group.order))
-    if match != "width":
+    made = Plan(model, group, seen, _classifier(model, seen), widths or {}, SCALE[match](group.order), fit)
+    if fit and match != "width":
         _fit(made, match)
     return made
 
