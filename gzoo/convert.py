@@ -54,11 +54,12 @@ def convert(
             None: fresh ones.
 
             "transfer": in eval mode the logits are the mean over g of the plain network's logits of g^-1 x, wherever
-            its windows cover the image symmetrically: (n + 2p - k) % s == 0 at each layer, such as odd sizes under 3x3
-            windows of stride 2, and even ones under 2x2. At other sizes the resampling rule changes the function, and
-            the logits are invariant all the same. Groups on the pixel grid only. Norms over channels or pixels (layer,
-            group and instance norm, GRN) act on each element of the fibre by itself here. Batch norms share their
-            statistics along the fibre: the same in eval mode, while in train mode they see all poses as one batch.
+            its windows cover the image symmetrically: (n + 2p - k) % s == 0 at each layer. So a ResNet wants 225
+            pixels, not 224, as its 3x3 windows of stride 2 need odd sizes; the 2x2 windows of a ConvNeXt fit 224. At
+            other sizes the resampling rule changes the function, and the logits are invariant all the same. Groups on
+            the pixel grid only. Norms over channels or pixels (layer, group and instance norm, GRN) act on each element
+            of the fibre by itself here. Batch norms share their statistics along the fibre: the same in eval mode,
+            while in train mode they see all poses as one batch. The cost is about |G|^2 times the plain network's.
 
             "project": the plain network's C channels are read as C / |G| fields, and each weight becomes the nearest
             one that is equivariant. Filters that are equivariant come back as they were; of those of a network that
