@@ -14,7 +14,7 @@ from timm.layers import SpaceToDepth
 from torch import Tensor, nn
 
 from gzoo.groups import Group
-from gzoo.nn import FibreNorm, GroupPool
+from gzoo.nn import FibreNorm, GroupPool, PerElement
 from gzoo.nn.expand import ExpandedLayer
 
 
@@ -166,8 +166,9 @@ def _named(stages: list[Tensor]) -> dict[str, Tensor]:
 
 
 def _leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Leaf modules by path. A `FibreNorm` is one: the norm in it sees fibres as rows, which follow no law of maps."""
-    children = [] if isinstance(module, FibreNorm) else list(module.named_children())
+    """Leaf modules by path. A `FibreNorm` or `PerElement` is one: what is in it sees fibres as rows or as images, which
+    follow no law of maps."""
+    children = [] if isinstance(module, FibreNorm | PerElement) else list(module.named_children())
     if not children:
         yield path, module
     for name, child in children:

@@ -2,7 +2,7 @@
 
 `convert` walks a plain network and replaces each leaf by the rule for its type (`gzoo.rules`), in the widths that
 `gzoo.plan` chose; the network's own classes, and with them everything that timm lets one do with them, stay. What no
-rule knows is an error. Then the result checks itself.
+rule knows is an error. `gzoo.transfer` carries weights over, where that is wanted. Then the result checks itself.
 """
 
 import copy
@@ -24,6 +24,7 @@ from gzoo.nn.linear import Pooling
 from gzoo.plan import Match, Plan, example, plan
 from gzoo.rules import ON_IMAGE, RULES, WHOLE, Recipe, rule
 from gzoo.trace import Segments, flat
+from gzoo.transfer import Weights, fill
 
 __all__ = ["convert", "rule"]
 
@@ -33,38 +34,58 @@ _CHECKED_SIZES = (64, 128, None)  # pixels; the first that is large enough, else
 def convert(
     model: nn.Module,
     group: str | Group,
-    match: Match = "params",
+    match: Match | None = None,
     widths: Mapping[int, int] | None = None,
     group_pool: Pooling = "mean",
     basis: BasisName | None = None,
     classifier: str | None = None,
+    weights: Weights | None = None,
 ) -> nn.Module:
-    """The equivariant counterpart of a plain CNN, freshly initialised; ``model`` itself stays as it is.
+    """The equivariant counterpart of a plain CNN; ``model`` itself stays as it is.
 
     Args:
         model: a plain network (B, C, H, W) -> logits, for the image or for each pixel: a timm model or any
             ``nn.Module`` of known layers.
         group: a name that `gzoo.groups.get` knows, or a group.
         match: what to keep of the plain network: its "params" (C / sqrt|G| fields for C channels), its "flops" (C / |G|
-            fields, the cost of the plain network), or its "width" (C fields, C * |G| channels).
-        widths: plain channels -> fields, where they differ from ``match``.
-        group_pool: how the classifier pools a fibre, "mean" or "max".
+            fields, the cost of the plain network), or its "width" (C fields, C * |G| channels). None is what
+            ``weights`` need: "params" for fresh ones, "width" for "transfer", "flops" for "project".
+        widths: plain channels -> fields, where they differ from ``match``; for fresh weights only.
+        group_pool: how the classifier pools a fibre, "mean" or "max"; "mean" with ``weights``.
         basis: of the kernels, "pixel" or "steerable" (band-limited, as escnn's); None: pixel for groups on the grid.
         classifier: path of the layer that makes the logits; "" if none does, and the output stays regular fields. By
             default it is timm's classifier, or else the last layer with parameters, if that is linear, a convolution
             whose map is pooled to a vector, or a 1x1 convolution whose map is the output itself (segmentation), which
             a resize, sigmoid or softmax may follow. What ends in another convolution, a norm, an activation such as
             ReLU or a sum is taken for a feature extractor.
+        weights: where the weights start.
+
+            None: fresh ones.
+
+            "transfer": in eval mode the logits are the mean over g of the plain network's logits of g^-1 x, wherever
+            its windows cover the image symmetrically: (n + 2p - k) % s == 0 at each layer. So a ResNet wants 225
+            pixels, not 224, as its 3x3 windows of stride 2 need odd sizes; the 2x2 windows of a ConvNeXt fit 224. At
+            other sizes the resampling rule changes the function, and the logits are invariant all the same. Groups on
+            the pixel grid only. Norms over channels or pixels (layer, group and instance norm, GRN) act on each element
+            of the fibre by itself here. Batch norms share their statistics along the fibre: the same in eval mode,
+            while in train mode they see all poses as one batch. The cost is about |G|^2 times the plain network's.
+
+            "project": the plain network's C channels are read as C / |G| fields, and each weight becomes the nearest
+            one that is equivariant. Filters that are equivariant come back as they were; of those of a network that
+            was trained without, whose channels are no fields, about 1 / |G| of the sum of squares is left.
+
+            `gzoo.transfer` has the formulas.
 
     Returns:
         The network; ``model.group`` is its group. Feature maps are (B, fields * |G|, H, W). Logits of an image are
         invariant; a map of logits is trivial fields, which move with the image.
 
     Raises:
-        ValueError: a module has no equivariant counterpart here, or the result is not equivariant; names the module.
+        ValueError: a module has no equivariant counterpart here, or cannot take over its ``weights``, or the result is
+            not equivariant; names the module. Or the options do not go together.
     """
     copied = copy.deepcopy(model)
-    converted = convert_in_place(copied, group, match, widths, group_pool, basis, classifier)
+    converted = convert_in_place(copied, group, match, widths, group_pool, basis, classifier, weights)
     check_itself(converted)
     return converted
 
@@ -72,11 +93,12 @@ def convert(
 def convert_in_place(
     model: nn.Module,
     group: str | Group,
-    match: Match = "params",
+    match: Match | None = None,
     widths: Mapping[int, int] | None = None,
     group_pool: Pooling = "mean",
     basis: BasisName | None = None,
     classifier: str | None = None,
+    weights: Weights | None = None,
     scale: float | None = None,
 ) -> nn.Module:
     """`convert`, but uses up ``model`` and does not check the result; for networks that a test checks.
@@ -86,13 +108,49 @@ def convert_in_place(
     group = groups.get(group) if isinstance(group, str) else group
     if group_of(model) is not None:
         raise ValueError(f"{type(model).__name__} is equivariant already; convert the plain network")
-    recipe = Recipe(plan(model, group, match, widths, scale, basis, classifier), group_pool)
+    if weights is not None:
+        _require_agreement(weights, group, match, widths, group_pool, basis)
+    planned = plan(model, group, match or _MATCH[weights], widths, scale, basis, classifier, fit=weights is None)
+    recipe = Recipe(planned, group_pool, per_element=weights == "transfer")
+    plain = model if weights is None else copy.deepcopy(model)
     counts = _channel_counts(model, recipe.plan)
     converted = _walk(model, recipe, {})
     counts()
+    if weights is not None:
+        fill(converted, plain, group, weights)
     make_equivariant(converted, group, group_pool)
     _rename(converted, group)
     return converted
+
+
+_MATCH: dict[Weights | None, Match] = {None: "params", "transfer": "width", "project": "flops"}
+
+
+def _require_agreement(
+    weights: Weights,
+    group: Group,
+    match: Match | None,
+    widths: Mapping[int, int] | None,
+    group_pool: Pooling,
+    basis: BasisName | None,
+) -> None:
+    """Raises ValueError if the options of `convert` do not go together."""
+    if weights not in _MATCH:
+        raise ValueError(f"weights is {weights!r}; accepted are 'transfer', 'project', and None for fresh ones")
+    if match not in (None, _MATCH[weights]) or widths:
+        raise ValueError(
+            f"weights={weights!r} fills the widths of match={_MATCH[weights]!r}, which is its default; leave match and "
+            "widths out, or weights for fresh ones"
+        )
+    if group_pool != "mean":
+        raise ValueError(
+            f"weights={weights!r} needs group_pool='mean': the plain classifier is linear, the maximum not"
+        )
+    if weights == "transfer" and (basis == "steerable" or not group.on_grid):
+        raise ValueError(
+            f"steerable kernels of {group.name} are turned between the pixels, where a plain one does not say how it "
+            "goes on; transfer to p4 or p4m in the pixel basis, or take weights='project'"
+        )
 
 
 def _walk(module: nn.Module, recipe: Recipe, done: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -59,6 +59,7 @@ class Plan:
         widths: plain channels -> fields, where they are given.
         basis: of the kernels, as `gzoo.nn.GroupConv2d` takes it.
         scale: fields for each plain channel.
+        fit: whether widths may give way, to keep what the match says of the whole network.
     """
 
     model: nn.Module
@@ -68,6 +69,7 @@ class Plan:
     widths: Mapping[int, int]
     basis: BasisName | None
     scale: float
+    fit: bool = True
     _known: dict[Segment, int] = field(default_factory=dict)
 
     def fields(self, segments: Segments) -> int:
@@ -83,6 +85,9 @@ class Plan:
 
     def _near(self, segment: Segment) -> int:
         wanted = segment.size * self.scale
+        if not self.fit:
+            self._require_whole(segment.size)
+            return round(wanted)
         if not segment.groups:
             return max(1, round(wanted))
         groups = max(segment.groups)  # a width with a divisor near the number of groups
@@ -100,6 +105,15 @@ class Plan:
             "mixes channels or pixels, such as attention, a shuffle of channels or a flattened map, has no equivariant "
             "counterpart here. Use a convolution, or global pooling before a linear layer"
         )
+
+    def _require_whole(self, channels: int) -> None:
+        share, order = round(1 / self.scale), self.group.order
+        if channels % share:
+            low = channels - channels % share
+            raise ValueError(
+                f"{channels} channels are {channels / order:g} fields of |G| = {order}; a whole number is needed. "
+                f"Choose {f'{low} or ' if low else ''}{low + share} channels, or weights='transfer'"
+            )
 
     def groups_of(self, conv: nn.Conv2d | nn.ConvTranspose2d, in_fields: int, out_fields: int) -> int:
         """The ``groups`` of the equivariant counterpart of a plain convolution."""
@@ -192,6 +206,7 @@ def plan(
     scale: float | None = None,
     basis: BasisName | None = None,
     classifier: str | None = None,
+    fit: bool = True,
 ) -> Plan:
     """Plans the conversion of a plain network.
 
@@ -203,6 +218,8 @@ def plan(
         scale: fields for each plain channel, in place of the one that ``match`` leads to.
         basis: of the kernels, "pixel" or "steerable"; None chooses by the group.
         classifier: path of the layer that makes the logits, "" for none; by default found as `gzoo.convert` says.
+        fit: whether widths may give way, to keep what ``match`` says of the whole network; else ``match`` holds for
+            each width, and where C / |G| is no whole number, `Plan.fields` is an error.
 
     Raises:
         ValueError: the network has no convolution or does not run; ``match`` or ``classifier`` is unknown.
@@ -218,8 +235,8 @@ def plan(
         )
     seen = trace(model, example(model))
     found = _classifiers(model, seen) if classifier is None else frozenset([classifier] if classifier else [])
-    made = Plan(model, group, seen, found, widths or {}, basis, scale or SCALE[match](group.order))
-    if match != "width" and scale is None:
+    made = Plan(model, group, seen, found, widths or {}, basis, scale or SCALE[match](group.order), fit)
+    if fit and match != "width" and scale is None:
         _fit(made, match)
     return made
 

@@ -31,6 +31,7 @@ from gzoo.nn import (
     InvariantConv2d,
     InvariantLinear,
     LiftingConv2d,
+    PerElement,
     SymmetricPool2d,
     WeightStandardization,
 )
@@ -44,10 +45,19 @@ from gzoo.trace import Segments
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a rule needs to know: the group, the planned widths, and where the module stands."""
+    """What a rule needs to know: the group, the planned widths, and where the module stands.
+
+    Attributes:
+        plan: the widths, and what the trace showed.
+        group_pool: how the classifier pools a fibre.
+        per_element: whether what takes statistics over channels or pixels does so for each element of the fibre by
+            itself, as the plain network does for each pose of the image.
+        path: of the module.
+    """
 
     plan: Plan
     group_pool: Pooling
+    per_element: bool = False
     path: str = ""
 
     @property
@@ -225,6 +235,8 @@ def _initialize_like(new: Any, plain: Any, plain_fan_in: int, fan_in: int) -> No
 
 @rule(tl.GlobalContext)
 def _global_context(plain: Any, recipe: Recipe) -> nn.Module:
+    if plain.conv_attn is not None and recipe.per_element:
+        raise ValueError("its attention map is one for all poses here, and each pose's own in the plain network")
     if plain.conv_attn is not None:  # one attention map for all poses
         plain.conv_attn = nn.Sequential(plain.conv_attn, GroupPool(recipe.group.order))
     return plain
@@ -240,14 +252,23 @@ def _eca(plain: tl.EcaModule, recipe: Recipe) -> nn.Module:
 # --- norms and scales
 
 
-@rule(nn.BatchNorm2d, nn.BatchNorm1d, nn.SyncBatchNorm, tl.BatchNormAct2d, nn.InstanceNorm2d)
+@rule(nn.BatchNorm2d, nn.BatchNorm1d, nn.SyncBatchNorm, tl.BatchNormAct2d)
 def _batch_norm(plain: Any, recipe: Recipe) -> nn.Module:
     plain.num_features = recipe.in_fields
     return _fibre_norm(plain, plain.num_features, recipe)
 
 
+@rule(nn.InstanceNorm2d)
+def _instance_norm(plain: nn.InstanceNorm2d, recipe: Recipe) -> nn.Module:
+    if recipe.per_element:
+        return PerElement(plain, recipe.group.order)
+    return _batch_norm(plain, recipe)
+
+
 @rule(tl.EvoNorm2dS0, tl.EvoNorm2dS0a, tl.FilterResponseNormTlu2d)
 def _evo_norm(plain: Any, recipe: Recipe) -> nn.Module:
+    if recipe.per_element:
+        return PerElement(plain, recipe.group.order)
     fields = recipe.in_fields
     if hasattr(plain, "groups"):
         plain.groups = max(n for n in range(1, plain.groups + 1) if fields % n == 0)
@@ -256,6 +277,8 @@ def _evo_norm(plain: Any, recipe: Recipe) -> nn.Module:
 
 @rule(nn.GroupNorm, tl.GroupNorm, tl.GroupNorm1, tl.GroupNormAct, tl.GroupNorm1Act, metaformer.GroupNorm1NoBias)
 def _group_norm(plain: Any, recipe: Recipe) -> nn.Module:
+    if recipe.per_element:
+        return PerElement(plain, recipe.group.order)
     fields = recipe.in_fields
     plain.num_channels = fields
     plain.num_groups = max(n for n in range(1, plain.num_groups + 1) if fields % n == 0)
@@ -273,15 +296,20 @@ def _fibre_norm(plain: nn.Module, fields: int, recipe: Recipe) -> FibreNorm:
     return FibreNorm(plain, recipe.group.order)
 
 
-@rule(
-    *(nn.LayerNorm, tl.LayerNorm, tl.LayerNorm2d, tl.LayerNormAct2d, metaformer.LayerNorm2dNoBias),
-    *(metaformer.LayerNormNoBias, tl.RmsNorm, tl.RmsNorm2d, tl.RmsNormAct2d, tl.SimpleNorm, tl.SimpleNorm2d),
+_CHANNELS_FIRST = (
+    *(tl.LayerNorm2d, tl.LayerNormAct2d, metaformer.LayerNorm2dNoBias),
+    *(tl.RmsNorm2d, tl.RmsNormAct2d, tl.SimpleNorm2d),
 )
+
+
+@rule(*_CHANNELS_FIRST, nn.LayerNorm, tl.LayerNorm, metaformer.LayerNormNoBias, tl.RmsNorm, tl.SimpleNorm)
 def _layer_norm(plain: Any, recipe: Recipe) -> nn.Module:
     if len(plain.normalized_shape) != 1:
         raise ValueError(
             f"layer norm over {tuple(plain.normalized_shape)} holds one parameter per pixel; norm channels only"
         )
+    if recipe.per_element:
+        return PerElement(plain, recipe.group.order, dim=1 if isinstance(plain, _CHANNELS_FIRST) else -1)
     fields = recipe.in_fields
     plain.normalized_shape = (fields * recipe.group.order,)
     share_along_fibre(plain, ("weight", "bias"), recipe.group.order, fields)
@@ -289,7 +317,7 @@ def _layer_norm(plain: Any, recipe: Recipe) -> nn.Module:
 
 
 @rule(
-    *(tl.LayerScale, tl.LayerScale2d, fastvit.LayerScale2d, GlobalResponseNorm, metaformer.Scale),
+    *(tl.LayerScale, tl.LayerScale2d, fastvit.LayerScale2d, metaformer.Scale),
     *(convnext.ConvNeXtBlock, inception_next.MetaNeXtBlock, rdnet.DenseBlock),
 )
 def _channel_scale(plain: Any, recipe: Recipe) -> nn.Module:
@@ -298,6 +326,13 @@ def _channel_scale(plain: Any, recipe: Recipe) -> nn.Module:
         plain.shape = (recipe.in_fields * recipe.group.order, *plain.shape[1:])
     share_along_fibre(plain, ("gamma", "weight", "bias", "scale"), recipe.group.order, recipe.out_fields)
     return plain
+
+
+@rule(GlobalResponseNorm)
+def _response_norm(plain: GlobalResponseNorm, recipe: Recipe) -> nn.Module:
+    if recipe.per_element:
+        return PerElement(plain, recipe.group.order, plain.channel_dim)
+    return _channel_scale(plain, recipe)
 
 
 # --- pools and pads

@@ -2,6 +2,7 @@
 
 from gzoo.nn.conv import GroupConv2d, LiftingConv2d
 from gzoo.nn.eca import GroupEca
+from gzoo.nn.element import PerElement
 from gzoo.nn.linear import GroupLinear, GroupPool, InvariantConv2d, InvariantLinear
 from gzoo.nn.norm import FibreNorm
 from gzoo.nn.resample import SymmetricBlur2d, SymmetricPool2d, keep_original_strides
@@ -18,6 +19,7 @@ __all__ = [
     "InvariantConv2d",
     "InvariantLinear",
     "LiftingConv2d",
+    "PerElement",
     "SymmetricBlur2d",
     "SymmetricPool2d",
     "WeightStandardization",

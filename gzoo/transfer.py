@@ -1,0 +1,163 @@
+"""Plain weights for an equivariant network: all of them at the start, or the nearest that are equivariant.
+
+Transfer. Each plain channel becomes a field, and the kernel of a group convolution is the plain one at the identity of
+the fibre, zero elsewhere. By equation 11 (`gzoo.bases`) filter[g, h] is then the plain kernel turned by g where h = g,
+and zero elsewhere: channel g of all fields is the plain network's map of g^-1 x, turned by g. The classifier pools the
+fibre by its mean, so the logits are the mean over g of the plain network's logits of g^-1 x. The zeros are trainable.
+
+Projection. The C channels of the plain network are read as C / |G| fields, channel = field * |G| + g, and each map is
+replaced by the nearest equivariant one. The expansion E takes kernels to filters, so the nearest kernel to a filter is
+
+    w = argmin |E w - filter|^2 = (E^T E)^-1 E^T filter
+
+On the pixel grid E^T E = |G|, and w is the mean over g of the filter's rows turned back:
+
+    lifting:           w(y)    = mean over g of filter[g](g y)
+    group convolution: w(h, y) = mean over g of filter[g, gh](g y)
+
+What holds one number a channel gets the mean along the fibre; the classifier, which pools by the mean itself, the sum.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gzoo.bases import expand
+from gzoo.groups import Group
+from gzoo.nn import FibreNorm, GroupEca, InvariantConv2d, InvariantLinear, LiftingConv2d, PerElement
+from gzoo.nn.expand import ExpandedLayer
+
+Weights = Literal["transfer", "project"]
+
+
+@torch.no_grad()
+def fill(model: nn.Module, plain: nn.Module, group: Group, weights: Weights) -> None:
+    """Fills an equivariant network, in place, from the plain one that it was converted from.
+
+    Args:
+        model: the converted network: C fields for C channels, norms for each element of the fibre by itself, if
+            ``weights`` is "transfer"; C / |G| fields if it is "project".
+        plain: the plain network; stays as it is. What is frozen in it is frozen in ``model``.
+        group: its group; on the pixel grid if ``weights`` is "transfer".
+        weights: see the head of this file.
+
+    Raises:
+        ValueError: a layer has no such weights; names it.
+    """
+    converted = dict(model.named_modules(remove_duplicate=False))
+    for path, source in plain.named_modules():
+        try:
+            _fill(converted.get(path), source, group, weights)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _fill(new: Any, plain: Any, group: Group, weights: Weights) -> None:
+    if isinstance(new, PerElement):  # it holds the plain module itself
+        return
+    if isinstance(new, FibreNorm):
+        new = new.norm
+    elif isinstance(new, GroupEca):
+        plain = plain.conv
+    elif isinstance(new, nn.Sequential) and isinstance(plain, nn.Conv2d):
+        new = new[0]  # behind it comes a group pooling
+    elif new is None:  # inside of what was replaced as a whole
+        return
+    own = new._parameters | new._buffers  # not by attribute: a shared parameter reads as one number a channel
+    standardized = getattr(new, "standardize", None) is not None
+    for name, value in (plain._parameters | plain._buffers).items():
+        target = own.get(name)
+        if target is None or value is None:
+            if isinstance(value, nn.Parameter) and not standardized:
+                raise ValueError(f"its {name} has no place in {type(new).__name__}; convert with fresh weights")
+            continue
+        if name == "weight" and isinstance(new, ExpandedLayer):
+            kernels = _at_identity(new, value) if weights == "transfer" else _nearest(new, value, plain, group.order)
+            target.copy_(kernels)
+        elif name == "weight" and isinstance(new, InvariantLinear | InvariantConv2d) and weights == "project":
+            target.copy_(value.unflatten(1, (-1, group.order)).sum(2))
+        else:
+            target.copy_(_per_field(value, target, group.order))
+        target.requires_grad_(value.requires_grad)
+    if standardized:
+        _fill_standardization(new, plain, group.order, weights)
+
+
+def _per_field(value: Tensor, target: Tensor, order: int) -> Tensor:
+    """One number a field: the channel's own if there are as many channels as fields, else the mean along the fibre."""
+    if value.shape != target.shape and len(value) == len(target) * order:
+        value = value.unflatten(0, (-1, order)).mean(1)
+    _require_layout(value, target.shape)
+    return value
+
+
+def _at_identity(layer: ExpandedLayer, value: Tensor) -> Tensor:
+    """Kernels that are the plain ones at the identity, element 0 of the fibre, and zero at the others."""
+    kernels = torch.zeros_like(layer.weight)
+    identity = kernels if isinstance(layer, LiftingConv2d) else kernels[:, :, 0]
+    if isinstance(layer, GroupEca):
+        value = value[0]
+    _require_layout(value, identity.shape)
+    identity.copy_(value)
+    return kernels
+
+
+def _nearest(layer: Any, value: Tensor, plain: Any, order: int) -> Tensor:
+    """The kernels whose filters are nearest to the plain ones."""
+    if isinstance(layer, GroupEca):
+        raise ValueError(
+            "its gates see neighbouring channels, which are no neighbouring fields; use weights='transfer'"
+        )
+    if isinstance(plain, nn.Linear):
+        value = value[..., None, None]
+    else:
+        value = _with_groups(value, plain.groups, layer.groups)
+        value = F.pad(value, [(layer.kernel_size - side) // 2 for side in value.shape[:1:-1] for _ in range(2)])
+    filters, basis = value.double(), layer.basis
+    _require_layout(filters, expand(layer.weight, basis).shape)
+    # E^T is the gradient of E.
+    _, kernels = torch.autograd.functional.vjp(lambda w: expand(w, basis), layer.weight.double(), filters)
+    if basis.samples is None:
+        return kernels / order
+    samples = basis.samples.double()
+    return kernels @ torch.linalg.pinv(torch.einsum("gfy,gey->fe", samples, samples), hermitian=True)
+
+
+def _require_layout(value: Tensor, expected: torch.Size) -> None:
+    if value.shape != expected:
+        raise ValueError(
+            f"its weight {tuple(value.shape)} has another layout than the equivariant one, {tuple(expected)}, so it "
+            "cannot be carried over; convert with fresh weights"
+        )
+
+
+def _with_groups(filters: Tensor, groups: int, fewer: int) -> Tensor:
+    """(out, in / groups, k, k) as the same map in fewer groups, zero between those that are joined."""
+    if groups % fewer:
+        raise ValueError(
+            f"its {groups} groups would become {fewer}, which does not divide them; use weights='transfer'"
+        )
+    joined = groups // fewer
+    blocks = filters.unflatten(0, (fewer, joined, -1))  # (fewer, joined, out / groups, in / groups, k, k)
+    diagonal = torch.einsum("fjoihw,jl->fjolihw", blocks, torch.eye(joined).to(blocks))
+    return diagonal.flatten(3, 4).flatten(0, 2)
+
+
+def _fill_standardization(layer: Any, plain: Any, order: int, weights: Weights) -> None:
+    """Gives the standardized filters the plain layer's gains.
+
+    With its kernel at the identity, one in |G| of the numbers that a field's filters are standardized by is the plain
+    layer's, the others are zero. A plain kernel of mean zero, times sqrt|G|, makes the variance the plain layer's; what
+    that makes too large, the factor of the gain takes back, which is that of one of |G| times as many inputs.
+    """
+    standardize, gain = layer.standardize, getattr(plain, "gain", None)
+    if weights == "transfer" and not isinstance(layer, LiftingConv2d):
+        kernel = layer.weight[:, :, 0]
+        kernel.sub_(kernel.mean((1, 2, 3), keepdim=True)).mul_(math.sqrt(order))
+        gain = plain.weight.new_ones(layer.out_fields) if gain is None else gain.flatten()
+        standardize.gain = nn.Parameter(gain.clone(), plain.weight.requires_grad)
+    elif gain is not None:
+        standardize.gain.copy_(_per_field(gain.flatten(), standardize.gain, order))

@@ -1,0 +1,350 @@
+"""Plain weights in equivariant networks: the mean over the group at the start, and the nearest that are equivariant."""
+
+import copy
+from functools import partial
+
+import pytest
+import timm
+import torch
+from timm.layers import GroupNormAct, ScaledStdConv2d, SpaceToDepth
+from timm.models._efficientnet_builder import decode_arch_def
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
+from timm.models.efficientnet import EfficientNet
+from timm.models.mobilenetv3 import MobileNetV3
+from timm.models.resnetv2 import ResNetV2
+from timm.models.vgg import VGG
+from torch import nn
+
+import gzoo
+from gzoo import groups
+from gzoo.bases import expand
+from gzoo.nn import FibreNorm, GroupConv2d, InvariantLinear
+from gzoo.nn.expand import ExpandedLayer
+from gzoo.rules import RULES
+from tests.conftest import elements, random_image, relative
+
+
+def resnet(**options):
+    return timm.create_model("resnet18", num_classes=5, channels=(8, 8, 16, 16), stem_width=8, **options)
+
+
+def convnext(name="convnext_atto", **options):
+    return timm.create_model(name, num_classes=5, dims=(8, 8, 16, 16), depths=(1, 1, 2, 1), **options)
+
+
+def mobilenet(kind):
+    blocks = [["ds_r1_k3_s2_e1_c8_se0.25_nre"], ["ir_r2_k5_s2_e2_c8_se0.25"], ["cn_r1_k1_s1_c16"]]
+    if kind is EfficientNet:
+        blocks.pop()
+    return kind(decode_arch_def(blocks), num_classes=5, num_features=16, stem_size=8)
+
+
+def repvgg():
+    blocks = tuple(ByoBlockCfg(type="rep", d=2, c=c, s=2) for c in (8, 16))
+    return ByobNet(ByoModelCfg(blocks=blocks, stem_type="rep", stem_chs=8), num_classes=5)
+
+
+def thin(name, **options):
+    return lambda: timm.create_model(name, num_classes=5, **options)
+
+
+def normalizer_free():  # timm's own average 2x2 windows beside 3x3 ones: symmetric at no size
+    convs = ScaledStdConv2d(3, 8, 3, stride=2), nn.GELU(), ScaledStdConv2d(8, 16, 3, stride=2, groups=2), nn.GELU()
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+
+
+def bit():
+    norm = partial(GroupNormAct, num_groups=4)
+    return ResNetV2((1, 1), (32, 64), num_classes=5, stem_chs=16, stem_type="fixed", norm_layer=norm)
+
+
+# A thin network of each family, and a size at which its strides are symmetric.
+FAMILIES = {
+    "resnet": (resnet, 33),
+    "resnet with ECA": (lambda: resnet(block_args={"attn_layer": "eca"}), 33),
+    "resnet with group norm": (lambda: resnet(norm_layer="groupnorm1"), 33),
+    "regnet": (thin("regnety_002", w0=8, wa=8.0, wm=1.5, group_size=4, depth=5), 33),
+    "mobilenetv3": (lambda: mobilenet(MobileNetV3), 33),
+    "efficientnet": (lambda: mobilenet(EfficientNet), 33),
+    "convnext": (convnext, 32),
+    "convnextv2": (lambda: convnext("convnextv2_atto"), 32),
+    "densenet": (thin("densenet121", growth_rate=4, block_config=(1, 1, 1, 1)), 29),
+    "vgg": (lambda: VGG([8, "M", 16, "M"], num_classes=5, mlp_ratio=1 / 256, norm_layer=nn.BatchNorm2d), 32),
+    "repvgg": (repvgg, 33),
+    "normalizer-free": (normalizer_free, 33),
+    "bit": (bit, 33),
+}
+
+
+def with_random_weights(model):
+    """A float64 copy in eval mode; norms, biases and layer scales are random of either side of their start."""
+    model = copy.deepcopy(model).double().eval()
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.is_floating_point() and tensor.ndim <= 1:
+                tensor.copy_(torch.rand_like(tensor) + (-0.5 if name.endswith(("bias", "mean")) else 0.5))
+    return model
+
+
+@torch.no_grad()
+def mean_over_poses(model, group, x):
+    return torch.stack([model(groups.get(group).transform_image(x, g)) for g in elements(group)]).mean(0)
+
+
+# Transfer -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", ["p4", "p4m"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_transferred_network_is_the_mean_of_the_plain_one_over_the_group(family, group):
+    build, size = FAMILIES[family]
+    plain = with_random_weights(build())
+    model, x = gzoo.convert(plain, group, weights="transfer"), random_image(3, (size, size))
+    expected = mean_over_poses(plain, group, x)
+    assert relative(model(x), expected) < 1e-12
+    assert relative(model.float()(x.float()).double(), expected) < 1e-5
+    assert relative(plain(x), expected) > 1e-4  # one pose is not the mean
+
+
+def head(width):
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5)]
+
+
+LAYERS = {
+    "rectangular kernels": lambda: [nn.Conv2d(6, 8, (1, 7), padding=(0, 3)), nn.ReLU(), *head(8)],
+    "transposed convolution": lambda: [nn.ConvTranspose2d(6, 8, 4, stride=2, padding=1), nn.ReLU(), *head(8)],
+    "instance norm": lambda: [nn.InstanceNorm2d(6, affine=True), nn.ReLU(), nn.Conv2d(6, 8, 3), *head(8)],
+    "hidden linear": lambda: [*head(6)[:2], nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)],
+    "grouped, depthwise": lambda: [nn.Conv2d(6, 8, 3, groups=2), nn.Conv2d(8, 16, 3, groups=8), nn.ReLU(), *head(16)],
+    "3x3 convolution at the end": lambda: [nn.Conv2d(6, 5, 3), *head(5)[:2]],
+    "1x1 convolution at the end": lambda: [nn.Conv2d(6, 5, 1), *head(5)[:2]],
+}
+
+
+@pytest.mark.parametrize("group", ["c1", "c2", "d1", "p4m"])
+@pytest.mark.parametrize("layers", LAYERS)
+def test_transferred_layers_are_the_mean_of_the_plain_ones_over_the_group(layers, group):
+    plain = with_random_weights(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), *LAYERS[layers]()))
+    x = random_image(3, (11, 11))
+    model = gzoo.convert(plain, group, weights="transfer")
+    assert relative(model(x), mean_over_poses(plain, group, x)) < 1e-12
+
+
+@pytest.mark.parametrize("family", ["resnet", "convnext", "bit"])
+def test_a_transferred_network_is_invariant_at_sizes_where_the_plain_strides_are_not_symmetric(family):
+    model = gzoo.convert(with_random_weights(FAMILIES[family][0]()), "p4m", weights="transfer")
+    for size in ((50, 37), (64, 47)):
+        assert gzoo.check(model, size).worst < 1e-12
+
+
+@pytest.mark.parametrize("family", ["resnet", "convnextv2", "bit"])
+def test_one_step_moves_the_zeros_of_a_transferred_network_and_it_stays_invariant(family):
+    model = gzoo.convert(with_random_weights(FAMILIES[family][0]()), "p4", weights="transfer")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model(random_image(3, (33, 33))).square().sum().backward()
+    optimizer.step()
+    convolutions = [module for module in model.modules() if isinstance(module, GroupConv2d)]
+    assert all(module.weight[:, :, 1:].abs().max() > 0 for module in convolutions)
+    assert gzoo.check(model, 33).worst < 1e-12
+
+
+def test_a_transferred_network_without_classifier_gives_the_mean_of_the_features():
+    plain = with_random_weights(resnet())
+    plain.reset_classifier(0)
+    x = random_image(3, (33, 33))
+    assert relative(gzoo.convert(plain, "p4", weights="transfer")(x), mean_over_poses(plain, "p4", x)) < 1e-12
+
+
+def test_a_transferred_network_takes_a_new_classifier():
+    model = gzoo.convert(convnext(), "p4", weights="transfer")
+    model.reset_classifier(7)
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 7)
+
+
+@pytest.mark.parametrize("family", ["resnet", "convnext", "bit"])
+def test_a_transferred_network_reloads_and_copies(family):
+    build, size = FAMILIES[family]
+    model = gzoo.convert(with_random_weights(build()), "p4", weights="transfer")
+    other = gzoo.convert(build().double().eval(), "p4", weights="transfer")
+    other.load_state_dict(model.state_dict())
+    x = random_image(3, (size, size))
+    assert other(x).equal(model(x))
+    assert copy.deepcopy(model)(x).equal(model(x))
+
+
+def test_what_is_frozen_stays_frozen():
+    plain = convnext()
+    plain.requires_grad_(False)
+    plain.get_classifier().requires_grad_(True)
+    model = gzoo.convert(plain, "p4", weights="transfer")
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.fc.weight", "head.fc.bias"]
+
+
+@pytest.mark.parametrize("weights", ["transfer", "project"])
+def test_the_plain_network_stays_as_it_is(weights):
+    plain = resnet()
+    before, x = copy.deepcopy(plain.state_dict()), torch.randn(1, 3, 33, 33)
+    expected = plain.eval()(x)
+    model = gzoo.convert(plain, "p4", weights=weights)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert all(value.equal(before[name]) for name, value in plain.state_dict().items())
+    assert plain(x).equal(expected)
+
+
+def test_how_to_prepare_images_is_kept_and_where_plain_weights_came_from_is_dropped():
+    plain = resnet()
+    plain.pretrained_cfg = plain.pretrained_cfg | {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "file": "plain.pth"}
+    model = gzoo.convert(plain, "p4", weights="transfer")
+    assert timm.data.resolve_model_data_config(model) == timm.data.resolve_model_data_config(plain)
+    assert not {"file", "url", "hf_hub_id"} & set(model.pretrained_cfg)
+
+
+# Projection ---------------------------------------------------------------------------------------------------------
+
+
+def small():
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 5, groups=2), nn.ReLU(),
+        nn.ConvTranspose2d(32, 16, 3), nn.ReLU(), *head(16)[:2], nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 5),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def expanded(model, plain):
+    """The plain network with the filters of ``model``, which has C / |G| fields for its C channels."""
+    twin, order = copy.deepcopy(plain), model.group.order
+    for name, module in twin.named_modules():
+        own = model.get_submodule(name)
+        own = own.norm if isinstance(own, FibreNorm) else own
+        for key, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if key == "weight" and isinstance(own, ExpandedLayer):
+                value.copy_(own.filter().view_as(value))
+            elif key == "weight" and isinstance(own, InvariantLinear):
+                value.copy_(own.weight.repeat_interleave(order, 1) / order)
+            else:
+                stored = getattr(own, key)
+                value.copy_(stored if stored.shape == value.shape else stored.repeat_interleave(order))
+    return twin
+
+
+@pytest.mark.parametrize(
+    ("build", "group"), [(resnet, "p4"), (resnet, "p4m"), (small, "p4m"), (small, "c8"), (small, "d1")]
+)
+def test_projecting_the_filters_of_an_equivariant_network_gives_its_weights_back(build, group):
+    plain = build().double().eval()
+    model = with_random_weights(gzoo.convert(plain, group, weights="project"))
+    twin = expanded(model, plain)
+    x = random_image(3, (33, 33))
+    assert relative(model(x), twin(x)) < 1e-12  # else it is no twin
+    again = gzoo.convert(twin, group, weights="project")
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            assert relative(again.state_dict()[name], value) < (1e-5 if group == "c8" else 1e-12), name
+
+
+PROJECTED = {
+    "convolution": lambda: nn.Conv2d(16, 32, 3),
+    "1x1 convolution": lambda: nn.Conv2d(16, 32, 1),
+    "rectangular kernels": lambda: nn.Conv2d(16, 16, (1, 3), padding=(0, 1)),
+    "groups that are joined": lambda: nn.Conv2d(16, 32, 3, groups=8),
+    "depthwise": lambda: nn.Conv2d(16, 16, 3, groups=16),
+    "transposed": lambda: nn.ConvTranspose2d(16, 32, 3, groups=2),
+}
+
+
+def dense(filters, groups):
+    """Filters between all channels, on a square, zero where there were none."""
+    rows, columns, height, width = filters.shape
+    side, rows = max(height, width), rows // groups
+    full = filters.new_zeros(rows * groups, columns * groups, side, side)
+    top, left = (side - height) // 2, (side - width) // 2
+    for i in range(groups):
+        block = full[i * rows : (i + 1) * rows, i * columns : (i + 1) * columns]
+        block[..., top : top + height, left : left + width] = filters[i * rows : (i + 1) * rows]
+    return full
+
+
+@pytest.mark.parametrize("group", ["p4", "p4m", "c8"])
+@pytest.mark.parametrize("layer", ["lifting", *PROJECTED])
+def test_what_a_projection_leaves_out_is_orthogonal_to_every_equivariant_filter(layer, group):
+    plain = PROJECTED.get(layer, PROJECTED["convolution"])()
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), plain, *head(plain.out_channels)).double()
+    index = 0 if layer == "lifting" else 2
+    new, filters = (
+        gzoo.convert(network, group, weights="project")[index],
+        dense(network[index].weight, network[index].groups),
+    )
+    left = filters - dense(new.filter(), new.groups)
+    for _ in range(5):
+        direction = dense(expand(torch.randn_like(new.weight), new.basis), new.groups)
+        assert abs((left * direction).sum()) < (1e-6 if group == "c8" else 1e-12) * left.norm() * direction.norm()
+    assert left.norm() > 0.1 * filters.norm()  # else it proves nothing
+
+
+# What cannot be carried over ----------------------------------------------------------------------------------------
+
+ERRORS = {
+    "unknown weights": (small, "p4", {"weights": "copy"}, r"weights is 'copy'; accepted are 'transfer', 'project'"),
+    "another match": (small, "p4", {"weights": "transfer", "match": "params"}, r"fills the widths of match='width'"),
+    "another match to project": (small, "p4", {"weights": "project", "match": "width"}, r"the widths of match='flops'"),
+    "widths": (small, "p4", {"weights": "transfer", "widths": {16: 8}}, r"leave match and widths out"),
+    "maximum": (small, "p4", {"weights": "transfer", "group_pool": "max"}, r"needs group_pool='mean'"),
+    "off the grid": (small, "c8", {"weights": "transfer"}, r"steerable kernels of c8 are turned between the pixels, .* p4 or p4m"),
+    "width that |G| does not divide": (
+        lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 12, 3), *head(12)),
+        "p4m",
+        {"weights": "project"},
+        r"^2: 12 channels are 1\.5 fields of \|G\| = 8; a whole number is needed. Choose 8 or 16 channels",
+    ),
+    "groups that cannot be joined": (
+        lambda: nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 24, 3, groups=8), *head(24)),
+        "p4m",
+        {"weights": "project"},
+        r"^2: its 8 groups would become 3, which does not divide them",
+    ),
+    "neighbouring channels": (
+        lambda: resnet(block_args={"attn_layer": "eca"}),
+        "p4",
+        {"weights": "project"},
+        r"^layer1\.0\.se: its gates see neighbouring channels",
+    ),
+    "attention map of all poses": (
+        lambda: resnet(block_args={"attn_layer": "gc"}),
+        "p4",
+        {"weights": "transfer"},
+        r"^layer1\.0\.se: its attention map is one for all poses",
+    ),
+    "folded pixels": (
+        lambda: nn.Sequential(SpaceToDepth(), nn.Conv2d(48, 16, 3), *head(16)),
+        "p4",
+        {"weights": "transfer"},
+        r"^1: its weight \(16, 48, 3, 3\) has another layout",
+    ),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_what_cannot_be_carried_over_is_an_error(error):
+    build, group, options, message = ERRORS[error]
+    with pytest.raises(ValueError, match=message):
+        gzoo.convert(build(), group, **options)
+
+
+class Shift(nn.Module):
+    """A number for each channel."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(width, 1, 1))
+
+    def forward(self, x):
+        return x + self.shift
+
+
+@pytest.mark.parametrize("weights", ["transfer", "project"])
+def test_parameters_that_a_rule_of_the_user_leaves_out_are_an_error(weights, monkeypatch):
+    monkeypatch.setitem(RULES, Shift, lambda plain, recipe: nn.Identity())
+    with pytest.raises(ValueError, match=r"^1: its shift has no place in Identity; convert with fresh weights"):
+        gzoo.convert(nn.Sequential(nn.Conv2d(3, 8, 3), Shift(8), nn.ReLU(), *head(8)), "p4", weights=weights)
