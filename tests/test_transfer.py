@@ -291,7 +291,12 @@ ERRORS = {
     "another match to project": (small, "p4", {"weights": "project", "match": "width"}, r"the widths of match='flops'"),
     "widths": (small, "p4", {"weights": "transfer", "widths": {16: 8}}, r"leave match and widths out"),
     "maximum": (small, "p4", {"weights": "transfer", "group_pool": "max"}, r"needs group_pool='mean'"),
-    "off the grid": (small, "c8", {"weights": "transfer"}, r"steerable kernels of c8 are turned between the pixels, .* p4 or p4m"),
+    "off the grid": (
+        small,
+        "c8",
+        {"weights": "transfer"},
+        r"steerable kernels of c8 are turned between the pixels, .* p4 or p4m",
+    ),
     "width that |G| does not divide": (
         lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 12, 3), *head(12)),
         "p4m",
