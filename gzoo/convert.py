@@ -264,8 +264,7 @@ def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
     _check_poses(probe, x, group, tolerance, group.grid_elements)
     odd = x[..., 1:, 1:] if x.shape[-1] % 2 == 0 else x
     try:
-        with torch.no_grad():
-            probe(odd)
+        calibrate(probe, odd)
     except (RuntimeError, ValueError):  # a network for one size of image
         return
     # All elements were tried at the even size; here the first turn and the reflection do, which make all the others.
@@ -288,12 +287,22 @@ def randomized(model: nn.Module) -> tuple[nn.Module, Tensor]:
             random = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
             tensor.copy_((random - 0.5) / 5 if name.endswith(("bias", "mean")) else (random + 1) / 2)
     x = _image_for(probe)
-    norms = [module for module in probe.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0
-        norm.train()
+    calibrate(probe, x)
+    return probe, x
+
+
+@torch.no_grad()
+def calibrate(probe: nn.Module, x: Tensor) -> None:
+    """Gives batch norms the statistics of x (1, C, H, W) and of its mirror image with exchanged colours.
+
+    With those of another size, squeezed gates let the numbers grow from block to block, and rounding with them.
+    """
+    for norm in probe.modules():
+        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+            norm.momentum = 1.0
+            norm.train()
     probe(torch.cat((x, x.roll(1, 1).flip(-2))))
-    return probe.eval(), x
+    probe.eval()
 
 
 def _image_for(probe: nn.Module) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gzoo.check import group_of
-from gzoo.convert import check_itself, convert_in_place, randomized
+from gzoo.convert import calibrate, check_itself, convert_in_place, randomized
 
 # timm's modules whose networks are convolutional by design. Some have variants with attention, which are measured, too.
 CONV_MODULES = (
@@ -138,7 +138,8 @@ def _errors(probe: nn.Module, x: Tensor) -> Iterator[float]:
     group = group_of(probe)
     assert group is not None
     for image in (x, x[..., 1:, 1:]):
-        expected, other = probe(image), probe(torch.roll(image, 1, 1).flip(-2) * 2)
+        calibrate(probe, image)
+        expected, other = probe(image), probe(image.roll(1, 1).flip(-2))
         if expected.shape != (1, probe.num_classes):
             raise ValueError(f"the logits have shape {tuple(expected.shape)}, not (1, {probe.num_classes})")
         for g in group.grid_elements[1:]:
