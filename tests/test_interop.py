@@ -117,7 +117,9 @@ def test_every_kind_of_window_is_equal_at_every_size_and_comes_back(group, basis
         ours = with_random_statistics(layer(groups.get(group), 4, 4, **VARIANTS[variant], basis=basis)).float()
         twin = to_escnn(ours)
         back = from_escnn(twin, basis)
-        assert relative(back.weight, ours.weight) < 1e-5
+        # A kernel that is no square comes back as the square that it stands in.
+        assert relative(back.filter(), ours.filter()) < 1e-5
+        assert back.weight.shape[-2:] != ours.weight.shape[-2:] or relative(back.weight, ours.weight) < 1e-5
         for height, width in [(7, 7), (8, 8), (5, 8), (6, 5)]:
             image = x[..., :height, :width].float()
             with torch.no_grad():
