@@ -1,5 +1,6 @@
 """Norms whose statistics and affine parameters are shared along the fibre."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -35,4 +36,7 @@ class FibreNorm(nn.Module):
         if channels % order:
             raise ValueError(f"x has {channels} channels, no whole number of fields of |G| = {order}; lift it first")
         rows = x.reshape(batch, channels // order, order * (pixels or [1])[0], *pixels[1:])  # a view of x
-        return self.norm(rows).reshape(x.shape)
+        # Were it a view, an activation in place behind it would have autograd copy gradients: 5% of a training step. No
+        # one else holds the norm's result, so torch need not know that they share memory.
+        result: Tensor = torch.ops.aten._unsafe_view(self.norm(rows).contiguous(), x.shape)
+        return result
