@@ -33,7 +33,7 @@ from gzoo import _escnn
 from gzoo.check import group_of
 from gzoo.groups import Group
 from gzoo.interop import EscnnLayer
-from gzoo.nn import FibreNorm, GroupConv2d, GroupLinear, InvariantLinear, LiftingConv2d, SymmetricPool2d
+from gzoo.nn import FibreNorm, GroupConv2d, GroupLinear, InvariantLinear, LiftingConv2d, Restriction, SymmetricPool2d
 
 
 class Case(NamedTuple):
@@ -91,6 +91,10 @@ def _replace(model: nn.Module, library: str) -> nn.Module:
     group = group_of(model)
     if group is None:
         raise ValueError(f"{type(model).__name__} is not equivariant; bench compares models such as p4m_resnet44")
+    if any(isinstance(module, Restriction) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} changes its group between stages; bench compares networks of one group"
+        )
     for path, module in list(model.named_modules()):
         new = _COUNTERPARTS[library](module, group)
         if new is not None:

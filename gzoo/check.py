@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from timm.layers import SpaceToDepth
+from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from gzoo.groups import Group
@@ -20,29 +21,36 @@ from gzoo.nn.expand import ExpandedLayer
 
 @dataclass(frozen=True)
 class Report:
-    """Equivariance errors: ``errors[output][g]``, outputs in order of depth, "logits" last."""
+    """Equivariance errors: ``errors[output][g]``, outputs in order of depth, "logits" last.
+
+    In a network that gives up symmetry on the way, an output follows the elements of its own group only. How far the
+    logits are from following the others is a figure, no failure: ``given_up[g]``.
+    """
 
     group: Group
     size: tuple[int, int]
     dtype: torch.dtype
     errors: dict[str, dict[int, float]]
+    given_up: dict[int, float]
 
     @property
     def worst(self) -> float:
-        """The largest error."""
+        """The largest of the errors."""
         return max(error for row in self.errors.values() for error in row.values())
 
     def __str__(self) -> str:
         labels = [self.group.label(g) for g in self.group.grid_elements]
-        names = [*self.errors, "output"]
+        rows = self.errors | ({"logits, given up": self.given_up} if self.given_up else {})
+        names = [*rows, "output"]
         width = max(map(len, names))
         dtype = str(self.dtype).removeprefix("torch.")
         lines = [
             f"equivariance error under {self.group.name}, {self.size[0]}x{self.size[1]} pixels, {dtype}",
             " ".join([f"{'output':{width}}", *(f"{label:>9}" for label in labels)]),
         ]
-        for name, row in self.errors.items():
-            lines.append(" ".join([f"{name:{width}}", *(f"{row[g]:9.1e}" for g in self.group.grid_elements)]))
+        for name, row in rows.items():
+            cells = (f"{row[g]:9.1e}" if g in row else f"{'':9}" for g in self.group.grid_elements)
+            lines.append(" ".join([f"{name:{width}}", *cells]).rstrip())
         return "\n".join([*lines, f"worst: {self.worst:.1e}"])
 
 
@@ -53,6 +61,13 @@ def group_of(model: nn.Module) -> Group | None:
         if isinstance(group, Group):
             return group
     return None
+
+
+def level_groups(model: Any) -> list[Group]:
+    """The groups of the levels that ``model`` gives; empty where it has one group throughout."""
+    info = getattr(model, "feature_info", None)
+    levels = [info.info[i] for i in info.out_indices] if isinstance(info, FeatureInfo) else info or ()
+    return [level["group"] for level in levels if "group" in level]
 
 
 def equivariance_error(f: Callable[[Tensor], Tensor], x: Tensor, act_in: Callable, act_out: Callable) -> float:
@@ -89,15 +104,16 @@ def check(
         model: a classifier (B, C, H, W) -> (B, classes), or of each pixel -> (B, classes, H, W); with timm's
             ``forward_intermediates`` its stages are measured too. Or a ``features_only`` model.
         size: height and width of the image in pixels; one number for a square.
-        group: which group; by default the model's own.
+        group: which group; by default the model's own, or of several stages the first.
         dtype: float64 tells a broken symmetry from rounding; float32 is what runs in use.
         seed: of the random image.
 
     Raises:
         ValueError: the model has no group of its own and none is given.
     """
-    own_group = group_of(model)
-    group = group or own_group
+    own_group, asked = group_of(model), group
+    chain: Any = next((module.chain for module in model.modules() if hasattr(module, "chain")), (own_group,))
+    group = asked or chain[0]
     if group is None:
         raise ValueError(
             f"{type(model).__name__} is a plain network, so say which group to check: group=gzoo.groups.get('p4m')"
@@ -111,15 +127,25 @@ def check(
     with _group_layers(model) as ran:
         expected = _outputs(model, x)
     pooled = not ran or isinstance(ran[-1], GroupPool)
+    levels = dict(zip(expected, level_groups(model), strict=False))
     errors: dict[str, dict[int, float]] = {name: {} for name in expected}
+    given_up: dict[int, float] = {}
     for g in group.grid_elements:
         for name, value in _outputs(model, group.transform_image(x, g)).items():
-            moved = expected[name]
-            if moved.ndim == 4:
-                like_image = own_group is None or (pooled and name == "logits")
-                moved = (group.transform_image if like_image else group.transform_features)(moved, g)
-            errors[name][g] = relative_error(value, moved)
-    return Report(group, (height, width), dtype, errors)
+            moved, law = expected[name], levels.get(name, own_group) or group
+            own_g, row = law.element(g, group), errors[name]
+            if own_g is None and asked is not None:  # held to what was asked for
+                law, own_g = group, g
+            if own_g is None:
+                row = given_up
+            if moved.ndim == 4 and (own_group is None or (pooled and name == "logits")):
+                moved = group.transform_image(moved, g)
+            elif moved.ndim == 4:
+                if own_g is None:  # no law of fibres
+                    continue
+                moved = law.transform_features(moved, own_g)
+            row[g] = relative_error(value, moved)
+    return Report(group, (height, width), dtype, errors, given_up)
 
 
 def in_channels(model: nn.Module) -> int:
@@ -197,7 +223,12 @@ def _recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 @torch.no_grad()
 def first_broken_layer(
-    model: nn.Module, x: Tensor, group: Group, tolerance: float = 1e-8, elements: Iterable[int] | None = None
+    model: nn.Module,
+    x: Tensor,
+    group: Group,
+    tolerance: float = 1e-8,
+    elements: Iterable[int] | None = None,
+    stage: tuple[nn.Module | None, nn.Module | None] = (None, None),
 ) -> str | None:
     """The name of the first leaf module whose output does not transform with x; None if all do.
 
@@ -211,11 +242,15 @@ def first_broken_layer(
         group: which group.
         tolerance: the largest error that is rounding.
         elements: which elements; by default all that are exact on the grid.
+        stage: the leaves that run first and next after the ones looked at; None for all from the start, or to the end.
     """
     expected = _recorded_outputs(model, x)
+    ran, paths = list(expected), {module: name for name, module in model.named_modules()}
+    first, end = (None if leaf is None else ran.index(paths[leaf]) for leaf in stage)
     for g in group.grid_elements if elements is None else elements:
-        for name, value in _recorded_outputs(model, group.transform_image(x, g)).items():
-            if min(relative_error(value, moved) for moved in _possible(group, expected[name], g)) > tolerance:
+        outputs = _recorded_outputs(model, group.transform_image(x, g))
+        for name in ran[first:end]:
+            if min(relative_error(outputs[name], moved) for moved in _possible(group, expected[name], g)) > tolerance:
                 return name
     return None
 

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from gzoo.bases import BasisName
 from gzoo.check import first_broken_layer, group_of
 from gzoo.equivariant import make_equivariant
 from gzoo.groups import Group
+from gzoo.nn import Restriction
 from gzoo.nn.linear import Pooling
 from gzoo.plan import Match, Plan, example, plan
 from gzoo.rules import ON_IMAGE, RULES, WHOLE, Recipe, rule
@@ -46,7 +48,11 @@ def convert(
     Args:
         model: a plain network (B, C, H, W) -> logits, for the image or for each pixel: a timm model or any
             ``nn.Module`` of known layers.
-        group: a name that `gzoo.groups.get` knows, or a group.
+        group: a name that `gzoo.groups.get` knows, or a group. Or the groups of the stages, "d8:d4:d1", each a subgroup
+            of the one before: one for each stage, the last one for all that follow. Stages are the levels of timm's
+            ``feature_info`` without the stem; the map behind one is read as fields of the next group
+            (`gzoo.nn.Restriction`), so that small structures keep a symmetry that the whole image does not have
+            (Weiler & Cesa 2019, arXiv:1911.08251, section 2.7).
         match: what to keep of the plain network: its "params" (C / sqrt|G| fields for C channels), its "flops" (C / |G|
             fields, the cost of the plain network), or its "width" (C fields, C * |G| channels). None is what
             ``weights`` need: "params" for fresh ones, "width" for "transfer", "flops" for "project".
@@ -77,8 +83,8 @@ def convert(
             `gzoo.transfer` has the formulas.
 
     Returns:
-        The network; ``model.group`` is its group. Feature maps are (B, fields * |G|, H, W). Logits of an image are
-        invariant; a map of logits is trivial fields, which move with the image.
+        The network; ``model.group`` is its group, the last one of several. Feature maps are (B, fields * |G|, H, W).
+        Logits of an image are invariant; a map of logits is trivial fields, which move with the image.
 
     Raises:
         ValueError: a module has no equivariant counterpart here, or cannot take over its ``weights``, or the result is
@@ -105,21 +111,22 @@ def convert_in_place(
 
     ``scale`` is the number of fields for each plain channel, in place of the one that ``match`` leads to.
     """
-    group = groups.get(group) if isinstance(group, str) else group
+    chain = groups.chain(group) if isinstance(group, str) else (group,)
     if group_of(model) is not None:
         raise ValueError(f"{type(model).__name__} is equivariant already; convert the plain network")
     if weights is not None:
-        _require_agreement(weights, group, match, widths, group_pool, basis)
-    planned = plan(model, group, match or _MATCH[weights], widths, scale, basis, classifier, fit=weights is None)
+        _require_agreement(weights, chain, match, widths, group_pool, basis)
+    planned = plan(model, chain, match or _MATCH[weights], widths, scale, basis, classifier, fit=weights is None)
     recipe = Recipe(planned, group_pool, per_element=weights == "transfer")
     plain = model if weights is None else copy.deepcopy(model)
     counts = _channel_counts(model, recipe.plan)
     converted = _walk(model, recipe, {})
     counts()
     if weights is not None:
-        fill(converted, plain, group, weights)
-    make_equivariant(converted, group, group_pool)
-    _rename(converted, group)
+        fill(converted, plain, chain[0], weights)
+    make_equivariant(converted, chain, group_pool)
+    _restrict(converted, planned)
+    _rename(converted, chain)
     return converted
 
 
@@ -128,7 +135,7 @@ _MATCH: dict[Weights | None, Match] = {None: "params", "transfer": "width", "pro
 
 def _require_agreement(
     weights: Weights,
-    group: Group,
+    chain: tuple[Group, ...],
     match: Match | None,
     widths: Mapping[int, int] | None,
     group_pool: Pooling,
@@ -146,6 +153,12 @@ def _require_agreement(
         raise ValueError(
             f"weights={weights!r} needs group_pool='mean': the plain classifier is linear, the maximum not"
         )
+    if len(chain) > 1:
+        raise ValueError(
+            f"weights={weights!r} fills one group through all stages, and {groups.spell(chain)} are several; give one, "
+            "or leave weights out for fresh ones"
+        )
+    group = chain[0]
     if weights == "transfer" and (basis == "steerable" or not group.on_grid):
         raise ValueError(
             f"steerable kernels of {group.name} are turned between the pixels, where a plain one does not say how it "
@@ -180,17 +193,14 @@ def _walk(module: nn.Module, recipe: Recipe, done: dict[nn.Module, nn.Module]) -
 def _update_sizes(module: nn.Module, pieces: list[tuple[int, Segments]], plan: Plan) -> None:
     """Brings the numbers of channels by which a module's forward splits a map up to date, wherever it keeps them."""
 
-    def channels(segments: Segments) -> int:
-        return plan.fields(segments) * plan.group.order
-
     sizes = [size for size, _ in pieces]
     for name, value in vars(module).items():
         if type(value) is int and value in sizes:
-            setattr(module, name, channels(pieces[sizes.index(value)][1]))
+            setattr(module, name, plan.channels(pieces[sizes.index(value)][1]))
         elif isinstance(value, list | tuple) and value and all(type(size) is int for size in value):
             starts = [i for i in range(len(sizes)) if sizes[i : i + len(value)] == list(value)]
             if starts:
-                found = [channels(segments) for _, segments in pieces[starts[0] : starts[0] + len(value)]]
+                found = [plan.channels(segments) for _, segments in pieces[starts[0] : starts[0] + len(value)]]
                 setattr(module, name, type(value)(found))
 
 
@@ -213,7 +223,7 @@ def _unknown(path: str, module: nn.Module, own: list[str] | None = None) -> str:
 
 def _channel_counts(model: Any, plan: Plan) -> Callable[[], None]:
     """Finds the channel counts that timm's code reads back from its models; the result brings them up to date."""
-    order, seen = plan.group.order, plan.trace
+    order, seen = plan.groups[-1].order, plan.trace
     totals = {sum(part.size for part in flat(segments)): segments for segments in seen.outputs.values()}
     for classifier in plan.classifiers & seen.inputs.keys():  # of all maps that are as wide, the one that is meant
         last = seen.inputs[classifier]
@@ -223,30 +233,51 @@ def _channel_counts(model: Any, plan: Plan) -> Callable[[], None]:
         for name in ("num_features", "in_features"):
             value = getattr(module, name, None)
             if isinstance(value, int) and not isinstance(module, nn.Linear):
-                todo.append((partial(setattr, module, name), totals.get(value), order))
+                todo.append((partial(setattr, module, name), totals.get(value), 1))
     if isinstance(getattr(model, "head_hidden_size", None), int):  # what forward_head gives before the classifier
-        todo.append((partial(setattr, model, "head_hidden_size"), totals.get(model.head_hidden_size), 1))
+        todo.append((partial(setattr, model, "head_hidden_size"), totals.get(model.head_hidden_size), order))
     info = getattr(model, "feature_info", None)
     for level in getattr(info, "info", info) or ():
         segments = seen.outputs.get(level.get("module"))
         if segments is None or sum(part.size for part in flat(segments)) != level["num_chs"]:
             segments = totals.get(level["num_chs"])
-        todo.append((partial(level.__setitem__, "num_chs"), segments, order))
+        todo.append((partial(level.__setitem__, "num_chs"), segments, 1))
 
     def update() -> None:
-        for change, segments, channels in todo:
+        for change, segments, share in todo:
             if segments is not None:
-                change(plan.fields(segments) * channels)
+                change(plan.channels(segments) // share)
 
     return update
 
 
-def _rename(model: Any, group: Group) -> None:
+def _restrict(model: nn.Module, plan: Plan) -> None:
+    """Puts a `Restriction` behind each stage that the group changes after, and says in feature_info what levels are."""
+    for path, (group, subgroup) in zip(plan.stages, pairwise(plan.groups), strict=True):
+        if group == subgroup:
+            continue
+        end, last = path, model.get_submodule(path)
+        while not isinstance(last, nn.Sequential) and len(last._modules):
+            name = next(reversed(last._modules))
+            end, last = f"{end}.{name}", last.get_submodule(name)
+        if not isinstance(last, nn.Sequential):
+            raise ValueError(
+                f"{path} does not end in an nn.Sequential, so no restriction can follow it. Give one group, or a "
+                "network that has its blocks in nn.Sequential, as timm's ResNet, ConvNeXt and EfficientNet do"
+            )
+        last.append(Restriction(group, subgroup))
+    info = getattr(model, "feature_info", None)
+    for level in (getattr(info, "info", info) or ()) if plan.stages else ():
+        path = level["module"]
+        level["group"] = plan.groups[plan.stages.index(path) + 1] if path in plan.stages else plan.group_at(path)
+
+
+def _rename(model: Any, chain: tuple[Group, ...]) -> None:
     """Names the network in timm's config after its group, and drops where the plain weights came from."""
     config = getattr(model, "pretrained_cfg", None)
     if config:
         config = filter_pretrained_cfg(config, remove_source=True) | {"tag": None}
-        config["architecture"] = f"{group.name}_{config.get('architecture')}"
+        config["architecture"] = f"{groups.spell(chain).replace(':', '')}_{config.get('architecture')}"
         model.pretrained_cfg = model.default_cfg = config
 
 
@@ -261,16 +292,23 @@ def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
     group = group_of(model)
     assert group is not None
     probe, x = randomized(model)
-    _check_poses(probe, x, group, tolerance, group.grid_elements)
+    restrictions = [module for module in probe.modules() if isinstance(module, Restriction)]
+    stages = [
+        (group if after is None else after.before, (before, after))
+        for before, after in pairwise((None, *restrictions, None))
+    ]
+    for own, stage in stages:
+        _check_poses(probe, x, own, tolerance, own.grid_elements, stage)
     odd = x[..., 1:, 1:] if x.shape[-1] % 2 == 0 else x
     try:
         calibrate(probe, odd)
     except (RuntimeError, ValueError):  # a network for one size of image
         return
     # All elements were tried at the even size; here the first turn and the reflection do, which make all the others.
-    turns = [g for g in group.grid_elements if 0 < g < group.rotations]
-    reflections = [g for g in group.grid_elements if g == group.rotations]
-    _check_poses(probe, odd, group, tolerance, (*turns[:1], *reflections))
+    for own, stage in stages:
+        turns = [g for g in own.grid_elements if 0 < g < own.rotations]
+        reflections = [g for g in own.grid_elements if g == own.rotations]
+        _check_poses(probe, odd, own, tolerance, (*turns[:1], *reflections), stage)
 
 
 @torch.no_grad()
@@ -344,9 +382,16 @@ def _path_in_errors(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _check_poses(probe: nn.Module, x: Tensor, group: Group, tolerance: float, elements: tuple[int, ...]) -> None:
+def _check_poses(
+    probe: nn.Module,
+    x: Tensor,
+    group: Group,
+    tolerance: float,
+    elements: tuple[int, ...],
+    stage: tuple[nn.Module | None, nn.Module | None],
+) -> None:
     at_size = f"under {group.name} at {x.shape[-2]}x{x.shape[-1]} pixels"
-    broken = first_broken_layer(probe, x, group, tolerance, elements)
+    broken = first_broken_layer(probe, x, group, tolerance, elements, stage)
     if broken:
         module = probe.get_submodule(broken)
         raise ValueError(

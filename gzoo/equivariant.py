@@ -6,11 +6,13 @@ here in front of it.
 
 from collections.abc import Collection, Mapping
 from functools import cache
+from itertools import chain as flatten
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gzoo import groups
 from gzoo.groups import Group
 from gzoo.nn import GroupPool, InvariantConv2d, InvariantLinear
 from gzoo.nn.expand import ExpandedLayer
@@ -22,29 +24,30 @@ _BASES = ("pixel", "steerable")
 _SIGNATURE = "group_signature"
 
 
-def make_equivariant(model: nn.Module, group: Group, pool: Pooling) -> None:
+def make_equivariant(model: nn.Module, chain: tuple[Group, ...], pool: Pooling) -> None:
     """Gives ``model``, in place, the class that its plain class and `Equivariant` make.
 
     Args:
         model: a network whose layers are converted already.
-        group: its group.
+        chain: the groups of its stages, mostly one; the last is that of the network.
         pool: how its head pools a fibre.
     """
-    sign(model, group)
+    sign(model, chain)
     model.__class__ = _equivariant_class(type(model))  # type: ignore[arg-type]  # mypy: a class is hashable
     assert isinstance(model, Equivariant)
-    model.group = group
-    object.__setattr__(model, "group_pool", GroupPool(group.order, pool))  # no child: an nn.Sequential runs those
+    model.group, model.chain = chain[-1], chain
+    object.__setattr__(model, "group_pool", GroupPool(model.group.order, pool))  # no child: an nn.Sequential runs those
 
 
-def sign(model: nn.Module, group: Group) -> None:
-    """Writes into the state_dict of ``model`` what it belongs to: N, reflections, basis.
+def sign(model: nn.Module, chain: tuple[Group, ...]) -> None:
+    """Writes into the state_dict of ``model`` what it belongs to: N, reflections, basis; N, reflections of more stages.
 
     A checkpoint of another group can have tensors of the same shapes (p4 and d2).
     """
     steerable = any(isinstance(layer, ExpandedLayer) and layer.samples is not None for layer in model.modules())
-    basis = _BASES.index("steerable" if steerable or not group.on_grid else "pixel")
-    model.register_buffer(_SIGNATURE, torch.tensor([group.rotations, int(group.reflections), basis]))
+    basis = _BASES.index("steerable" if steerable or not all(group.on_grid for group in chain) else "pixel")
+    (rotations, reflections), *others = ((group.rotations, int(group.reflections)) for group in chain)
+    model.register_buffer(_SIGNATURE, torch.tensor([rotations, reflections, basis, *flatten.from_iterable(others)]))
 
 
 class Equivariant(nn.Module):
@@ -52,12 +55,13 @@ class Equivariant(nn.Module):
 
     plain_class: type[nn.Module]
     group: Group
+    chain: tuple[Group, ...]
     group_pool: GroupPool
 
     @property
     def group_name(self) -> str:
-        """The canonical name of the group."""
-        return self.group.name
+        """The canonical name of the group, or of those of the stages: "d8:d4:d1"."""
+        return groups.spell(self.chain)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As ``nn.Module.load_state_dict``, but refuses what belongs to another group, basis or architecture.
@@ -139,11 +143,12 @@ def require_same_group(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
 def _kind(signature: list[int] | None) -> str:
     if signature is None:
         return "a plain network (or one of another library: it names no group)"
-    if len(signature) != 3:
+    if len(signature) % 2 == 0:
         return "a network of a newer gzoo"
-    rotations, reflections, basis = signature
+    basis = signature.pop(2)
+    chain = tuple(Group(n, bool(reflections)) for n, reflections in zip(signature[::2], signature[1::2], strict=True))
     kernels = f"the {_BASES[basis]} basis" if 0 <= basis < len(_BASES) else f"basis {basis}, of a newer gzoo"
-    return f"a {Group(rotations, bool(reflections)).name} network in {kernels}"
+    return f"a {groups.spell(chain)} network in {kernels}"
 
 
 def require_same_keys(

@@ -9,7 +9,7 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from gzoo import _escnn
-from gzoo.check import group_of
+from gzoo.check import group_of, level_groups
 from gzoo.groups import Group
 
 if TYPE_CHECKING:
@@ -101,7 +101,9 @@ def field_types(model: nn.Module) -> list["FieldType"]:
         raise ValueError(f"{type(model).__name__} is a plain network, so its features have no type; see gzoo.convert")
     if not isinstance(info, FeatureInfo):
         raise ValueError(f"{type(model).__name__} gives no pyramid of features; create it with features_only=True")
-    return [group.field_type(channels // group.order) for channels in info.channels()]
+    channels = info.channels()
+    laws = level_groups(model) or len(channels) * [group]
+    return [law.field_type(size // law.order) for law, size in zip(laws, channels, strict=True)]
 
 
 def geometric(model: nn.Module, x: Tensor) -> list["GeometricTensor"]:

@@ -8,6 +8,7 @@ degrees. The tests compare order, products and action with escnn's.
 import re
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -115,6 +116,31 @@ class Group:
         y = x.unflatten(1, (-1, self.order)).index_select(2, source).flatten(1, 2)
         return self.transform_image(y, g) if x.ndim > 2 else y
 
+    def element(self, g: int, other: "Group") -> int | None:
+        """Element g of another group as one of this group, with the same mirror axis; None if it is not in it."""
+        turn, between = divmod(g % other.rotations * self.rotations, other.rotations)
+        if between or (g >= other.rotations and not self.reflections):
+            return None
+        return turn + self.rotations * (g >= other.rotations)
+
+    def restriction(self, subgroup: "Group") -> list[int]:
+        """The order of a fibre in which it is regular fields of ``subgroup``: one for each right coset Hx, hx at h.
+
+        Raises:
+            ValueError: it is no subgroup.
+        """
+        elements = [g for h in range(subgroup.order) if (g := self.element(h, subgroup)) is not None]
+        if len(elements) < subgroup.order:
+            raise ValueError(
+                f"{subgroup.name} is no subgroup of {self.name}: a network can lose symmetry on the way, from N "
+                "rotations to a divisor of N, from dN to cN, but not win it"
+            )
+        order: list[int] = []
+        for x in range(self.order):
+            if x not in order:
+                order += [self.multiply(g, x) for g in elements]
+        return order
+
     def require_element(self, g: int) -> None:
         if not 0 <= g < self.order:
             raise ValueError(f"{g} is no element of {self.name}; its elements are 0 to {self.order - 1}")
@@ -151,3 +177,22 @@ def get(name: str) -> Group:
     if match is None:
         raise ValueError(f"unknown group {name!r}; accepted are {_GRAMMAR}")
     return Group(int(match[2]), match[1] == "d")
+
+
+def chain(name: str) -> tuple[Group, ...]:
+    """The groups of the stages of a network: one, or several as in "d8:d4:d1".
+
+    Raises:
+        ValueError: there is no such group, or one is no subgroup of the one before it.
+    """
+    found = tuple(map(get, name.split(":")))
+    for larger, smaller in pairwise(found):
+        larger.restriction(smaller)
+    return found
+
+
+def spell(chain: tuple[Group, ...]) -> str:
+    """The name of the groups of the stages, as `chain` takes it: "p4m", or "d8:d4:d1"."""
+    if len(chain) == 1:
+        return chain[0].name
+    return ":".join(f"{'d' if group.reflections else 'c'}{group.rotations}" for group in chain)

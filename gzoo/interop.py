@@ -25,6 +25,7 @@ from gzoo.nn import (
     GroupConv2d,
     GroupPool,
     LiftingConv2d,
+    Restriction,
     SymmetricBlur2d,
     SymmetricPool2d,
     keep_original_strides,
@@ -111,11 +112,16 @@ def to_escnn(model: nn.Module) -> nn.Module:
         process, as escnn does itself; for other dtypes every layer has its own.
 
     Raises:
-        ValueError: ``model`` is not equivariant; or an ``R2Conv`` does not hold a filter.
+        ValueError: ``model`` is not equivariant, or changes its group between stages; or an ``R2Conv`` does not hold
+            a filter.
     """
     group = group_of(model)
     if group is None:
         raise ValueError(f"{type(model).__name__} is not equivariant; convert it with gzoo.convert first")
+    if any(isinstance(module, Restriction) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} changes its group between stages; to_escnn takes networks of one group"
+        )
     model = copy.deepcopy(model)
     types = _types_of_pooled_maps(model, group)
 
@@ -304,7 +310,7 @@ def from_escnn(model: nn.Module, basis: BasisName | None = None, strides: Stride
     if strides == "original":
         keep_original_strides(new)
     if isinstance(new, Equivariant):
-        sign(new, new.group)  # the basis may be another
+        sign(new, new.chain)  # the basis may be another
     return new
 
 

@@ -7,8 +7,10 @@ network's number by more than 10% (lifting layers, classifiers and rounding foll
 
 import difflib
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import timm
@@ -53,17 +55,19 @@ class Plan:
     """The widths of an equivariant network. Make one with `plan`.
 
     Attributes:
-        group: the group.
+        groups: of the network's stages, each a subgroup of the one before; the last one is that of all that follow.
+        match: what of the plain network to keep.
         trace: what a run of the plain network showed.
         classifiers: paths of the layers that make logits, which stay as many as they are.
         widths: plain channels -> fields, where they are given.
         basis: of the kernels, as `gzoo.nn.GroupConv2d` takes it.
-        scale: fields for each plain channel.
+        scale: fields for each plain channel in the first stage; in the others as ``match`` has it for their group.
         fit: whether widths may give way, to keep what the match says of the whole network.
     """
 
     model: nn.Module
-    group: Group
+    groups: tuple[Group, ...]
+    match: Match
     trace: Trace
     classifiers: frozenset[str]
     widths: Mapping[int, int]
@@ -72,19 +76,68 @@ class Plan:
     fit: bool = True
     _known: dict[Segment, int] = field(default_factory=dict)
 
-    def fields(self, segments: Segments) -> int:
-        """Regular fields in place of some plain channels; of the image's channels, their own number."""
-        return sum(self._segment_fields(segment) for segment in flat(segments))
+    @cached_property
+    def stages(self) -> list[str]:
+        """Paths of the modules behind each of which the group may become smaller."""
+        if len(self.groups) == 1:
+            return []
 
-    def _segment_fields(self, segment: Segment) -> int:
+        def has_parameters(path: str) -> bool:
+            return any(True for _ in self.model.get_submodule(path).parameters())
+
+        info = getattr(self.model, "feature_info", None)
+        paths = [level["module"] for level in getattr(info, "info", info) or ()]
+        stages = [path for path in paths if "stem" not in path and has_parameters(path)]
+        if len(stages) < len(self.groups):
+            raise ValueError(
+                f"{groups.spell(self.groups)} names {len(self.groups)} groups, but {type(self.model).__name__} has "
+                f"{len(stages)} stages ({', '.join(stages) or 'timm calls them feature_info'}). Name at most one for "
+                "each; the last one holds for all that follow"
+            )
+        return stages[: len(self.groups) - 1]
+
+    def group_at(self, path: str) -> Group:
+        """The group of the module called ``path``: of the stage it is in, or of the one that runs next."""
+        return self.groups[bisect_left(self._ends, self._ran(path)[0])] if self.stages else self.groups[0]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return [self._ran(path)[-1] for path in self.stages]
+
+    def _ran(self, path: str) -> list[int]:
+        """When the leaves in the module called ``path`` ran first."""
+        order = self.trace.order
+        return [i for i, name in enumerate(order) if name == path or name.startswith(f"{path}.")] or [0]
+
+    @cached_property
+    def _homes(self) -> dict[Segment, Group]:
+        """The group of the layer that makes a segment; behind a restriction it stands for fields of a subgroup."""
+        homes: dict[Segment, Group] = {}
+        for name in self.trace.order:
+            for segment in flat(self.trace.outputs.get(name, ())):
+                homes.setdefault(segment, self.group_at(name))
+        return homes
+
+    def channels(self, segments: Segments) -> int:
+        """Channels in place of some plain ones; of the image's, their own number."""
+        return sum(self._segment_channels(segment) for segment in flat(segments))
+
+    def fields(self, segments: Segments, path: str) -> int:
+        """The regular fields that `channels` are at the module called ``path``; of the image's, their own number."""
+        order = self.group_at(path).order
+        return sum(self._segment_channels(part) // (1 if part.image else order) for part in flat(segments))
+
+    def _segment_channels(self, segment: Segment) -> int:
         if segment.image:
             return segment.size
+        home = self._homes.get(segment, self.groups[-1])
         if segment not in self._known:
-            self._known[segment] = self.widths.get(segment.size) or self._near(segment)
-        return self._known[segment]
+            self._known[segment] = self.widths.get(segment.size) or self._near(segment, home)
+        return self._known[segment] * home.order
 
-    def _near(self, segment: Segment) -> int:
-        wanted = segment.size * self.scale
+    def _near(self, segment: Segment, home: Group) -> int:
+        law = SCALE[self.match]
+        wanted = segment.size * self.scale * law(home.order) / law(self.groups[0].order)
         if not self.fit:
             self._require_whole(segment.size)
             return round(wanted)
@@ -107,7 +160,7 @@ class Plan:
         )
 
     def _require_whole(self, channels: int) -> None:
-        share, order = round(1 / self.scale), self.group.order
+        share, order = round(1 / self.scale), self.groups[0].order
         if channels % share:
             low = channels - channels % share
             raise ValueError(
@@ -132,7 +185,7 @@ class Plan:
     def _row(self, name: str, module: Any, own: int) -> Row:
         inputs, outputs = flat(self.trace.inputs[name]), flat(self.trace.outputs[name])
         plain_in, plain_out = (sum(segment.size for segment in segments) for segments in (inputs, outputs))
-        fields_in, fields_out = self.fields(inputs), self.fields(outputs)
+        fields_in, fields_out = self.fields(inputs, name), self.fields(outputs, name)
         if name in self.classifiers and set(getattr(module, "kernel_size", (1,))) == {1}:  # on pooled fibres
             weights = module.weight.numel() / plain_in
             pixels = self.trace.pixels[name]
@@ -147,14 +200,15 @@ class Plan:
             )
         if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             return Row(name, plain_out, own, 0, fields_out, own / plain_in * fields_in, 0)
-        pixels, order = self.trace.pixels[name], self.group.order
+        group, pixels = self.group_at(name), self.trace.pixels[name]
+        order = group.order
         lifts = any(segment.image for segment in inputs)
         if isinstance(module, nn.Linear):
             taps, free, groups = 1, 1 if lifts else order, 1
         else:
             taps = max(module.kernel_size) ** 2
             groups = self.groups_of(module, fields_in, fields_out)
-            free = _free_numbers(self.group, module.kernel_size, lifts, self.basis)
+            free = _free_numbers(group, module.kernel_size, lifts, self.basis)
         kernels = fields_out * fields_in / groups
         bias = fields_out if module.bias is not None else 0
         macs = kernels * order * (1 if lifts else order) * taps * pixels
@@ -164,7 +218,7 @@ class Plan:
         """All layers together."""
         return _sum("total", list(self.layers()))
 
-    def stages(self) -> list[Row]:
+    def rows(self) -> list[Row]:
         """The layers together by stage: by the first part of their path, by two where the first is a list."""
         rows: dict[str, list[Row]] = {}
         for row in self.layers():
@@ -200,7 +254,7 @@ def nearest_divisor(n: int, wanted: int) -> int:
 
 def plan(
     model: nn.Module,
-    group: Group,
+    chain: tuple[Group, ...],
     match: Match = "params",
     widths: Mapping[int, int] | None = None,
     scale: float | None = None,
@@ -212,7 +266,7 @@ def plan(
 
     Args:
         model: a plain network (B, C, H, W) -> logits; stays as it is.
-        group: the group.
+        chain: the groups of the network's stages, mostly one; see `gzoo.groups.chain`.
         match: what to keep of the plain network: its "params", its "flops" (multiply-adds), or its "width".
         widths: plain channels -> fields, where they differ from ``match``.
         scale: fields for each plain channel, in place of the one that ``match`` leads to.
@@ -222,7 +276,8 @@ def plan(
             each width, and where C / |G| is no whole number, `Plan.fields` is an error.
 
     Raises:
-        ValueError: the network has no convolution or does not run; ``match`` or ``classifier`` is unknown.
+        ValueError: the network has no convolution, does not run, or has fewer stages than groups; ``match`` or
+            ``classifier`` is unknown.
     """
     if match not in SCALE:
         raise ValueError(f"match is {match!r}; accepted are {', '.join(map(repr, SCALE))}")
@@ -235,7 +290,7 @@ def plan(
         )
     seen = trace(model, example(model))
     found = _classifiers(model, seen) if classifier is None else frozenset([classifier] if classifier else [])
-    made = Plan(model, group, seen, found, widths or {}, basis, scale or SCALE[match](group.order), fit)
+    made = Plan(model, chain, match, seen, found, widths or {}, basis, scale or SCALE[match](chain[0].order), fit)
     if fit and match != "width" and scale is None:
         _fit(made, match)
     return made
@@ -277,17 +332,18 @@ def comparison(name: str, group: str, basis: BasisName | None = None) -> str:
         raise ValueError(f"timm has no model {name!r}; near it are: {near}")
     with torch.device("meta"):
         model = timm.create_model(name)
-    acts = groups.get(group)
-    plans = {match: plan(model, acts, match, basis=basis) for match in SCALE}
+    chain = groups.chain(group)
+    plans = {match: plan(model, chain, match, basis=basis) for match in SCALE}
     weighted = [name for name in plans["width"].trace.lost if any(True for _ in model.get_submodule(name).parameters())]
     if weighted:
         raise ValueError(f"{name} does not convert. {weighted[0]}: {plans['width'].why_lost(weighted[0])}")
     columns = [f"{'channels':>8} {'params':>8} {'macs':>8}", *(3 * [f"{'fields':>8} {'params':>8} {'macs':>8}"])]
     shape = "x".join(map(str, example(model).shape[2:]))
-    rows = {match: [*made.stages(), made.total()] for match, made in plans.items()}
+    rows = {match: [*made.rows(), made.total()] for match, made in plans.items()}
     width = max(len(row.name) for row in rows["params"])
+    orders = ":".join(str(each.order) for each in chain)
     lines = [
-        f"{name} over {acts.name}, |G| = {acts.order}; multiply-adds of one image of {shape} pixels",
+        f"{name} over {groups.spell(chain)}, |G| = {orders}; multiply-adds of one image of {shape} pixels",
         " | ".join([" " * width, f"{'plain':26}", *(f"{f'match={match}':26}" for match in rows)]),
         " | ".join(["stage".ljust(width), *columns]),
     ]

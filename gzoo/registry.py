@@ -112,13 +112,20 @@ _BACKBONES = {backbone.name: backbone for backbone in (*_OWN, *map(_timm, _TIMM)
 
 GROUPS = ("p4", "p4m", "c8", "d8")
 
+# Networks that give up symmetry from stage to stage: the first is of Weiler & Cesa 2019, table 5.
+_RESTRICTED = {
+    "d8:d4:d1": ("wrn16_8", "wrn28_10", "resnet20", "resnet44"),
+    "d4:c4:c1": ("resnet20", "resnet18"),
+    "d16:c16": ("cnn7",),
+}
+
 
 @dataclass(frozen=True)
 class Entry:
     """A model of the zoo.
 
     Attributes:
-        group: a group's name; None for the plain network, the baseline of the others.
+        group: a group's name, or those of the stages, "d8:d4:d1"; None for the plain network, the baseline of the rest.
         backbone: a key of the backbones above, and the name of the plain twin.
         widths: plain channels -> fields, where a paper's differ from C / sqrt|G|.
         group_pool: how the classifier pools a fibre.
@@ -134,15 +141,15 @@ class Entry:
     paper: str = ""
 
     def __post_init__(self) -> None:
-        if self.group is not None and groups.get(self.group).name != self.group:
-            raise ValueError(f"{self.group} is spelled {groups.get(self.group).name} in names")
+        if self.group is not None and groups.spell(groups.chain(self.group)) != self.group:
+            raise ValueError(f"{self.group} is spelled {groups.spell(groups.chain(self.group))} in names")
         if self.backbone not in _BACKBONES:
             raise ValueError(f"unknown backbone {self.backbone!r}; known are {', '.join(_BACKBONES)}")
 
     @property
     def name(self) -> str:
         """timm's name of the model."""
-        return f"{self.group}_{self.backbone}" if self.group else self.backbone
+        return f"{self.group.replace(':', '')}_{self.backbone}" if self.group else self.backbone
 
     def build(self, **kwargs: Any) -> nn.Module:
         """The network with random weights."""
@@ -160,7 +167,7 @@ def _scale(entry: Entry) -> float:
     assert entry.group is not None
     with torch.device("meta"):
         published = _BACKBONES[entry.backbone].plain()
-    return plan(published, groups.get(entry.group), widths=entry.widths).scale
+    return plan(published, groups.chain(entry.group), widths=entry.widths).scale
 
 
 _COHEN_WELLING = "arXiv:1602.07576"
@@ -193,6 +200,7 @@ def _described(group: str | None, backbone: str) -> Entry:
 ENTRIES = (
     *(_described(None, backbone.name) for backbone in _OWN),
     *(_described(group, backbone) for group in GROUPS for backbone in _BACKBONES),
+    *(_described(chain, backbone) for chain, names in _RESTRICTED.items() for backbone in names),
 )
 
 

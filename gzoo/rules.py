@@ -62,18 +62,18 @@ class Recipe:
 
     @property
     def group(self) -> Group:
-        """The group."""
-        return self.plan.group
+        """The group of the stage that the module is in."""
+        return self.plan.group_at(self.path)
 
     @property
     def in_fields(self) -> int:
         """Regular fields that the module is given."""
-        return self.plan.fields(self._seen(self.plan.trace.inputs))
+        return self.plan.fields(self._seen(self.plan.trace.inputs), self.path)
 
     @property
     def out_fields(self) -> int:
         """Regular fields that the module gives."""
-        return self.plan.fields(self._seen(self.plan.trace.outputs))
+        return self.plan.fields(self._seen(self.plan.trace.outputs), self.path)
 
     @property
     def lifts(self) -> bool:

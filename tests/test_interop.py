@@ -189,7 +189,7 @@ def test_a_plain_network_is_refused():
 
 def test_the_signature_follows_the_basis():
     model = nn.Sequential(LiftingConv2d(groups.get("p4"), 1, 2, 3, basis="steerable"))
-    make_equivariant(model, groups.get("p4"), "mean")
+    make_equivariant(model, (groups.get("p4"),), "mean")
     assert from_escnn(to_escnn(model), "steerable").state_dict()["group_signature"].tolist() == [4, 0, 1]
     assert from_escnn(to_escnn(model)).state_dict()["group_signature"].tolist() == [4, 0, 0]
 

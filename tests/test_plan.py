@@ -44,7 +44,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "group", "match"), CASES)
 def test_what_is_matched_is_kept_within_ten_percent(name, group, match):
-    total = plan(meta(name), groups.get(group), match).total()
+    total = plan(meta(name), groups.chain(group), match).total()
     ratio = total.params / total.plain_params if match == "params" else total.macs / total.plain_macs
     assert 0.9 <= ratio <= 1.1
 
@@ -56,7 +56,7 @@ def parameters(model):
 @pytest.mark.parametrize("group", ["p4", "d8"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_plan_counts_the_parameters_that_are_built(name, group):
-    total = plan(meta(name), groups.get(group)).total()
+    total = plan(meta(name), groups.chain(group)).total()
     assert total.plain_params == parameters(meta(name))
     assert total.params == pytest.approx(parameters(convert_in_place(timm.create_model(name), group)), rel=1e-6)
 
@@ -65,7 +65,7 @@ def test_the_plan_counts_the_parameters_that_are_built(name, group):
 def test_the_plan_counts_the_multiply_adds_that_are_done(match):
     plain = timm.create_model("ghostnet_050", num_classes=5)
     plain.pretrained_cfg = {"input_size": (3, 33, 33)}
-    total = plan(plain, groups.get("p4"), match).total()
+    total = plan(plain, groups.chain("p4"), match).total()
     model, done = convert_in_place(plain, "p4", match).eval(), 0
 
     def count(module, inputs, output):
@@ -81,9 +81,9 @@ def test_the_plan_counts_the_multiply_adds_that_are_done(match):
 
 
 def test_rows_of_stages_add_up_to_the_total():
-    made = plan(meta("resnext50_32x4d"), groups.get("p4m"))
-    assert sum(row.params for row in made.stages()) == made.total().params
-    assert [row.name for row in made.stages()] == ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"]
+    made = plan(meta("resnext50_32x4d"), groups.chain("p4m"))
+    assert sum(row.params for row in made.rows()) == made.total().params
+    assert [row.name for row in made.rows()] == ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"]
 
 
 def test_a_grouped_convolution_keeps_groups_near_the_plain_ones():
@@ -129,4 +129,4 @@ def test_gzoo_plan_refuses_what_it_does_not_know(arguments, message, capsys):
 
 def test_linear_networks_have_no_plan():
     with pytest.raises(ValueError, match="has no Conv2d"):
-        plan(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), groups.get("p4"))
+        plan(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), groups.chain("p4"))

@@ -10,7 +10,6 @@ import torch
 from timm.models import get_pretrained_cfg
 
 from gzoo import groups, registry
-from gzoo.check import group_of
 from gzoo.registry import ENTRIES, GROUPS, Entry
 from tests.conftest import core_entries
 
@@ -116,7 +115,7 @@ def test_an_entry_knows_its_plain_twin():
 @pytest.mark.parametrize("name", SMALL)
 def test_an_entry_runs_and_reloads(name):
     model = timm.create_model(name, num_classes=3).eval()
-    assert getattr(group_of(model), "name", None) == {entry.name: entry.group for entry in ENTRIES}[name]
+    assert getattr(model, "group_name", None) == {entry.name: entry.group for entry in ENTRIES}[name]
     x = torch.randn(1, *model.pretrained_cfg["input_size"])[..., :32, :32]
     with torch.no_grad():
         y = model(x)

@@ -343,7 +343,7 @@ def test_a_group_with_the_same_shapes_is_refused():
 def test_the_other_kernel_basis_is_refused_by_name(group):
     def network(basis):
         model = nn.Sequential(LiftingConv2d(groups.get(group), 1, 2, 3, basis=basis))
-        make_equivariant(model, groups.get(group), "mean")
+        make_equivariant(model, (groups.get(group),), "mean")
         return model
 
     pixel, steerable = network("pixel"), network("steerable")

@@ -6,6 +6,7 @@ from gzoo.nn.element import PerElement
 from gzoo.nn.linear import GroupLinear, GroupPool, InvariantConv2d, InvariantLinear
 from gzoo.nn.norm import FibreNorm
 from gzoo.nn.resample import SymmetricBlur2d, SymmetricPool2d, keep_original_strides
+from gzoo.nn.restrict import Restriction
 from gzoo.nn.standardize import WeightStandardization
 from gzoo.nn.transposed import GroupConvTranspose2d
 
@@ -20,6 +21,7 @@ __all__ = [
     "InvariantLinear",
     "LiftingConv2d",
     "PerElement",
+    "Restriction",
     "SymmetricBlur2d",
     "SymmetricPool2d",
     "WeightStandardization",
