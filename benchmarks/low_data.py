@@ -1,0 +1,110 @@
+"""Accuracy against the number of training images: equivariant, plain, and plain with rotated copies.
+
+    uv run python benchmarks/low_data.py --data data/rotmnist
+
+Every run follows the recipe of p4_cnn7.rotmnist, shortened, without a validation split: the last weights (a moving
+average) are tested. A run with a share of the images sees each of them the more often, so that all runs take the same
+number of steps. A row a run goes to low_data.csv; a second call makes the rows that are missing, and the plot.
+"""
+
+import argparse
+import csv
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+from timm.models import create_model
+
+from gzoo.data import open_split
+from gzoo.evaluate import evaluate
+from gzoo.train import make_config, read_recipe, train
+
+SHARES = (0.01, 0.05, 0.1, 0.5, 1.0)
+RUNS = {  # title: model, degrees of random rotation
+    "p4_cnn7": ("p4_cnn7", 0.0),
+    "cnn7": ("cnn7", 0.0),
+    "cnn7, rotated copies": ("cnn7", 180.0),
+}
+COLUMNS = ("run", "share", "images", "seed", "epochs", "test_error", "train_seconds")
+HERE = Path(__file__).parent
+
+
+def reduced(source: Path, share: float, seed: int, out: Path) -> int:
+    """Writes ``share`` of each class of the training images, repeated to as many as there were; their own number."""
+    table = datasets.load_dataset("parquet", data_files=str(source / "train.parquet"), split="train")
+    table = table.cast_column("image", datasets.Image(decode=False))
+    labels, rng = np.asarray(table["label"]), np.random.default_rng(seed)
+    chosen: list[int] = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        chosen += members[: round(share * len(members))].tolist()
+    out.mkdir(parents=True, exist_ok=True)
+    repeated = np.resize(rng.permutation(chosen), len(table))
+    table.select(repeated).cast_column("image", datasets.Image()).to_parquet(str(out / "train.parquet"))
+    return len(chosen)
+
+
+def one_run(title: str, share: float, source: Path, seed: int, epochs: int, out: Path) -> dict[str, object]:
+    """Trains and tests; a row of the table."""
+    model, degrees = RUNS[title]
+    folder = out / f"{title.replace(', ', '-').replace(' ', '-')}.{share:g}"
+    data = folder.with_name(f"{folder.name}-data")
+    images = reduced(source, share, seed, data)
+    recipe = read_recipe(str(HERE.parent / "recipes" / "p4_cnn7.rotmnist.yaml"))
+    schedule = recipe["schedule"] | {"warmup_epochs": epochs / 6}
+    changes = {"model": model, "rotate": degrees, "seed": seed, "epochs": epochs, "schedule": schedule}
+    config = make_config(recipe | changes | {"data": str(data), "out": str(folder), "val_fraction": 0})
+    start = time.perf_counter()
+    train(config, resume=(folder / "checkpoint.pt").is_file())
+    seconds = time.perf_counter() - start
+    trained = create_model(f"local-dir:{folder / 'model'}", pretrained=True).eval()
+    tested = evaluate(trained, open_split(str(source), "test"))
+    row = (title, share, images, seed, epochs, round(100 - tested["top1"], 3), round(seconds, 1))
+    return dict(zip(COLUMNS, row, strict=True))
+
+
+def plot(rows: list[dict[str, str]], path: Path) -> None:
+    """Test error over training images, both axes logarithmic."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((6, 4), layout="constrained")
+    axes = figure.add_subplot(
+        xscale="log", yscale="log", xlabel="training images", ylabel="test error, %", title="rotated MNIST"
+    )
+    for title in RUNS:
+        points = sorted((int(row["images"]), float(row["test_error"])) for row in rows if row["run"] == title)
+        axes.plot(*zip(*points, strict=True), marker="o", label=title)
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder that `gzoo data rotmnist` wrote")
+    parser.add_argument("--out", type=Path, default=Path("runs/low_data"), help="folder for the runs")
+    parser.add_argument("--csv", type=Path, default=HERE / "low_data.csv")
+    parser.add_argument("--epochs", type=int, default=15, help="in images of the whole set")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rows: list[dict[str, str]] = []
+    if args.csv.is_file():
+        with args.csv.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    for share in SHARES:
+        for title in RUNS:
+            if any(row["run"] == title and float(row["share"]) == share for row in rows):
+                continue
+            found = one_run(title, share, args.data, args.seed, args.epochs, args.out)
+            rows.append({key: str(value) for key, value in found.items()})
+            with args.csv.open("w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+            print(found, flush=True)
+    plot(rows, args.csv.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
