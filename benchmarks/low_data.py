@@ -23,6 +23,7 @@ from gzoo.train import make_config, read_recipe, train
 SHARES = (0.01, 0.05, 0.1, 0.5, 1.0)
 RUNS = {  # title: model, degrees of random rotation
     "p4_cnn7": ("p4_cnn7", 0.0),
+    "p4_cnn7, rotated copies": ("p4_cnn7", 180.0),
     "cnn7": ("cnn7", 0.0),
     "cnn7, rotated copies": ("cnn7", 180.0),
 }

@@ -1,15 +1,20 @@
 """The symmetric resampling rule: exact at every size, the output size of the plain operation, and no other change."""
 
+import copy
 import itertools
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
+from scipy import ndimage
 from torch import nn
 
 from gzoo import _escnn, groups
+from gzoo.backbones import resnet_cifar
+from gzoo.convert import calibrate, convert_in_place
 from gzoo.nn import LiftingConv2d, SymmetricBlur2d, SymmetricPool2d, keep_original_strides
 from gzoo.nn.resample import Window, resample, square
 from tests.conftest import GRID_GROUPS, random_fields, random_image, worst_error
@@ -137,15 +142,25 @@ def test_the_rule_shrinks_by_less_than_a_stride():
             assert n - window.stride < size <= n
 
 
-@pytest.mark.parametrize("stride", [2, 3, 4])
-def test_a_window_of_one_pixel_gets_the_pixels_that_it_reads(stride):
+def between(size: int, positions: torch.Tensor) -> torch.Tensor:
+    """The matrix of linear interpolation from ``size`` pixels to positions, the border going on."""
+    distance = (positions.clamp(0, size - 1).unsqueeze(1) - torch.arange(size)).abs()
+    return (1 - distance).clamp(min=0)
+
+
+@pytest.mark.parametrize("window", [Window(1, 2, 0), Window(1, 3, 0), Window(1, 4, 0), Window(2, 2, 0, 1, True)])
+def test_windows_stand_in_the_middle_one_stride_apart(window):
     for n in range(5, 20):
         x = random_image(2, (n, n + 3))
-        read, padding, left = resample(x, Window(1, stride, 0))
-        size = [(m - 1) // stride * stride + 1 for m in x.shape[2:]]
-        whole = F.interpolate(x, size, mode="bilinear", align_corners=False)
-        assert torch.allclose(read, whole[..., ::stride, ::stride], atol=1e-14)
-        assert (padding, left) == (0, 1)
+        read, padding, stride = resample(x, window)
+        matrices = []
+        for size in x.shape[2:]:
+            samples = (window.output_size(size) - 1) * window.stride + window.extent
+            step = window.stride if window.extent == 1 else 1
+            positions = (size - 1) / 2 + torch.arange(0, samples, step, dtype=torch.float64) - (samples - 1) / 2
+            matrices.append(between(size, positions))
+        assert torch.allclose(read, matrices[0] @ x @ matrices[1].T, atol=1e-14)
+        assert (padding, stride) == (0, 1 if window.extent == 1 else window.stride)
 
 
 def test_a_map_smaller_than_the_window_is_refused():
@@ -191,3 +206,30 @@ def test_a_blur_is_a_depthwise_convolution_at_the_size_of_the_plain_one():
         assert blur(x).shape == plain.shape
         assert blur(x).equal(plain) == (size % 2 == 1)
         assert worst_error(blur, "p4", x) < 1e-12
+
+
+def band_limited(size: int, seed: int, turned: bool) -> np.ndarray:
+    """Random colours in a disc without high frequencies, (3, size, size), upright or turned by 45 degrees."""
+    rng, frequency = np.random.default_rng(seed), np.fft.fftfreq(size)
+    spectrum = np.fft.fft2(rng.standard_normal((3, size, size)))
+    colours = np.fft.ifft2(spectrum * (np.hypot(frequency, frequency[:, None]) < 0.1)).real
+    distance = np.hypot(*(np.mgrid[:size, :size] - (size - 1) / 2)) / (size / 2)
+    x = colours / colours.std() * np.clip((0.95 - distance) / 0.35, 0, 1)
+    return ndimage.rotate(x, 45, axes=(1, 2), reshape=False, order=5) if turned else x
+
+
+@pytest.mark.parametrize("group", ["c8", "d8"])
+@pytest.mark.parametrize("size", [32, 48])
+def test_turns_between_pixels_are_followed_better_than_with_the_strides_of_escnn(group: str, size: int) -> None:
+    errors = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        ours = convert_in_place(resnet_cifar(8, base_width=8), group).double().eval()
+        theirs = keep_original_strides(copy.deepcopy(ours))
+        x = torch.from_numpy(np.stack([band_limited(size, seed, turned) for turned in (False, True)]))
+        for model in (ours, theirs):
+            calibrate(model, x[:1])
+            with torch.no_grad():
+                upright, turned = model(x)
+            errors.append(((upright - turned).norm() / upright.norm()).item())
+    assert 0.001 < sum(errors[::2]) < 0.7 * sum(errors[1::2])
