@@ -13,6 +13,7 @@ import torch
 from timm.layers import SpaceToDepth
 from torch import Tensor, nn
 
+from gzoo.equivarify import Canonicalized, Equivarified
 from gzoo.groups import Group
 from gzoo.nn import FibreNorm, GroupPool, PerElement
 from gzoo.nn.expand import ExpandedLayer
@@ -81,9 +82,10 @@ def check(
 ) -> Report:
     """Measures the equivariance error of logits and stage feature maps for every element that is exact on the grid.
 
-    Vectors are held to be invariant. Feature maps are regular fields, or plain channels where the model is a plain
-    network. A map of logits, which the model pooled over the group, is trivial fields: it is held to move like an
-    image. The model is copied, so its weights, mode and dtype stay as they are.
+    Vectors are held to be invariant, and pose logits (B, classes, |G|) to be regular fields. Feature maps are regular
+    fields, or plain channels where the model is a plain network. A map of logits, which the model pooled over the
+    group, is trivial fields: it is held to move like an image. The model is copied, so its weights, mode and dtype stay
+    as they are.
 
     Args:
         model: a classifier (B, C, H, W) -> (B, classes), or of each pixel -> (B, classes, H, W); with timm's
@@ -110,7 +112,7 @@ def check(
 
     with _group_layers(model) as ran:
         expected = _outputs(model, x)
-    pooled = not ran or isinstance(ran[-1], GroupPool)
+    pooled = not ran or isinstance(ran[-1], GroupPool) or isinstance(model, Equivarified | Canonicalized)
     errors: dict[str, dict[int, float]] = {name: {} for name in expected}
     for g in group.grid_elements:
         for name, value in _outputs(model, group.transform_image(x, g)).items():
@@ -118,6 +120,8 @@ def check(
             if moved.ndim == 4:
                 like_image = own_group is None or (pooled and name == "logits")
                 moved = (group.transform_image if like_image else group.transform_features)(moved, g)
+            elif _is_pose(moved, group) and own_group is not None:
+                moved = _move_pose(group, moved, g)
             errors[name][g] = relative_error(value, moved)
     return Report(group, (height, width), dtype, errors)
 
@@ -230,6 +234,8 @@ def _recorded_outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 def _possible(group: Group, y: Tensor, g: int) -> Iterator[Tensor]:
     """y transformed by g under every law that its shape allows."""
     yield y
+    if _is_pose(y, group):
+        yield _move_pose(group, y, g)
     regular_first = y.ndim > 1 and y.shape[1] % group.order == 0
     if y.ndim == 2 and regular_first:
         yield group.transform_features(y, g)
@@ -239,3 +245,12 @@ def _possible(group: Group, y: Tensor, g: int) -> Iterator[Tensor]:
             yield group.transform_features(y, g)
         if y.shape[-1] % group.order == 0:
             yield group.transform_features(y.permute(0, 3, 1, 2), g).permute(0, 2, 3, 1)
+
+
+def _is_pose(y: Tensor, group: Group) -> bool:
+    """Whether y has the shape of pose logits (B, classes, |G|), or of maps of them."""
+    return y.ndim in (3, 5) and y.shape[2] == group.order
+
+
+def _move_pose(group: Group, y: Tensor, g: int) -> Tensor:
+    return group.transform_features(y.flatten(1, 2), g).unflatten(1, y.shape[1:3])
