@@ -137,14 +137,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="MNIST, a folder of parquet files")
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--images", type=int, default=60_000, help="train on the first so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", default=str(HERE / "pose_mnist.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     start = time.perf_counter()
-    figures = experiment(load(args.data, "train"), load(args.data, "test"), args.epochs, args.seed)
+    images, labels = load(args.data, "train")
+    train = images[: args.images], labels[: args.images]
+    figures = experiment(train, load(args.data, "test"), args.epochs, args.seed)
     report = {
-        "data": "MNIST, 60,000 images to train, 10,000 to test",
+        "data": f"MNIST, {len(train[0]):,} images to train, 10,000 to test",
         "seed": args.seed,
         "epochs": args.epochs,
         "machine": f"{platform.machine()}, 1 thread, torch {torch.__version__}",

@@ -1,6 +1,8 @@
 """Equivarified and canonicalized networks follow the group, whatever the network."""
 
 import copy
+import runpy
+from pathlib import Path
 
 import pytest
 import timm
@@ -258,3 +260,15 @@ def test_a_zoo_model_with_a_pose_head_is_a_canonizer():
     assert gzoo.check(gzoo.canonicalize(dense, "p4", chooser), 32).worst < 1e-12
     assert gzoo.check(gzoo.equivarify(dense, "p4", "equivariant"), 32).worst < 1e-12
     assert gzoo.check(gzoo.canonicalize(vit, "p4", chooser), 32).worst < 1e-12
+
+
+def test_the_pose_experiment_runs_and_its_figures_follow_the_group():
+    path = Path(__file__).parent.parent / "benchmarks" / "pose_mnist.py"
+    script = runpy.run_path(str(path))
+    data = torch.rand(200, 1, 28, 28), torch.arange(200) % 10
+    figures = script["experiment"](data, data, epochs=1, seed=0)
+    rows = torch.tensor(figures["figure4"]["probabilities"])
+    assert all(torch.allclose(rows[g], rows[0].roll(g), atol=1e-4) for g in range(4))
+    accuracies = figures["invariance"]
+    assert accuracies["equivarify, mean"]["upright"] == accuracies["equivarify, mean"]["rotated"]
+    assert accuracies["canonicalize"]["upright"] == accuracies["canonicalize"]["rotated"]
