@@ -3,17 +3,21 @@
 from gzoo import groups, nn, registry
 from gzoo.check import check
 from gzoo.convert import convert, rule
+from gzoo.equivarify import canonicalize, equivarify, pose_loss
 from gzoo.fields import field_types, geometric, transform_features
 from gzoo.interop import from_escnn, to_escnn
 
 __all__ = [
+    "canonicalize",
     "check",
     "convert",
+    "equivarify",
     "field_types",
     "from_escnn",
     "geometric",
     "groups",
     "nn",
+    "pose_loss",
     "registry",
     "rule",
     "to_escnn",

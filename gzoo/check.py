@@ -14,6 +14,7 @@ from timm.layers import SpaceToDepth
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
+from gzoo.equivarify import Canonicalized, Equivarified
 from gzoo.groups import Group
 from gzoo.nn import FibreNorm, GroupPool, PerElement
 from gzoo.nn.expand import ExpandedLayer
@@ -96,9 +97,10 @@ def check(
 ) -> Report:
     """Measures the equivariance error of logits and stage feature maps for every element that is exact on the grid.
 
-    Vectors are held to be invariant. Feature maps are regular fields, or plain channels where the model is a plain
-    network. A map of logits, which the model pooled over the group, is trivial fields: it is held to move like an
-    image. The model is copied, so its weights, mode and dtype stay as they are.
+    Vectors are held to be invariant, and pose logits (B, classes, |G|) to be regular fields. Feature maps are regular
+    fields, or plain channels where the model is a plain network. A map of logits, which the model pooled over the
+    group, is trivial fields: it is held to move like an image. The model is copied, so its weights, mode and dtype stay
+    as they are.
 
     Args:
         model: a classifier (B, C, H, W) -> (B, classes), or of each pixel -> (B, classes, H, W); with timm's
@@ -126,7 +128,7 @@ def check(
 
     with _group_layers(model) as ran:
         expected = _outputs(model, x)
-    pooled = not ran or isinstance(ran[-1], GroupPool)
+    pooled = not ran or isinstance(ran[-1], GroupPool) or isinstance(model, Equivarified | Canonicalized)
     levels = dict(zip(expected, level_groups(model), strict=False))
     errors: dict[str, dict[int, float]] = {name: {} for name in expected}
     given_up: dict[int, float] = {}
@@ -144,6 +146,8 @@ def check(
                 if own_g is None:  # no law of fibres
                     continue
                 moved = law.transform_features(moved, own_g)
+            elif own_group is not None and own_g is not None and _is_pose(moved, law):
+                moved = _move_pose(law, moved, own_g)
             row[g] = relative_error(value, moved)
     return Report(group, (height, width), dtype, errors, given_up)
 
@@ -265,6 +269,8 @@ def _recorded_outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 def _possible(group: Group, y: Tensor, g: int) -> Iterator[Tensor]:
     """y transformed by g under every law that its shape allows."""
     yield y
+    if _is_pose(y, group):
+        yield _move_pose(group, y, g)
     regular_first = y.ndim > 1 and y.shape[1] % group.order == 0
     if y.ndim == 2 and regular_first:
         yield group.transform_features(y, g)
@@ -274,3 +280,12 @@ def _possible(group: Group, y: Tensor, g: int) -> Iterator[Tensor]:
             yield group.transform_features(y, g)
         if y.shape[-1] % group.order == 0:
             yield group.transform_features(y.permute(0, 3, 1, 2), g).permute(0, 2, 3, 1)
+
+
+def _is_pose(y: Tensor, group: Group) -> bool:
+    """Whether y has the shape of pose logits (B, classes, |G|), or of maps of them."""
+    return y.ndim in (3, 5) and y.shape[2] == group.order
+
+
+def _move_pose(group: Group, y: Tensor, g: int) -> Tensor:
+    return group.transform_features(y.flatten(1, 2), g).unflatten(1, y.shape[1:3])

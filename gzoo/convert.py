@@ -21,8 +21,8 @@ from gzoo.bases import BasisName
 from gzoo.check import first_broken_layer, group_of
 from gzoo.equivariant import make_equivariant
 from gzoo.groups import Group
-from gzoo.nn import Restriction
-from gzoo.nn.linear import Pooling
+from gzoo.nn import PoseLinear, Restriction
+from gzoo.nn.linear import Head, Pooling
 from gzoo.plan import Match, Plan, example, plan
 from gzoo.rules import ON_IMAGE, RULES, WHOLE, Recipe, rule
 from gzoo.trace import Segments, flat
@@ -42,6 +42,7 @@ def convert(
     basis: BasisName | None = None,
     classifier: str | None = None,
     weights: Weights | None = None,
+    head: Head = "invariant",
 ) -> nn.Module:
     """The equivariant counterpart of a plain CNN; ``model`` itself stays as it is.
 
@@ -81,6 +82,8 @@ def convert(
             was trained without, whose channels are no fields, about 1 / |G| of the sum of squares is left.
 
             `gzoo.transfer` has the formulas.
+        head: "invariant" logits, or "pose": logits (B, classes, |G|) of class and group element, for a classifier that
+            is linear, with fresh weights.
 
     Returns:
         The network; ``model.group`` is its group, the last one of several. Feature maps are (B, fields * |G|, H, W).
@@ -91,7 +94,7 @@ def convert(
             not equivariant; names the module. Or the options do not go together.
     """
     copied = copy.deepcopy(model)
-    converted = convert_in_place(copied, group, match, widths, group_pool, basis, classifier, weights)
+    converted = convert_in_place(copied, group, match, widths, group_pool, basis, classifier, weights, head=head)
     check_itself(converted)
     return converted
 
@@ -106,6 +109,7 @@ def convert_in_place(
     classifier: str | None = None,
     weights: Weights | None = None,
     scale: float | None = None,
+    head: Head = "invariant",
 ) -> nn.Module:
     """`convert`, but uses up ``model`` and does not check the result; for networks that a test checks.
 
@@ -116,8 +120,10 @@ def convert_in_place(
         raise ValueError(f"{type(model).__name__} is equivariant already; convert the plain network")
     if weights is not None:
         _require_agreement(weights, chain, match, widths, group_pool, basis)
+    if head not in ("invariant", "pose") or (head == "pose" and weights is not None):
+        raise ValueError(f"head is {head!r} with weights={weights!r}; accepted are 'invariant', and 'pose' without")
     planned = plan(model, chain, match or _MATCH[weights], widths, scale, basis, classifier, fit=weights is None)
-    recipe = Recipe(planned, group_pool, per_element=weights == "transfer")
+    recipe = Recipe(planned, group_pool, per_element=weights == "transfer", head=head)
     plain = model if weights is None else copy.deepcopy(model)
     counts = _channel_counts(model, recipe.plan)
     converted = _walk(model, recipe, {})
@@ -126,8 +132,17 @@ def convert_in_place(
         fill(converted, plain, chain[0], weights)
     make_equivariant(converted, chain, group_pool)
     _restrict(converted, planned)
+    if head == "pose" and planned.classifiers and not _has_pose(converted):
+        raise ValueError(
+            f"head='pose' needs a linear classifier; that of {type(model).__name__} is {sorted(planned.classifiers)}, "
+            "none of which is an nn.Linear. Give the path of one as classifier"
+        )
     _rename(converted, chain)
     return converted
+
+
+def _has_pose(model: nn.Module) -> bool:
+    return any(isinstance(module, PoseLinear) for module in model.modules())
 
 
 _MATCH: dict[Weights | None, Match] = {None: "params", "transfer": "width", "project": "flops"}

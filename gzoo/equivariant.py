@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gzoo import groups
 from gzoo.groups import Group
-from gzoo.nn import GroupPool, InvariantConv2d, InvariantLinear
+from gzoo.nn import GroupPool, InvariantConv2d, InvariantLinear, PoseLinear
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.linear import Pooling
 
@@ -99,8 +99,9 @@ class EquivariantClassifier(Equivariant):
         return self.group_pool(y) if without_classifier and y.ndim == 2 else y
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, **kwargs: Any) -> None:
-        """Replaces the classifier; see timm. The new one pools over the group like the old one."""
+        """Replaces the classifier; see timm. The new one pools over the group, or says the pose, like the old one."""
         order, pool = self.group.order, self.group_pool.pool
+        pose = isinstance(self.get_classifier(), PoseLinear)  # type: ignore[operator]
         self.head_hidden_size *= order  # timm's code counts channels, where there are any to count anew
         try:
             super().reset_classifier(num_classes, global_pool, **kwargs)  # type: ignore[misc]
@@ -108,7 +109,9 @@ class EquivariantClassifier(Equivariant):
             self.head_hidden_size //= order
         plain = self.get_classifier()  # type: ignore[operator]
         new: nn.Module
-        if type(plain) is nn.Linear:
+        if type(plain) is nn.Linear and pose:
+            new = PoseLinear(self.group, plain.in_features // order, num_classes)
+        elif type(plain) is nn.Linear:
             new = InvariantLinear(self.group, plain.in_features // order, num_classes, True, pool)
         elif type(plain) is nn.Conv2d:  # logits at every pixel
             new = InvariantConv2d(self.group, plain.in_channels // order, num_classes, True, pool)

@@ -56,7 +56,10 @@ class Group:
     @cached_property
     def grid_elements(self) -> tuple[int, ...]:
         """The elements that map the pixel grid onto itself; all of them if `on_grid`."""
-        return tuple(g for g in range(self.order) if (g % self.rotations) * 4 % self.rotations == 0)
+        return tuple(g for g in range(self.order) if self._is_on_grid(g))
+
+    def _is_on_grid(self, g: int) -> bool:
+        return (g % self.rotations) * 4 % self.rotations == 0
 
     def label(self, g: int) -> str:
         """A short name of element g for tables: "90", "flip", "flip 90" (degrees)."""
@@ -89,7 +92,7 @@ class Group:
             ValueError: g is no element of the group, or maps pixels between pixels.
         """
         self.require_element(g)
-        if g not in self.grid_elements:
+        if not self._is_on_grid(g):  # not the cached elements: torch.compile cannot enter their lock (Python < 3.12)
             raise ValueError(
                 f"element {g} of {self.name} turns by {self.label(g)} degrees, between the pixels; exact on the grid "
                 f"are the elements {self.grid_elements}"

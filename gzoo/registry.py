@@ -22,7 +22,7 @@ from torch import nn
 
 from gzoo import backbones, equivision, groups, weights
 from gzoo.convert import convert_in_place
-from gzoo.nn.linear import Pooling
+from gzoo.nn.linear import Head, Pooling
 from gzoo.plan import plan
 
 
@@ -151,13 +151,17 @@ class Entry:
         """timm's name of the model."""
         return f"{self.group.replace(':', '')}_{self.backbone}" if self.group else self.backbone
 
-    def build(self, **kwargs: Any) -> nn.Module:
-        """The network with random weights."""
+    def build(self, head: Head = "invariant", **kwargs: Any) -> nn.Module:
+        """The network with random weights; ``head`` as `gzoo.convert`."""
         plain = _BACKBONES[self.backbone].plain(**kwargs)
         if self.group is None:
+            if head != "invariant":
+                raise ValueError(f"{self.name} is a plain network, so it has no head={head!r}; take p4_{self.name}")
             return plain
         # Without the self-check: the tests check every entry, and it takes longer than the building.
-        return convert_in_place(plain, self.group, widths=self.widths, group_pool=self.group_pool, scale=_scale(self))
+        return convert_in_place(
+            plain, self.group, widths=self.widths, group_pool=self.group_pool, scale=_scale(self), head=head
+        )
 
 
 @functools.cache

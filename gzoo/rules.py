@@ -32,12 +32,13 @@ from gzoo.nn import (
     InvariantLinear,
     LiftingConv2d,
     PerElement,
+    PoseLinear,
     SymmetricPool2d,
     WeightStandardization,
 )
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.fibre import share_along_fibre
-from gzoo.nn.linear import Pooling
+from gzoo.nn.linear import Head, Pooling
 from gzoo.nn.resample import Window, square
 from gzoo.plan import REDUCTIONS, Plan
 from gzoo.trace import Segments
@@ -52,12 +53,14 @@ class Recipe:
         group_pool: how the classifier pools a fibre.
         per_element: whether what takes statistics over channels or pixels does so for each element of the fibre by
             itself, as the plain network does for each pose of the image.
+        head: what the classifier gives: invariant logits, or logits of class and pose.
         path: of the module.
     """
 
     plan: Plan
     group_pool: Pooling
     per_element: bool = False
+    head: Head = "invariant"
     path: str = ""
 
     @property
@@ -213,11 +216,16 @@ def _linear(plain: nn.Linear, recipe: Recipe) -> nn.Module:
         raise ValueError("it is linear in the channels of the image; use a 1x1 convolution, which lifts them")
     in_fields, bias = recipe.in_fields, plain.bias is not None
     new: GroupLinear | InvariantLinear
-    if recipe.is_classifier:
+    if recipe.is_classifier and recipe.head == "invariant":
         new = InvariantLinear(recipe.group, in_fields, plain.out_features, bias, recipe.group_pool)
         _initialize_like(new, plain, plain.in_features, in_fields)
     else:
-        new = GroupLinear(recipe.group, in_fields, recipe.out_fields, bias)
+        classes = plain.out_features
+        new = (
+            PoseLinear(recipe.group, in_fields, classes, bias)
+            if recipe.is_classifier
+            else GroupLinear(recipe.group, in_fields, recipe.out_fields, bias)
+        )
         _initialize_like(new, plain, plain.in_features, new.fan_in)
     return new
 

@@ -3,7 +3,7 @@
 from gzoo.nn.conv import GroupConv2d, LiftingConv2d
 from gzoo.nn.eca import GroupEca
 from gzoo.nn.element import PerElement
-from gzoo.nn.linear import GroupLinear, GroupPool, InvariantConv2d, InvariantLinear
+from gzoo.nn.linear import GroupLinear, GroupPool, InvariantConv2d, InvariantLinear, PoseLinear
 from gzoo.nn.norm import FibreNorm
 from gzoo.nn.resample import SymmetricBlur2d, SymmetricPool2d, keep_original_strides
 from gzoo.nn.restrict import Restriction
@@ -21,6 +21,7 @@ __all__ = [
     "InvariantLinear",
     "LiftingConv2d",
     "PerElement",
+    "PoseLinear",
     "Restriction",
     "SymmetricBlur2d",
     "SymmetricPool2d",

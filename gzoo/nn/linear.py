@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from escnn.nn import FieldType
 
 Pooling = Literal["mean", "max"]
+Head = Literal["invariant", "pose"]
 
 
 class GroupLinear(ExpandedLayer):
@@ -65,6 +66,28 @@ class GroupLinear(ExpandedLayer):
 
     def extra_repr(self) -> str:
         return f"{self.group.name}, {tuple(self.weight.shape)}, bias={self.bias is not None}"
+
+
+class PoseLinear(GroupLinear):
+    """Classifier of class and pose: logits that move along the group when the image is transformed. Exact.
+
+    Args:
+        group: any point group.
+        in_fields: number of regular fields in.
+        out_features: number of classes.
+        bias: whether each class has one.
+
+    Shape:
+        x: (B, in_fields * |G|); result: (B, out_features, |G|). weight: (out_features, in_fields, |G|).
+
+    Raises:
+        ValueError: x does not have in_fields * |G| channels.
+
+    Source: the labels of Bao & Song 2019, arXiv:1906.07172, section 5, at the end of a G-CNN.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).unflatten(-1, (self.out_fields, self.group.order))
 
 
 class GroupPool(nn.Module):

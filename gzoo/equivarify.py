@@ -1,0 +1,222 @@
+"""Symmetry around a network instead of inside: equivarification, pose logits, and canonicalization.
+
+`equivarify` runs a network on all |G| poses of an image; `canonicalize` lets a small equivariant network choose one.
+The network itself may be anything: neither looks at its layers.
+"""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gzoo import groups
+from gzoo.groups import Group
+from gzoo.nn.linear import Pooling
+
+Output = Literal["invariant", "equivariant"]
+Mode = Literal["whole", "layerwise"]
+
+
+def equivarify(
+    net: nn.Module,
+    group: str | Group,
+    output: Output = "invariant",
+    pool: Pooling | nn.Module = "mean",
+    batched: bool = True,
+    mode: Mode = "whole",
+) -> "Equivarified":
+    """The G-product of any network on images: out(x)[g] = net(g^-1 x). Exact for every net, at |G| times its cost.
+
+    The parameters are those of ``net``, which is used and not copied; a ``pool`` that is a network adds its own.
+
+    Args:
+        net: any network of images (B, C, H, W), to vectors (B, D) or maps (B, D, H', W').
+        group: a group on the pixel grid, or its name: p4, p4m, c1, c2, d1, d2.
+        output: "invariant": the poses are pooled; a map moves with the image. "equivariant": a value for each element
+            of the group, so logits say the class and the pose.
+        pool: of the poses: "mean", "max", or a network (B, C, H, W) -> (B, 1) that scores each pose of the image: its
+            softmax over the group weighs the mean (lambda-equitune).
+        batched: whether all poses go through ``net`` as one batch, or one after the other in less memory. In train mode
+            a batch norm takes its statistics over all poses of a batch, or over one.
+        mode: "layerwise" applies each layer of an nn.Sequential to all poses before the next, "whole" the network; the
+            result is the same.
+
+    Raises:
+        ValueError: an option is unknown; elements of the group turn pixels between pixels; the net is no nn.Sequential.
+
+    Source: Bao & Song 2019, arXiv:1906.07172, definition of the G-product; Basu et al. 2023, arXiv:2305.09900 for the
+    learned weights.
+    """
+    if output not in ("invariant", "equivariant"):
+        raise ValueError(f"output is {output!r}; accepted are 'invariant' and 'equivariant'")
+    if not isinstance(pool, nn.Module) and pool not in ("mean", "max"):
+        raise ValueError(f"pool is {pool!r}; accepted are 'mean', 'max', and a network (B, C, H, W) -> (B, 1)")
+    if output == "equivariant" and pool != "mean":
+        raise ValueError("output='equivariant' pools nothing; leave pool out")
+    if mode not in ("whole", "layerwise"):
+        raise ValueError(f"mode is {mode!r}; accepted are 'whole' and 'layerwise'")
+    if mode == "layerwise" and not isinstance(net, nn.Sequential):
+        raise ValueError(f"mode='layerwise' needs an nn.Sequential, not a {type(net).__name__}; take mode='whole'")
+    return Equivarified(net, _grid_group(group), output, pool, batched, mode)
+
+
+class Equivarified(nn.Module):
+    """A network on all poses of an image; made by `equivarify`.
+
+    Shape:
+        x: (B, C, H, W), square if the group has quarter turns. "invariant": (B, D) or (B, D, H', W'), as the network's
+        own; "equivariant": (B, D, |G|) or (B, D, |G|, H', W'), of which ``flatten(1, 2)`` are regular fields.
+
+    Raises:
+        ValueError: the image is not square, but turned by 90 degrees; the output is neither a vector nor a map.
+    """
+
+    def __init__(
+        self, net: nn.Module, group: Group, output: Output, pool: Pooling | nn.Module, batched: bool, mode: Mode
+    ) -> None:
+        super().__init__()
+        self.net, self.group, self.output, self.pool = net, group, output, pool
+        self.batched, self.mode = batched, mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        views = poses(self.group, x)
+        values = views
+        layers: Iterable[nn.Module] = self.net if isinstance(self.net, nn.Sequential) else (self.net,)
+        for layer in layers if self.mode == "layerwise" else (self.net,):
+            values = self._each(layer, values)
+        _require_output(values[0])
+        if values.ndim == 5:
+            values = torch.stack([self.group.transform_image(y, g) for g, y in enumerate(values)])
+        if self.output == "equivariant":
+            return values.movedim(0, 2)
+        if isinstance(self.pool, nn.Module):
+            weights = self._each(self.pool, views).flatten(1).softmax(0)  # (|G|, B)
+            return (weights.view(*weights.shape, *(1,) * (values.ndim - 2)) * values).sum(0)
+        return values.amax(0) if self.pool == "max" else values.mean(0)
+
+    def _each(self, layer: nn.Module, values: Tensor) -> Tensor:
+        """``layer`` on (|G|, B, ...), for every element of the group."""
+        if self.batched:
+            return _require_tensor(layer(values.flatten(0, 1))).unflatten(0, values.shape[:2])
+        return torch.stack([_require_tensor(layer(value)) for value in values])
+
+
+def canonicalize(net: nn.Module, group: str | Group, canonizer: nn.Module) -> "Canonicalized":
+    """A network on the one pose that ``canonizer`` chooses: invariant at about the cost of ``net``.
+
+    Args:
+        net: as `equivarify`.
+        group: as `equivarify`.
+        canonizer: an equivariant network (B, C, H, W) -> (B, 1, |G|): one of the zoo with ``head="pose"`` and
+            ``num_classes=1``, or what `equivarify` makes with ``output="equivariant"``.
+
+    Raises:
+        ValueError: elements of the group turn pixels between pixels.
+
+    Source: Mondal et al. 2023, arXiv:2310.01647 (equiadapt), after Kaba et al. 2022, arXiv:2211.06489.
+    """
+    return Canonicalized(net, _grid_group(group), canonizer)
+
+
+class Canonicalized(nn.Module):
+    """A network behind a canonizer; made by `canonicalize`.
+
+    In train mode the choice of the pose passes gradients straight through to the softmax of the scores. The prior loss,
+    which keeps upright images upright, is ``pose_loss(model.canonizer(x), labels=0 for each image)``.
+
+    Shape:
+        x: (B, C, H, W), square if the group has quarter turns; result: the network's own. Vectors are invariant, maps
+        are turned back and move with the image.
+
+    Raises:
+        ValueError: as `Equivarified`; or the canonizer's output is not (B, 1, |G|).
+    """
+
+    def __init__(self, net: nn.Module, group: Group, canonizer: nn.Module) -> None:
+        super().__init__()
+        self.net, self.group, self.canonizer = net, group, canonizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.canonizer(x)
+        if scores.shape != (len(x), 1, self.group.order):
+            raise ValueError(
+                f"the canonizer gives {tuple(scores.shape)}, not {(len(x), 1, self.group.order)}, a score for each "
+                f"element of {self.group.name}; make it with head='pose', num_classes=1"
+            )
+        choice = _one_hot(scores[:, 0], self.training)
+        y = _require_tensor(self.net(_chosen(choice, poses(self.group, x))))
+        _require_output(y)
+        if y.ndim == 2:
+            return y
+        return _chosen(choice, torch.stack([self.group.transform_image(y, g) for g in range(self.group.order)]))
+
+
+def pose_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy over classes and poses for upright images: the target is the class at the identity.
+
+    Equivariance does the rest: the image turned by g has the same loss with the target at g.
+
+    Args:
+        logits: (B, classes, |G|).
+        labels: (B,), class indices.
+
+    Source: Bao & Song 2019, arXiv:1906.07172, section 5.
+    """
+    return F.cross_entropy(logits.flatten(1), labels * logits.shape[2])
+
+
+def poses(group: Group, x: Tensor) -> Tensor:
+    """g^-1 x for every g: (|G|, B, C, H, W).
+
+    Raises:
+        ValueError: x is no batch of images, or not square while the group has quarter turns.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"x is {tuple(x.shape)}; accepted is a batch of images (B, C, H, W)")
+    if group.rotations == 4 and x.shape[2] != x.shape[3]:
+        raise ValueError(
+            f"the images are {x.shape[2]}x{x.shape[3]} pixels and {group.name} turns by 90 degrees, which exchanges "
+            "height and width; pad or crop them to a square, or take c2, d1 or d2"
+        )
+    return torch.stack([group.transform_image(x, group.inverse(g)) for g in range(group.order)])
+
+
+def _one_hot(scores: Tensor, straight_through: bool) -> Tensor:
+    """(B, |G|): one at the highest score; with the gradient of the softmax if ``straight_through``."""
+    hard = F.one_hot(scores.argmax(1), scores.shape[1]).to(scores.dtype)
+    if not straight_through:
+        return hard
+    soft = scores.softmax(1)
+    return hard + (soft - soft.detach())  # in these brackets the sum stays exactly one-hot
+
+
+def _chosen(choice: Tensor, values: Tensor) -> Tensor:
+    """(|G|, B, C, H, W) to (B, C, H, W) by a one-hot ``choice`` (B, |G|)."""
+    return (choice.T[..., None, None, None].to(values.dtype) * values).sum(0)
+
+
+def _grid_group(group: str | Group) -> Group:
+    group = groups.get(group) if isinstance(group, str) else group
+    if not group.on_grid:
+        raise ValueError(
+            f"{group.name} turns pixels between pixels, so out(x)[g] = net(g^-1 x) would need interpolation and be "
+            "exact for none; take a group on the grid: p4, p4m, c1, c2, d1, d2, or convert the network (gzoo.convert)"
+        )
+    return group
+
+
+def _require_tensor(y: object) -> Tensor:
+    if not isinstance(y, Tensor):
+        raise ValueError(f"the network returns a {type(y).__name__}; accepted is a tensor, {_ACCEPTED}")
+    return y
+
+
+def _require_output(y: Tensor) -> None:
+    """Raises ValueError unless y is vectors or maps."""
+    if y.ndim not in (2, 4):
+        raise ValueError(f"the network's output is {tuple(y.shape)}; accepted are {_ACCEPTED}")
+
+
+_ACCEPTED = "vectors (B, D) or maps (B, D, H, W); wrap it in a module that gives one of them"

@@ -1,0 +1,274 @@
+"""Equivarified and canonicalized networks follow the group, whatever the network."""
+
+import copy
+import runpy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import GRID_GROUPS, elements, random_image
+from torch import nn
+
+import gzoo
+from gzoo import groups
+from gzoo.check import in_channels, relative_error
+
+
+def vector_net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+    ).double()
+
+
+def map_net() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3, stride=2)).double()
+
+
+def expected(group: groups.Group, y: torch.Tensor, g: int) -> torch.Tensor:
+    """g.y for what an equivarified network gives: vectors or maps, pooled or not."""
+    if y.ndim in (3, 5):
+        return group.transform_features(y.flatten(1, 2), g).unflatten(1, y.shape[1:3])
+    return group.transform_image(y, g) if y.ndim == 4 else y
+
+
+def sizes(group: str) -> list[tuple[int, int]]:
+    return [(8, 8), (9, 9)] if groups.get(group).rotations == 4 else [(8, 8), (9, 9), (8, 11)]
+
+
+@pytest.mark.parametrize("output", ["invariant", "equivariant"])
+@pytest.mark.parametrize("make", [vector_net, map_net])
+@pytest.mark.parametrize("group", GRID_GROUPS)
+def test_equivarified_networks_follow_the_group_in_value_and_gradient(group, make, output):
+    model, G = gzoo.equivarify(make(), group, output), groups.get(group)
+    for size in sizes(group):
+        x = random_image(2, size).requires_grad_()
+        y = model(x)
+        weight = torch.randn_like(y)
+        (gradient,) = torch.autograd.grad((y * weight).sum(), x)
+        for g in elements(group):
+            moved = G.transform_image(x, g).detach().requires_grad_()
+            z = model(moved)
+            (moved_gradient,) = torch.autograd.grad((z * expected(G, weight, g)).sum(), moved)
+            assert relative_error(z, expected(G, y, g)) < 1e-12
+            assert relative_error(moved_gradient, G.transform_image(gradient, g)) < 1e-12
+
+
+def test_a_plain_network_does_not_follow_the_group():
+    net, G, x = vector_net(), groups.get("p4"), random_image(2, (8, 8))
+    assert relative_error(net(G.transform_image(x, 1)), net(x)) > 1e-3
+
+
+@pytest.mark.parametrize("group", ["p4", "p4m"])
+def test_the_value_at_g_is_the_network_on_the_image_turned_back(group):
+    net, G, x = vector_net(), groups.get(group), random_image(2, (9, 9))
+    y = gzoo.equivarify(net, group, "equivariant")(x)
+    for g in elements(group):
+        assert relative_error(y[..., g], net(G.transform_image(x, G.inverse(g)))) < 1e-12
+
+
+@pytest.mark.parametrize("make", [vector_net, map_net])
+def test_layerwise_and_looped_equal_the_whole(make):
+    net, x = make(), random_image(2, (9, 9))
+    for output in ("invariant", "equivariant"):
+        whole = gzoo.equivarify(net, "p4m", output)(x)
+        for options in ({"mode": "layerwise"}, {"batched": False}, {"mode": "layerwise", "batched": False}):
+            assert relative_error(gzoo.equivarify(net, "p4m", output, **options)(x), whole) < 1e-12
+
+
+def test_equivarified_networks_have_the_parameters_of_the_original():
+    net = vector_net()
+    parameters = {id(p) for p in net.parameters()}
+    assert {id(p) for p in gzoo.equivarify(net, "p4m").parameters()} == parameters
+
+
+class Score(nn.Module):
+    """(B, C, H, W) to one number an image that depends on its pose."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = vector_net()
+
+    def forward(self, x):
+        return self.net(x)[:, :1]
+
+
+@pytest.mark.parametrize("make", [vector_net, map_net])
+def test_max_and_learned_weights_pool_to_an_invariant(make):
+    G, x = groups.get("p4m"), random_image(2, (8, 8))
+    for pool in ("max", Score()):
+        model = gzoo.equivarify(make(), "p4m", pool=pool)
+        y = model(x)
+        assert all(relative_error(model(G.transform_image(x, g)), expected(G, y, g)) < 1e-12 for g in elements("p4m"))
+
+
+def test_learned_weights_that_are_equal_give_the_mean_and_get_gradients():
+    net, score, x = vector_net(), Score(), random_image(2, (8, 8))
+    gzoo.equivarify(net, "p4", pool=score)(x).pow(2).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in score.net[0].parameters())
+    nn.init.zeros_(score.net[-1].weight)
+    mean = gzoo.equivarify(net, "p4")(x)
+    assert relative_error(gzoo.equivarify(net, "p4", pool=score)(x), mean) < 1e-12
+
+
+def test_a_vision_transformer_becomes_invariant():
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
+    report = gzoo.check(gzoo.equivarify(vit, "p4m"), 32)
+    assert report.worst < 1e-12
+    assert gzoo.check(gzoo.equivarify(vit, "p4m", "equivariant"), 32).worst < 1e-12
+    assert gzoo.check(vit.eval(), 32, groups.get("p4m")).worst > 1e-3
+
+
+def test_equivarified_networks_run_under_autocast_and_compile_as_one_graph():
+    model, x = gzoo.equivarify(vector_net().float(), "p4"), random_image(2, (8, 8)).float()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert relative_error(compiled(x), model(x)) < 1e-5
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert relative_error(model(x).float(), model(x).float()) == 0
+        assert model(x).dtype == torch.bfloat16
+
+
+def canonizer(group: str) -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 1))
+    return gzoo.equivarify(net.double(), group, "equivariant")
+
+
+@pytest.mark.parametrize("make", [vector_net, map_net])
+@pytest.mark.parametrize("group", GRID_GROUPS)
+def test_canonicalized_networks_follow_the_group_in_value_and_gradient(group, make):
+    model, G = gzoo.canonicalize(make(), group, canonizer(group)), groups.get(group)
+    for size in sizes(group):
+        x = random_image(2, size).requires_grad_()
+        y = model(x)
+        weight = torch.randn_like(y)
+        (gradient,) = torch.autograd.grad((y * weight).sum(), x)
+        for g in elements(group):
+            moved = G.transform_image(x, g).detach().requires_grad_()
+            z = model(moved)
+            (moved_gradient,) = torch.autograd.grad((z * expected(G, weight, g)).sum(), moved)
+            assert relative_error(z, expected(G, y, g)) < 1e-12
+            assert relative_error(moved_gradient, G.transform_image(gradient, g)) < 1e-12
+
+
+def test_the_choice_of_the_pose_gets_gradients_in_training_only_and_is_the_same():
+    model, x = gzoo.canonicalize(vector_net(), "p4", canonizer("p4")), random_image(2, (8, 8))
+    first = model.canonizer.net[0].weight
+    trained = model.train()(x)
+    trained.pow(2).sum().backward()
+    assert first.grad is not None
+    assert first.grad.abs().max() > 0
+    y = model.eval()(x)
+    assert relative_error(trained, y) < 1e-12
+    assert torch.autograd.grad(y.sum(), first, allow_unused=True)[0] is None
+
+
+def test_the_prior_loss_teaches_a_canonizer_to_leave_images_as_they_are():
+    model, x = canonizer("p4"), random_image(2, (8, 8), batch=4)
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    for _ in range(100):
+        optimizer.zero_grad()
+        gzoo.pose_loss(model(x), torch.zeros(4, dtype=torch.long)).backward()
+        optimizer.step()
+    assert model(x)[:, 0].argmax(1).eq(0).all()
+    turned = groups.get("p4").transform_image(x, 1)
+    assert model(turned)[:, 0].argmax(1).eq(1).all()
+
+
+def test_the_pose_loss_has_its_target_at_the_class_and_the_identity():
+    logits = torch.zeros(1, 3, 4)
+    logits[0, 2, 0] = 100
+    assert gzoo.pose_loss(logits, torch.tensor([2])) < 1e-6
+    assert gzoo.pose_loss(logits, torch.tensor([1])) > 50
+
+
+class Tokens(nn.Module):
+    def forward(self, x):
+        return x.flatten(2)
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: gzoo.equivarify(vector_net(), "c8"), "c8 turns pixels between pixels"),
+        (lambda: gzoo.canonicalize(vector_net(), "c8", canonizer("p4")), "c8 turns pixels between pixels"),
+        (lambda: gzoo.equivarify(vector_net(), "p4", "dense"), "output is 'dense'"),
+        (lambda: gzoo.equivarify(vector_net(), "p4", pool="sum"), "pool is 'sum'"),
+        (lambda: gzoo.equivarify(vector_net(), "p4", "equivariant", pool="max"), "pools nothing"),
+        (lambda: gzoo.equivarify(vector_net(), "p4", mode="lazy"), "mode is 'lazy'"),
+        (lambda: gzoo.equivarify(Tokens(), "p4", mode="layerwise"), "needs an nn.Sequential, not a Tokens"),
+        (lambda: gzoo.equivarify(Tokens(), "p4")(random_image(2)), "output is .*accepted are vectors"),
+        (lambda: gzoo.equivarify(Pair(), "p4")(random_image(2)), "returns a tuple"),
+        (lambda: gzoo.equivarify(vector_net(), "p4")(random_image(2, (8, 9))), "8x9 pixels .* pad or crop"),
+        (lambda: gzoo.equivarify(vector_net(), "p4")(random_image(2)[0]), "batch of images"),
+        (lambda: gzoo.canonicalize(vector_net(), "p4", vector_net())(random_image(2)), "canonizer gives"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_equivarified_networks_can_be_copied_and_their_state_reloaded():
+    model, x = gzoo.equivarify(vector_net(), "p4m"), random_image(2, (8, 8))
+    other = gzoo.equivarify(vector_net(), "p4m")
+    other.load_state_dict(copy.deepcopy(model).state_dict())
+    assert relative_error(other(x), model(x)) == 0
+
+
+@pytest.mark.parametrize("name", ["p4_cnn7", "p4m_cnn7", "c8_cnn7"])
+def test_the_pose_head_of_a_zoo_model_follows_the_group(name):
+    model = timm.create_model(name, num_classes=3, head="pose").double().eval()
+    for size in (32, 33):
+        x = random_image(in_channels(model), (size, size))
+        y = model(x)
+        assert y.shape == (2, 3, model.group.order)
+        for g in model.group.grid_elements:
+            assert relative_error(model(model.group.transform_image(x, g)), expected(model.group, y, g)) < 1e-12
+        assert relative_error(model(model.group.transform_image(x, model.group.grid_elements[1])), y) > 1e-3
+
+
+def test_the_pose_head_survives_save_load_and_reset_classifier():
+    model, other = (timm.create_model("p4_cnn7", num_classes=3, head="pose").eval() for _ in range(2))
+    x = torch.randn(2, 1, 28, 28)
+    other.load_state_dict(model.state_dict())
+    assert relative_error(other(x), model(x)) == 0
+    assert relative_error(copy.deepcopy(model)(x), model(x)) == 0
+    model.reset_classifier(5)
+    assert model(x).shape == (2, 5, 4)
+    assert gzoo.check(model, 28).worst < 1e-12
+    with pytest.raises(ValueError, match="is a plain network"):
+        timm.create_model("cnn7", head="pose")
+
+
+def test_a_converted_network_with_a_pose_head_checks_itself():
+    plain = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    model = gzoo.convert(plain, "p4m", head="pose")
+    assert model(torch.randn(2, 1, 9, 9)).shape == (2, 2, 8)
+    with pytest.raises(ValueError, match="head is 'pose' with weights='transfer'"):
+        gzoo.convert(plain, "p4", head="pose", weights="transfer")
+
+
+def test_a_zoo_model_with_a_pose_head_is_a_canonizer():
+    chooser = timm.create_model("p4_cnn7", num_classes=1, head="pose")
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, in_chans=1, depth=1, num_classes=5)
+    dense = nn.Conv2d(1, 2, 3)
+    assert gzoo.check(gzoo.canonicalize(dense, "p4", chooser), 32).worst < 1e-12
+    assert gzoo.check(gzoo.equivarify(dense, "p4", "equivariant"), 32).worst < 1e-12
+    assert gzoo.check(gzoo.canonicalize(vit, "p4", chooser), 32).worst < 1e-12
+
+
+def test_the_pose_experiment_runs_and_its_figures_follow_the_group():
+    path = Path(__file__).parent.parent / "benchmarks" / "pose_mnist.py"
+    script = runpy.run_path(str(path))
+    data = torch.rand(200, 1, 28, 28), torch.arange(200) % 10
+    figures = script["experiment"](data, data, epochs=1, seed=0)
+    rows = torch.tensor(figures["figure4"]["probabilities"])
+    assert all(torch.allclose(rows[g], rows[0].roll(g), atol=1e-4) for g in range(4))
+    accuracies = figures["invariance"]
+    assert accuracies["equivarify, mean"]["upright"] == accuracies["equivarify, mean"]["rotated"]
+    assert accuracies["canonicalize"]["upright"] == accuracies["canonicalize"]["rotated"]
