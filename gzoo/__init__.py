@@ -1,6 +1,6 @@
 """gzoo: group-equivariant CNNs for timm. Importing it registers the models with timm and does nothing else."""
 
-from gzoo import groups, nn, registry
+from gzoo import groups, nn, partial, registry
 from gzoo.check import check
 from gzoo.convert import convert, rule
 from gzoo.fields import field_types, geometric, transform_features
@@ -14,6 +14,7 @@ __all__ = [
     "geometric",
     "groups",
     "nn",
+    "partial",
     "registry",
     "rule",
     "to_escnn",

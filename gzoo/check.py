@@ -16,21 +16,31 @@ from torch import Tensor, nn
 from gzoo.groups import Group
 from gzoo.nn import FibreNorm, GroupPool, PerElement
 from gzoo.nn.expand import ExpandedLayer
+from gzoo.partial import subsets, symmetry
 
 
 @dataclass(frozen=True)
 class Report:
-    """Equivariance errors: ``errors[output][g]``, outputs in order of depth, "logits" last."""
+    """Equivariance errors: ``errors[output][g]``, outputs in order of depth, "logits" last.
+
+    ``exact`` are the elements that the network is made to be equivariant to: all, but for a partial network.
+    """
 
     group: Group
     size: tuple[int, int]
     dtype: torch.dtype
     errors: dict[str, dict[int, float]]
+    exact: tuple[int, ...]
 
     @property
     def worst(self) -> float:
         """The largest error."""
         return max(error for row in self.errors.values() for error in row.values())
+
+    @property
+    def worst_exact(self) -> float:
+        """The largest error among the elements that the network is made to be equivariant to."""
+        return max(row[g] for row in self.errors.values() for g in self.exact)
 
     def __str__(self) -> str:
         labels = [self.group.label(g) for g in self.group.grid_elements]
@@ -43,7 +53,13 @@ class Report:
         ]
         for name, row in self.errors.items():
             lines.append(" ".join([f"{name:{width}}", *(f"{row[g]:9.1e}" for g in self.group.grid_elements)]))
-        return "\n".join([*lines, f"worst: {self.worst:.1e}"])
+        lines.append(f"worst: {self.worst:.1e}")
+        if self.exact != self.group.grid_elements:
+            kept = ", ".join(map(self.group.label, self.exact))
+            lines.append(
+                f"partial: every layer keeps the symmetry under {kept}; worst of those: {self.worst_exact:.1e}"
+            )
+        return "\n".join(lines)
 
 
 def group_of(model: nn.Module) -> Group | None:
@@ -82,8 +98,8 @@ def check(
     """Measures the equivariance error of logits and stage feature maps for every element that is exact on the grid.
 
     Vectors are held to be invariant. Feature maps are regular fields, or plain channels where the model is a plain
-    network. A map of logits, which the model pooled over the group, is trivial fields: it is held to move like an
-    image. The model is copied, so its weights, mode and dtype stay as they are.
+    network; of a partial network, what a layer drops is zero. A map of logits, which the model pooled over the group,
+    is trivial fields: it is held to move like an image. The model is copied, so its weights, mode and dtype stay.
 
     Args:
         model: a classifier (B, C, H, W) -> (B, classes), or of each pixel -> (B, classes, H, W); with timm's
@@ -119,7 +135,10 @@ def check(
                 like_image = own_group is None or (pooled and name == "logits")
                 moved = (group.transform_image if like_image else group.transform_features)(moved, g)
             errors[name][g] = relative_error(value, moved)
-    return Report(group, (height, width), dtype, errors)
+    exact = group.grid_elements
+    if group == own_group and any(subsets(model)):
+        exact = tuple(g for g in symmetry(model) if g in exact)
+    return Report(group, (height, width), dtype, errors, exact)
 
 
 def in_channels(model: nn.Module) -> int:

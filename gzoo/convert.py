@@ -6,9 +6,9 @@ rule knows is an error. `gzoo.transfer` carries weights over, where that is want
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from gzoo.check import first_broken_layer, group_of
 from gzoo.equivariant import make_equivariant
 from gzoo.groups import Group
 from gzoo.nn.linear import Pooling
+from gzoo.partial import make_partial
 from gzoo.plan import Match, Plan, example, plan
 from gzoo.rules import ON_IMAGE, RULES, WHOLE, Recipe, rule
 from gzoo.trace import Segments, flat
@@ -40,6 +41,7 @@ def convert(
     basis: BasisName | None = None,
     classifier: str | None = None,
     weights: Weights | None = None,
+    partial: bool = False,
 ) -> nn.Module:
     """The equivariant counterpart of a plain CNN; ``model`` itself stays as it is.
 
@@ -75,6 +77,8 @@ def convert(
             was trained without, whose channels are no fields, about 1 / |G| of the sum of squares is left.
 
             `gzoo.transfer` has the formulas.
+        partial: whether each convolution learns which elements of the group it keeps, starting with all: see
+            `gzoo.partial` and `gzoo.nn.Subset`. For networks whose norms directly follow convolutions, such as ResNets.
 
     Returns:
         The network; ``model.group`` is its group. Feature maps are (B, fields * |G|, H, W). Logits of an image are
@@ -85,7 +89,7 @@ def convert(
             not equivariant; names the module. Or the options do not go together.
     """
     copied = copy.deepcopy(model)
-    converted = convert_in_place(copied, group, match, widths, group_pool, basis, classifier, weights)
+    converted = convert_in_place(copied, group, match, widths, group_pool, basis, classifier, weights, partial=partial)
     check_itself(converted)
     return converted
 
@@ -100,6 +104,7 @@ def convert_in_place(
     classifier: str | None = None,
     weights: Weights | None = None,
     scale: float | None = None,
+    partial: bool = False,
 ) -> nn.Module:
     """`convert`, but uses up ``model`` and does not check the result; for networks that a test checks.
 
@@ -119,6 +124,8 @@ def convert_in_place(
     if weights is not None:
         fill(converted, plain, group, weights)
     make_equivariant(converted, group, group_pool)
+    if partial:
+        make_partial(converted, group, group_pool, _image_for(copy.deepcopy(converted).eval()))
     _rename(converted, group)
     return converted
 
@@ -223,15 +230,15 @@ def _channel_counts(model: Any, plan: Plan) -> Callable[[], None]:
         for name in ("num_features", "in_features"):
             value = getattr(module, name, None)
             if isinstance(value, int) and not isinstance(module, nn.Linear):
-                todo.append((partial(setattr, module, name), totals.get(value), order))
+                todo.append((functools.partial(setattr, module, name), totals.get(value), order))
     if isinstance(getattr(model, "head_hidden_size", None), int):  # what forward_head gives before the classifier
-        todo.append((partial(setattr, model, "head_hidden_size"), totals.get(model.head_hidden_size), 1))
+        todo.append((functools.partial(setattr, model, "head_hidden_size"), totals.get(model.head_hidden_size), 1))
     info = getattr(model, "feature_info", None)
     for level in getattr(info, "info", info) or ():
         segments = seen.outputs.get(level.get("module"))
         if segments is None or sum(part.size for part in flat(segments)) != level["num_chs"]:
             segments = totals.get(level["num_chs"])
-        todo.append((partial(level.__setitem__, "num_chs"), segments, order))
+        todo.append((functools.partial(level.__setitem__, "num_chs"), segments, order))
 
     def update() -> None:
         for change, segments, channels in todo:

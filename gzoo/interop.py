@@ -25,6 +25,7 @@ from gzoo.nn import (
     GroupConv2d,
     GroupPool,
     LiftingConv2d,
+    Subset,
     SymmetricBlur2d,
     SymmetricPool2d,
     keep_original_strides,
@@ -116,6 +117,8 @@ def to_escnn(model: nn.Module) -> nn.Module:
     group = group_of(model)
     if group is None:
         raise ValueError(f"{type(model).__name__} is not equivariant; convert it with gzoo.convert first")
+    if any(isinstance(module, Subset) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} is partial: escnn has no fields of which some elements are dropped")
     model = copy.deepcopy(model)
     types = _types_of_pooled_maps(model, group)
 

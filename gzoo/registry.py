@@ -144,13 +144,22 @@ class Entry:
         """timm's name of the model."""
         return f"{self.group}_{self.backbone}" if self.group else self.backbone
 
-    def build(self, **kwargs: Any) -> nn.Module:
-        """The network with random weights."""
+    def build(self, partial: bool = False, **kwargs: Any) -> nn.Module:
+        """The network with random weights; ``partial`` as of `gzoo.convert`; the head then pools by the mean."""
+        if partial and self.group is None:
+            raise ValueError(f"{self.name} is a plain network; partial=True is for those over a group, p4_{self.name}")
         plain = _BACKBONES[self.backbone].plain(**kwargs)
         if self.group is None:
             return plain
         # Without the self-check: the tests check every entry, and it takes longer than the building.
-        return convert_in_place(plain, self.group, widths=self.widths, group_pool=self.group_pool, scale=_scale(self))
+        return convert_in_place(
+            plain,
+            self.group,
+            widths=self.widths,
+            group_pool="mean" if partial else self.group_pool,
+            scale=_scale(self),
+            partial=partial,
+        )
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from gzoo.nn.linear import GroupLinear, GroupPool, InvariantConv2d, InvariantLin
 from gzoo.nn.norm import FibreNorm
 from gzoo.nn.resample import SymmetricBlur2d, SymmetricPool2d, keep_original_strides
 from gzoo.nn.standardize import WeightStandardization
+from gzoo.nn.subset import Subset
 from gzoo.nn.transposed import GroupConvTranspose2d
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "InvariantLinear",
     "LiftingConv2d",
     "PerElement",
+    "Subset",
     "SymmetricBlur2d",
     "SymmetricPool2d",
     "WeightStandardization",
