@@ -42,7 +42,7 @@ TASKS = (
 )
 MODELS = ("plain", "full", "partial")
 
-_EPOCHS = 4
+_EPOCHS = 3
 _BATCH = 64
 _RATE = 2e-3
 _SUBSET_RATE = 5e-2  # a logit has to come from 2 to below 0 in some hundred steps
@@ -119,8 +119,9 @@ def pairs(images: Tensor, group: Group, g: int) -> tuple[Tensor, Tensor]:
 def _train(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     logits = [subset.logits for _, subset in subsets(model)]
     others = [parameter for parameter in model.parameters() if all(parameter is not logit for logit in logits)]
-    sets = [{"params": others}, {"params": logits, "lr": _SUBSET_RATE, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(sets if logits else others, lr=_RATE)
+    optimizer = torch.optim.AdamW(others, lr=_RATE)
+    if logits:
+        optimizer.add_param_group({"params": logits, "lr": _SUBSET_RATE, "weight_decay": 0.0})
     steps = len(images) // _BATCH
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _EPOCHS * steps)
     model.train()
