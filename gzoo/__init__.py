@@ -1,6 +1,6 @@
 """gzoo: group-equivariant CNNs for timm. Importing it registers the models with timm and does nothing else."""
 
-from gzoo import groups, nn, registry
+from gzoo import groups, nn, partial, registry
 from gzoo.check import check
 from gzoo.convert import convert, rule
 from gzoo.equivarify import canonicalize, equivarify, pose_loss
@@ -17,6 +17,7 @@ __all__ = [
     "geometric",
     "groups",
     "nn",
+    "partial",
     "pose_loss",
     "registry",
     "rule",

@@ -18,14 +18,15 @@ from gzoo.equivarify import Canonicalized, Equivarified
 from gzoo.groups import Group
 from gzoo.nn import FibreNorm, GroupPool, PerElement
 from gzoo.nn.expand import ExpandedLayer
+from gzoo.partial import subsets, symmetry
 
 
 @dataclass(frozen=True)
 class Report:
     """Equivariance errors: ``errors[output][g]``, outputs in order of depth, "logits" last.
 
-    In a network that gives up symmetry on the way, an output follows the elements of its own group only. How far the
-    logits are from following the others is a figure, no failure: ``given_up[g]``.
+    In a network that gives up symmetry, by stage or as a partial one, an output follows those elements that it keeps.
+    How far the logits are from following the others is a figure, no failure: ``given_up[g]``.
     """
 
     group: Group
@@ -98,9 +99,9 @@ def check(
     """Measures the equivariance error of logits and stage feature maps for every element that is exact on the grid.
 
     Vectors are held to be invariant, and pose logits (B, classes, |G|) to be regular fields. Feature maps are regular
-    fields, or plain channels where the model is a plain network. A map of logits, which the model pooled over the
-    group, is trivial fields: it is held to move like an image. The model is copied, so its weights, mode and dtype stay
-    as they are.
+    fields, or plain channels where the model is a plain network; of a partial network, what a layer drops is zero. A
+    map of logits, which the model pooled over the group, is trivial fields: it is held to move like an image. The model
+    is copied, so its weights, mode and dtype stay as they are.
 
     Args:
         model: a classifier (B, C, H, W) -> (B, classes), or of each pixel -> (B, classes, H, W); with timm's
@@ -132,10 +133,11 @@ def check(
     levels = dict(zip(expected, level_groups(model), strict=False))
     errors: dict[str, dict[int, float]] = {name: {} for name in expected}
     given_up: dict[int, float] = {}
+    kept = symmetry(model) if any(subsets(model)) else group.grid_elements
     for g in group.grid_elements:
         for name, value in _outputs(model, group.transform_image(x, g)).items():
             moved, law = expected[name], levels.get(name, own_group) or group
-            own_g, row = law.element(g, group), errors[name]
+            own_g, row = law.element(g, group) if g in kept else None, errors[name]
             if own_g is None and asked is not None:  # held to what was asked for
                 law, own_g = group, g
             if own_g is None:

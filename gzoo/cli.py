@@ -106,6 +106,12 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     command.add_argument("--json", help="write the result to this file")
 
+    command = commands.add_parser("mnist6", help="learn a partial symmetry: a 6 against its turned or mirrored copy")
+    command.set_defaults(run=_mnist6)
+    command.add_argument("--mnist", required=True, help="MNIST: folder of parquet files, or dataset on the Hub")
+    command.add_argument("--seed", type=int, default=0, help="default: 0")
+    command.add_argument("--json", help="write the result to this file")
+
     command = commands.add_parser("demo", help="two minutes of tour, offline")
     command.set_defaults(run=_demo)
     command.add_argument("--out", default="gzoo_demo", help="folder for the picture, default: gzoo_demo")
@@ -280,6 +286,17 @@ def _bench(args: argparse.Namespace) -> int:
         args.device,
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
+    print(table(report))
+    if args.json:
+        report = {"command": args.command_line, **report}
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _mnist6(args: argparse.Namespace) -> int:
+    from gzoo.mnist6 import mnist6, table
+
+    report = mnist6(args.mnist, args.seed, say=lambda text: print(text, file=sys.stderr, flush=True))
     print(table(report))
     if args.json:
         report = {"command": args.command_line, **report}

@@ -6,9 +6,9 @@ rule knows is an error. `gzoo.transfer` carries weights over, where that is want
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +23,7 @@ from gzoo.equivariant import make_equivariant
 from gzoo.groups import Group
 from gzoo.nn import PoseLinear, Restriction
 from gzoo.nn.linear import Head, Pooling
+from gzoo.partial import make_partial
 from gzoo.plan import Match, Plan, example, plan
 from gzoo.rules import ON_IMAGE, RULES, WHOLE, Recipe, rule
 from gzoo.trace import Segments, flat
@@ -43,6 +44,7 @@ def convert(
     classifier: str | None = None,
     weights: Weights | None = None,
     head: Head = "invariant",
+    partial: bool = False,
 ) -> nn.Module:
     """The equivariant counterpart of a plain CNN; ``model`` itself stays as it is.
 
@@ -84,6 +86,8 @@ def convert(
             `gzoo.transfer` has the formulas.
         head: "invariant" logits, or "pose": logits (B, classes, |G|) of class and group element, for a classifier that
             is linear, with fresh weights.
+        partial: whether each convolution learns which elements of the group it keeps, starting with all: see
+            `gzoo.partial` and `gzoo.nn.Subset`. For networks whose norms directly follow convolutions, such as ResNets.
 
     Returns:
         The network; ``model.group`` is its group, the last one of several. Feature maps are (B, fields * |G|, H, W).
@@ -94,7 +98,9 @@ def convert(
             not equivariant; names the module. Or the options do not go together.
     """
     copied = copy.deepcopy(model)
-    converted = convert_in_place(copied, group, match, widths, group_pool, basis, classifier, weights, head=head)
+    converted = convert_in_place(
+        copied, group, match, widths, group_pool, basis, classifier, weights, head=head, partial=partial
+    )
     check_itself(converted)
     return converted
 
@@ -110,6 +116,7 @@ def convert_in_place(
     weights: Weights | None = None,
     scale: float | None = None,
     head: Head = "invariant",
+    partial: bool = False,
 ) -> nn.Module:
     """`convert`, but uses up ``model`` and does not check the result; for networks that a test checks.
 
@@ -137,6 +144,10 @@ def convert_in_place(
             f"head='pose' needs a linear classifier; that of {type(model).__name__} is {sorted(planned.classifiers)}, "
             "none of which is an nn.Linear. Give the path of one as classifier"
         )
+    if partial:
+        if len(chain) > 1 or head == "pose":
+            raise ValueError("partial=True learns subsets of one group for invariant logits; leave out stages and head")
+        make_partial(converted, chain[0], group_pool, _image_for(copy.deepcopy(converted).eval()))
     _rename(converted, chain)
     return converted
 
@@ -248,15 +259,15 @@ def _channel_counts(model: Any, plan: Plan) -> Callable[[], None]:
         for name in ("num_features", "in_features"):
             value = getattr(module, name, None)
             if isinstance(value, int) and not isinstance(module, nn.Linear):
-                todo.append((partial(setattr, module, name), totals.get(value), 1))
+                todo.append((functools.partial(setattr, module, name), totals.get(value), 1))
     if isinstance(getattr(model, "head_hidden_size", None), int):  # what forward_head gives before the classifier
-        todo.append((partial(setattr, model, "head_hidden_size"), totals.get(model.head_hidden_size), order))
+        todo.append((functools.partial(setattr, model, "head_hidden_size"), totals.get(model.head_hidden_size), order))
     info = getattr(model, "feature_info", None)
     for level in getattr(info, "info", info) or ():
         segments = seen.outputs.get(level.get("module"))
         if segments is None or sum(part.size for part in flat(segments)) != level["num_chs"]:
             segments = totals.get(level["num_chs"])
-        todo.append((partial(level.__setitem__, "num_chs"), segments, 1))
+        todo.append((functools.partial(level.__setitem__, "num_chs"), segments, 1))
 
     def update() -> None:
         for change, segments, share in todo:

@@ -26,6 +26,7 @@ from gzoo.nn import (
     GroupPool,
     LiftingConv2d,
     Restriction,
+    Subset,
     SymmetricBlur2d,
     SymmetricPool2d,
     keep_original_strides,
@@ -122,6 +123,8 @@ def to_escnn(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{type(model).__name__} changes its group between stages; to_escnn takes networks of one group"
         )
+    if any(isinstance(module, Subset) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} is partial: escnn has no fields of which some elements are dropped")
     model = copy.deepcopy(model)
     types = _types_of_pooled_maps(model, group)
 

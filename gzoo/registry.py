@@ -151,8 +151,10 @@ class Entry:
         """timm's name of the model."""
         return f"{self.group.replace(':', '')}_{self.backbone}" if self.group else self.backbone
 
-    def build(self, head: Head = "invariant", **kwargs: Any) -> nn.Module:
-        """The network with random weights; ``head`` as `gzoo.convert`."""
+    def build(self, head: Head = "invariant", partial: bool = False, **kwargs: Any) -> nn.Module:
+        """The network with random weights; `gzoo.convert` says what ``head`` and ``partial`` are."""
+        if partial and self.group is None:
+            raise ValueError(f"{self.name} is a plain network; partial=True is for those over a group, p4_{self.name}")
         plain = _BACKBONES[self.backbone].plain(**kwargs)
         if self.group is None:
             if head != "invariant":
@@ -160,7 +162,13 @@ class Entry:
             return plain
         # Without the self-check: the tests check every entry, and it takes longer than the building.
         return convert_in_place(
-            plain, self.group, widths=self.widths, group_pool=self.group_pool, scale=_scale(self), head=head
+            plain,
+            self.group,
+            widths=self.widths,
+            group_pool="mean" if partial else self.group_pool,
+            scale=_scale(self),
+            head=head,
+            partial=partial,
         )
 
 

@@ -1,6 +1,7 @@
 """What several test files share: random fields, the action on them, and errors of values and gradients."""
 
 import copy
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -62,9 +63,16 @@ def act(group: Group, law: str, x: Tensor, g: int) -> Tensor:
     return x
 
 
-def worst_error(layer: nn.Module, group: str, x: Tensor, law: str = "fields", out_law: str | None = None) -> float:
-    """The largest relative error over all elements that fit the grid, of the value, of the gradient with respect to the
-    input, and of the gradients with respect to the parameters, which must be the same for x and g.x."""
+def worst_error(
+    layer: nn.Module,
+    group: str,
+    x: Tensor,
+    law: str = "fields",
+    out_law: str | None = None,
+    elements: Iterable[int] | None = None,
+) -> float:
+    """The largest relative error over ``elements``, by default all that fit the grid: of the value, of the gradient for
+    the input, and of the gradients for the parameters, which must be the same for x and g.x."""
     G = groups.get(group)
     worst = 0.0
     x = x.requires_grad_()
@@ -72,7 +80,7 @@ def worst_error(layer: nn.Module, group: str, x: Tensor, law: str = "fields", ou
     y = layer(x)
     cotangent = torch.randn_like(y)
     input_gradient, *gradients = torch.autograd.grad(y, (x, *parameters), cotangent)
-    for g in G.grid_elements:
+    for g in G.grid_elements if elements is None else elements:
         turned = act(G, law, x.detach(), g).requires_grad_()
         y_g = layer(turned)
         worst = max(worst, relative(y_g, act(G, out_law or law, y, g)))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gzoo import coverage
+from gzoo import coverage, mnist6
 from gzoo.bench import table
 from gzoo.card import leaderboard
 
@@ -51,6 +51,12 @@ def test_readme_shows_the_bench_as_measured():
     shown = re.search(r"<!-- bench -->\n```\n(.*?)\n```\n<!-- /bench -->", README.read_text(), re.DOTALL)
     assert shown is not None
     assert shown[1] == table(json.loads((BENCHMARKS / "bench.json").read_text())).strip()
+
+
+def test_readme_shows_the_partial_networks_as_measured():
+    shown = re.search(r"<!-- mnist6 -->\n(.*?)\n<!-- /mnist6 -->", README.read_text(), re.DOTALL)
+    assert shown is not None
+    assert shown[1] == mnist6.table(json.loads((BENCHMARKS / "mnist6.json").read_text()))
 
 
 def test_readme_shows_the_coverage_as_measured():

@@ -8,6 +8,7 @@ from gzoo.nn.norm import FibreNorm
 from gzoo.nn.resample import SymmetricBlur2d, SymmetricPool2d, keep_original_strides
 from gzoo.nn.restrict import Restriction
 from gzoo.nn.standardize import WeightStandardization
+from gzoo.nn.subset import Subset
 from gzoo.nn.transposed import GroupConvTranspose2d
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "PerElement",
     "PoseLinear",
     "Restriction",
+    "Subset",
     "SymmetricBlur2d",
     "SymmetricPool2d",
     "WeightStandardization",

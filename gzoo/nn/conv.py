@@ -11,6 +11,7 @@ from gzoo.bases import Basis, BasisName, balance, lifting_basis, regular_basis
 from gzoo.groups import Group
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.resample import Window, resample
+from gzoo.nn.subset import Subset
 
 if TYPE_CHECKING:
     from escnn.nn import FieldType
@@ -43,6 +44,7 @@ class _GroupConv2d(ExpandedLayer):
         self.padding_mode = padding_mode
         self.bias = nn.Parameter(torch.empty(self.out_fields)) if bias else None
         self.standardize: nn.Module | None = None  # of `WeightStandardization`
+        self.subset: Subset | None = None  # of a partial network, where no norm follows
         self.reset_parameters()
 
     @property
@@ -67,7 +69,8 @@ class _GroupConv2d(ExpandedLayer):
             x, padding = F.pad(x, 4 * (padding,), mode=self.padding_mode), 0
         bias = None if self.bias is None else self.bias.repeat_interleave(self.group.order)
         filters = self.filter() if self.standardize is None else self.standardize(self.filter())
-        return F.conv2d(x, filters, bias, stride, padding, self.dilation, self.groups)
+        y = F.conv2d(x, filters, bias, stride, padding, self.dilation, self.groups)
+        return y if self.subset is None else self.subset(y)
 
     @property
     def out_type(self) -> "FieldType":

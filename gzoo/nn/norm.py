@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from gzoo.nn.subset import Subset
+
 
 class FibreNorm(nn.Module):
     """Batch, instance or group norm of regular fields: one mean, variance, scale and shift for all of a fibre.
@@ -29,8 +31,11 @@ class FibreNorm(nn.Module):
         super().__init__()
         self.norm = norm
         self.group_order = group_order
+        self.subset: Subset | None = None  # of a partial network: statistics over the kept elements only
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.subset is not None:
+            return self.subset(x, self.norm)
         order = self.group_order
         batch, channels, *pixels = x.shape
         if channels % order:

@@ -1,0 +1,169 @@
+"""Partial networks start with the whole group, are exact for what they keep, and are saved, shown and refused."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import nn
+
+import gzoo
+from gzoo import backbones, groups
+from gzoo.cli import main
+from gzoo.mnist6 import mnist6, pairs
+from gzoo.partial import subsets, symmetry
+from tests.conftest import random_image, with_random_statistics
+
+
+def small(norm=nn.BatchNorm2d, last=()):
+    """A norm behind the first convolution, none behind the second."""
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)]
+    first = [nn.Conv2d(3, 16, 3, padding=1), norm(16), nn.ReLU()]
+    return nn.Sequential(*first, nn.Conv2d(16, 16, 3, stride=2), *last, nn.ReLU(), *head)
+
+
+def partial_resnet(group="p4"):
+    """A residual network with random statistics, in eval mode, which keeps the whole group."""
+    plain = timm.create_model("resnet18", channels=(8, 8, 16, 16), stem_width=8, num_classes=5)
+    return keeping(with_random_statistics(gzoo.convert(plain, group, partial=True)).eval(), range(100))
+
+
+def keeping(model, kept):
+    for _, subset in subsets(model):
+        subset.keep(set(kept) & set(range(subset.group.order)))
+    return model
+
+
+def whole(model):
+    """The fully equivariant network with the weights of a partial one."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if getattr(module, "subset", None) is not None:
+            module.subset = None
+    return model
+
+
+def test_each_convolution_has_one_subset_in_its_norm_or_behind_it():
+    model = gzoo.convert(small(), "p4", partial=True)
+    assert [name for name, _ in subsets(model)] == ["1", "3"]
+    assert [name for name, _ in subsets(gzoo.convert(small(), "p4"))] == []
+
+
+@pytest.mark.parametrize("size", [64, 65, (48, 65)])
+@pytest.mark.parametrize("group", ["p4", "p4m"])
+def test_a_partial_network_starts_as_the_fully_equivariant_one(group, size):
+    model = with_random_statistics(gzoo.convert(small(), group, partial=True)).eval()
+    keeping(model, range(8))
+    report = gzoo.check(model, size)
+    assert report.worst < 1e-12
+    assert not report.given_up
+    x = random_image(3, (size, size) if isinstance(size, int) else size)
+    assert model(x).equal(whole(model)(x))
+
+
+@pytest.mark.parametrize("size", [64, (65, 48)])
+@pytest.mark.parametrize(("group", "kept"), [("p4", (0, 2)), ("p4m", (0, 2, 4, 6)), ("p4m", (0, 5)), ("d2", (0,))])
+def test_a_residual_network_that_keeps_a_subgroup_is_exact_for_it_and_for_no_more(group, kept, size):
+    report = gzoo.check(keeping(partial_resnet(group), kept), size)
+    assert tuple(report.errors["logits"]) == kept
+    assert report.worst < 1e-12
+    assert set(report.given_up) == set(range(report.group.order)) - set(kept)
+    assert min(report.given_up.values()) > 1e-6
+
+
+def test_off_the_grid_the_turns_on_the_grid_stay_exact():
+    model = with_random_statistics(gzoo.convert(small(), "c8", partial=True)).eval()
+    report = gzoo.check(keeping(model, (0, 4)), 33)
+    assert tuple(report.errors["logits"]) == (0, 4)
+    assert report.worst < 1e-12 < min(report.given_up.values())
+
+
+def test_layers_keep_in_common_what_the_network_keeps():
+    model = gzoo.convert(small(), "p4m", partial=True)
+    (_, first), (_, second) = subsets(model)
+    first.keep((0, 1, 2, 3))
+    second.keep((0, 2, 4, 6))
+    assert symmetry(model) == (0, 2)
+
+
+@pytest.mark.parametrize("name", ["p4_cnn7", "p4m_cnn7", "p4_resnet20"])
+def test_entries_take_partial_and_train(name):
+    model = timm.create_model(name, partial=True, num_classes=3)
+    channels, *size = model.pretrained_cfg["input_size"]
+    model(torch.randn(2, channels, *(min(side, 32) for side in size))).sum().backward()
+    assert all(subset.logits.grad is not None for _, subset in subsets(model))
+
+
+def test_weights_and_subsets_survive_a_save_a_copy_and_the_check_command(tmp_path, capsys):
+    model = keeping(timm.create_model("p4_cnn7", partial=True).eval(), (0, 2))
+    other = timm.create_model("p4_cnn7", partial=True).eval()
+    other.load_state_dict(model.state_dict())
+    save_for_hf(model, str(tmp_path), model_args={"partial": True}, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(1, 1, 28, 28)
+    for twin in (other, loaded, copy.deepcopy(model)):
+        assert twin(x).equal(model(x))
+        assert symmetry(twin) == (0, 2)
+    assert main(["check", str(tmp_path), "--size", "28"]) == 0
+    assert "given up" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"subset\.logits is not in the model"):
+        timm.create_model("p4_cnn7").load_state_dict(model.state_dict())
+
+
+def test_the_report_shows_what_each_layer_keeps(tmp_path):
+    model = keeping(gzoo.convert(small(), "p4", partial=True), (0, 2))
+    assert gzoo.partial.report(model).splitlines() == [
+        "kept elements of p4",
+        "layer        0       90      180      270   |S|",
+        "1        1.00    (0.12)    0.88    (0.12)     2",
+        "3        1.00    (0.12)    0.88    (0.12)     2",
+        "all layers together: exactly equivariant to 0, 180",
+    ]
+    gzoo.partial.plot(model, tmp_path / "subsets.png")
+    assert (tmp_path / "subsets.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("plain", "options", "message"),
+    [
+        (small(), {"group": "p4", "group_pool": "max"}, "needs group_pool='mean'"),
+        (small(), {"group": "c1"}, "c1 has no element beside the identity"),
+        (small(last=[nn.ReLU(), nn.BatchNorm2d(16)]), {"group": "p4"}, "5 normalises a map that no convolution gives"),
+        (timm.create_model("convnext_atto"), {"group": "p4"}, "stem.1 is a FibreLayerNorm2d, which mixes"),
+    ],
+)
+def test_what_would_bring_dropped_elements_back_is_refused(plain, options, message):
+    with pytest.raises(ValueError, match=message):
+        gzoo.convert(plain, partial=True, **options)
+
+
+def test_networks_without_partial_layers_are_named():
+    with pytest.raises(ValueError, match="cnn7 is a plain network; partial=True is for those over a group, p4_cnn7"):
+        timm.create_model("cnn7", partial=True)
+    with pytest.raises(ValueError, match="has no partial layers; create it with partial=True"):
+        gzoo.partial.report(gzoo.convert(small(), "p4"))
+    with pytest.raises(ValueError, match="is partial: escnn has no fields"):
+        gzoo.to_escnn(gzoo.convert(small(), "p4", partial=True))
+
+
+def test_a_six_and_its_copy_look_alike_to_a_full_network_only():
+    group, images = groups.get("p4"), random_image(1, (28, 28), batch=3)
+    x, y = pairs(images, group, 2)
+    assert x[3:].equal(x[:3].rot90(2, (2, 3)))
+    assert y.tolist() == [0, 0, 0, 1, 1, 1]
+    model = keeping(with_random_statistics(gzoo.convert(backbones.cnn7(num_classes=2), group, partial=True)), range(4))
+    model.eval()
+    assert model(x)[:3].allclose(model(x)[3:], rtol=1e-10)
+    assert not keeping(model, (0, 1))(x)[:3].allclose(model(x)[3:], rtol=1e-3)
+
+
+def test_mnist6_names_data_without_sixes(tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Image
+    from PIL import Image as pillow
+
+    rows = {"image": [pillow.new("L", (28, 28))] * 2, "label": [0, 1]}
+    features = Features({"image": Image(), "label": ClassLabel(names=["0", "1"])})
+    Dataset.from_dict(rows, features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="no train image has the class '6'; its classes are 0, 1"):
+        mnist6(str(tmp_path))
