@@ -82,6 +82,7 @@ class TrainConfig:
     freeze_backbone: bool = _option(False, "train the classifier only; norm statistics stay as they are")
     epochs: int = _option(10, "passes over the training images")
     batch_size: int = _option(64, "images a step")
+    grad_accum: int = _option(1, "take the gradient of a batch in this many parts, one after another, to save memory")
     optimizer: dict[str, Any] = field(
         default_factory=lambda: {"name": "adamw", "lr": 1e-3, "weight_decay": 0.05},
         metadata={"help": "name, lr, weight_decay ... for timm's create_optimizer_v2"},
@@ -128,7 +129,14 @@ class TrainConfig:
             _reject_number_as_text(name, value if hint is not str else None)
             if not _fits(value, hint):
                 raise ValueError(f"{name} is {value!r}; it takes {_spell(hint)}")
-        for name, low in {"epochs": 1, "batch_size": 1, "workers": 0, "seed": 0, "crop_padding": 0}.items():
+        for name, low in {
+            "epochs": 1,
+            "batch_size": 1,
+            "grad_accum": 1,
+            "workers": 0,
+            "seed": 0,
+            "crop_padding": 0,
+        }.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}; the least is {low}")
         if not 0 <= self.val_fraction < 1:
@@ -280,6 +288,10 @@ def _set_up(config: TrainConfig, out: Path, pretrained: bool) -> _Run:
     batch_size = min(config.batch_size, len(train_data))
     if (config.mixup_alpha or config.cutmix_alpha) and batch_size % 2:
         raise ValueError(f"mixup and cutmix pair the images of a batch; a batch of {batch_size} images is odd")
+    if config.grad_accum > batch_size:
+        raise ValueError(
+            f"grad_accum is {config.grad_accum}; a batch of {batch_size} images has {batch_size} parts at most"
+        )
     steps = len(train_data) // batch_size
     optimizer = _optimizer(model, config)
     schedule = _schedule(optimizer, config, steps)
@@ -444,11 +456,15 @@ def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[flo
         labels = labels.to(device, non_blocking=True)
         if mixup:
             images, labels = mixup(images, labels)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            logits = forward(images)
-        loss = loss_function(logits.float(), labels)
         run.optimizer.zero_grad()
-        loss.backward()
+        total = torch.zeros((), device=device)
+        parts = zip(images.tensor_split(config.grad_accum), labels.tensor_split(config.grad_accum), strict=True)
+        for part, targets in parts:
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+                logits = forward(part)
+            loss = loss_function(logits.float(), targets) * (len(part) / len(images))
+            loss.backward()
+            total += loss.detach()
         if config.clip_grad is not None:
             dispatch_clip_grad(parameters, config.clip_grad)
         run.optimizer.step()
@@ -459,7 +475,7 @@ def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[flo
             run.schedule.step_update(update)
         if pending is not None:
             mean_loss.update(_finite(run, pending, step - 1))
-        pending = loss.detach()  # read a step later: reading at once would make a GPU wait for the next launch
+        pending = total  # read a step later: reading at once would make a GPU wait for the next launch
         bar.update()
         bar.set_postfix(loss=f"{mean_loss.avg:.3f}", refresh=False)
     assert pending is not None  # there is at least one step

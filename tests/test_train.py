@@ -73,6 +73,14 @@ def same(a, b):
     return a == b
 
 
+def assert_same_curve(a, b):
+    """Two logs agree but for the order of float32 sums, and the loss moved."""
+    assert len(a) == len(b)
+    for key in ("train_loss", "val_loss", "val_top1"):
+        assert [float(row[key]) for row in a] == pytest.approx([float(row[key]) for row in b], rel=1e-4)
+    assert len({row["train_loss"] for row in a}) == len(a) > 1
+
+
 class Stop(Exception):
     """Ends a run from inside, as a power cut would."""
 
@@ -273,6 +281,24 @@ def test_every_option_of_augmentation_and_loss_trains(settings):
     timm.create_model(f"local-dir:{settings['out']}/model", pretrained=True)
 
 
+def test_a_batch_in_parts_trains_as_the_whole_batch(settings, tmp_path, monkeypatch):
+    """Norm statistics would tell parts from the whole, so the backbone is frozen; 3 parts of 8 images are unequal."""
+    changes = {"freeze_backbone": True, "mixup_alpha": 0.2, "optimizer": {"name": "sgd", "lr": 0.5}}
+    train(TrainConfig(**settings | changes))
+    sizes, real = [], gzoo.train._loss
+
+    def loss(*args):
+        mixup, function = real(*args)
+        return mixup, lambda logits, targets: sizes.append(len(logits)) or function(logits, targets)
+
+    monkeypatch.setattr(gzoo.train, "_loss", loss)
+    train(TrainConfig(**settings | changes | {"grad_accum": 3, "out": str(tmp_path / "parts")}))
+    assert sizes[:3] == [3, 3, 2]
+    assert_same_curve(log(settings["out"]), log(tmp_path / "parts"))
+    parts = weights(tmp_path / "parts")
+    assert all(torch.allclose(value, parts[key], atol=1e-5) for key, value in weights(settings["out"]).items())
+
+
 def test_fine_tuning_starts_from_the_weights_of_an_earlier_run(settings, tmp_path):
     train(TrainConfig(**settings))
     first = weights(settings["out"])
@@ -411,6 +437,7 @@ def test_a_wrong_setting_fails_before_anything_is_written(settings):
         ({"model": "test_vit", "image_size": 33}, "cannot take images of 33x33"),
         ({"val_fraction": 0.01}, "val_fraction"),
         ({"mixup_alpha": 0.2, "batch_size": 7}, "a batch of 7 images is odd"),
+        ({"grad_accum": 9}, "grad_accum is 9; a batch of 8 images has 8 parts at most"),
         ({"data": settings["data"] + "/nowhere"}, "no such folder"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
