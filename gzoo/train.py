@@ -30,6 +30,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import safetensors.torch
 import timm
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models._hub import save_config_for_hf
@@ -38,6 +40,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -82,6 +85,7 @@ class TrainConfig:
     freeze_backbone: bool = _option(False, "train the classifier only; norm statistics stay as they are")
     epochs: int = _option(10, "passes over the training images")
     batch_size: int = _option(64, "images a step")
+    grad_accum: int = _option(1, "take the gradient of a batch in this many parts, one after another, to save memory")
     optimizer: dict[str, Any] = field(
         default_factory=lambda: {"name": "adamw", "lr": 1e-3, "weight_decay": 0.05},
         metadata={"help": "name, lr, weight_decay ... for timm's create_optimizer_v2"},
@@ -128,7 +132,14 @@ class TrainConfig:
             _reject_number_as_text(name, value if hint is not str else None)
             if not _fits(value, hint):
                 raise ValueError(f"{name} is {value!r}; it takes {_spell(hint)}")
-        for name, low in {"epochs": 1, "batch_size": 1, "workers": 0, "seed": 0, "crop_padding": 0}.items():
+        for name, low in {
+            "epochs": 1,
+            "batch_size": 1,
+            "grad_accum": 1,
+            "workers": 0,
+            "seed": 0,
+            "crop_padding": 0,
+        }.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}; the least is {low}")
         if not 0 <= self.val_fraction < 1:
@@ -218,6 +229,7 @@ class _Run:
     optimizer: torch.optim.Optimizer
     schedule: Scheduler | None
     steps: int  # an epoch
+    processes: PartialState  # this one and how many there are; only the main one measures, prints and writes
     epoch: int = 0  # finished ones
     rows: list[dict[str, Any]] = field(default_factory=list)  # of log.csv
     best: dict[str, Any] | None = None  # the row of the epoch that was saved to model/
@@ -228,11 +240,14 @@ class _Run:
 def train(config: TrainConfig, resume: bool = False, command: str = "") -> dict[str, Any]:
     """Run a recipe, or go on with the run in `config.out`.
 
+    Under torchrun or `accelerate launch`, each process takes its slice of every batch and the main one writes; norm
+    statistics are those of a slice.
+
     Writes to `config.out`: checkpoint.pt, log.csv, curves.png, results.json, skipped.txt where images were skipped, and
     model/ with the weights of the best validation epoch (of the last epoch if there is no validation).
 
     Returns:
-        what results.json says.
+        what results.json says; nothing in a process that is not the main one.
 
     Raises:
         FileNotFoundError, ValueError: the config cannot be run, or differs from that of the run to resume.
@@ -241,33 +256,37 @@ def train(config: TrainConfig, resume: bool = False, command: str = "") -> dict[
         KeyboardInterrupt: on Ctrl-C and SIGTERM, with what to type to go on.
     """
     out = Path(config.out)
+    processes = PartialState(cpu=not torch.cuda.is_available())
     saved = _load_checkpoint(out) if resume else None
     if saved:
         _check_same(config, saved["config"])
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not an empty folder; give another --out, or --resume to go on with the run in it")
-    run = _set_up(config, out, pretrained=config.pretrained and not resume)  # to resume needs no download
+    processes.wait_for_everyone()  # all have looked into `out` before one writes there
+    run = _set_up(config, out, processes, pretrained=config.pretrained and not resume)  # to resume needs no download
     if saved:
         _restore(run, saved)
         done = run.epoch >= config.epochs
-        print(f"gzoo: {out}: {'already finished' if done else 'resuming'} after epoch {run.epoch} of {config.epochs}")
+        how = "already finished" if done else "resuming"
+        processes.print(f"gzoo: {out}: {how} after epoch {run.epoch} of {config.epochs}")
         run.commands += [] if done else [command]
     else:
         run.commands = [command]
-        _save_checkpoint(run)  # a run that is killed in its first epoch can be resumed, too
+        if processes.is_main_process:
+            _save_checkpoint(run)  # a run that is killed in its first epoch can be resumed, too
     try:
         with _deterministic(), _sigterm_as_interrupt():
             _train_epochs(run)
     except KeyboardInterrupt:
         again = f"gzoo train --resume --out {out}"
         raise KeyboardInterrupt(f"stopped in epoch {run.epoch + 1}; go on with: {again}") from None
-    return _finish(run)
+    return _finish(run) if processes.is_main_process else {}
 
 
-def _set_up(config: TrainConfig, out: Path, pretrained: bool) -> _Run:
+def _set_up(config: TrainConfig, out: Path, processes: PartialState, pretrained: bool) -> _Run:
     """Everything up to the first step. What cannot work fails here, before anything is written to `out`."""
     train_data, val_data = _open_data(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = processes.device
     seed_everything(config.seed)
     model = load_model(config.model, pretrained, num_classes=len(train_data.classes), **config.model_args)
     data_config = _input_config(model, config)
@@ -280,6 +299,14 @@ def _set_up(config: TrainConfig, out: Path, pretrained: bool) -> _Run:
     batch_size = min(config.batch_size, len(train_data))
     if (config.mixup_alpha or config.cutmix_alpha) and batch_size % 2:
         raise ValueError(f"mixup and cutmix pair the images of a batch; a batch of {batch_size} images is odd")
+    if rest := batch_size % (count := processes.num_processes):
+        raise ValueError(
+            f"a batch of {batch_size} images does not divide by {count} processes; "
+            f"give --batch-size {batch_size - rest + count}, or {batch_size - rest} if that is above 0"
+        )
+    share = batch_size // processes.num_processes
+    if config.grad_accum > share:
+        raise ValueError(f"grad_accum is {config.grad_accum}; a batch of {share} images has {share} parts at most")
     steps = len(train_data) // batch_size
     optimizer = _optimizer(model, config)
     schedule = _schedule(optimizer, config, steps)
@@ -289,9 +316,11 @@ def _set_up(config: TrainConfig, out: Path, pretrained: bool) -> _Run:
         ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
     out.mkdir(parents=True, exist_ok=True)
     skipped = train_data.skipped + (val_data.skipped if val_data else [])
-    if skipped:
+    if skipped and processes.is_main_process:
         (out / "skipped.txt").write_text("\n".join(skipped) + "\n", encoding="utf-8")
-    return _Run(config, out, device, train_data, val_data, model, data_config, ema, optimizer, schedule, steps)
+    return _Run(
+        config, out, device, train_data, val_data, model, data_config, ema, optimizer, schedule, steps, processes
+    )
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -394,12 +423,18 @@ def _size_at(config: TrainConfig, epoch: int, default: int) -> int:
 
 def _train_epochs(run: _Run) -> None:
     config = run.config
-    forward = torch.compile(run.model) if config.compile else run.model
+    model = DistributedDataParallel(run.model) if run.processes.num_processes > 1 else run.model
+    forward = torch.compile(model) if config.compile else model
     validated = run.ema.module if run.ema else run.model
     val = None
     if run.val_data:
         val = eval_loader(run.val_data, eval_transform(run.input), config.batch_size, config.workers, run.device)
-    bar = tqdm(total=config.epochs * run.steps, initial=run.epoch * run.steps, unit="step", disable=None)
+    bar = tqdm(
+        total=config.epochs * run.steps,
+        initial=run.epoch * run.steps,
+        unit="step",
+        disable=None if run.processes.is_main_process else True,
+    )
     with bar:
         while run.epoch < config.epochs:
             start = time.perf_counter()
@@ -407,6 +442,9 @@ def _train_epochs(run: _Run) -> None:
             bar.set_description(f"epoch {run.epoch + 1}/{config.epochs}")
             train_loss, lr = _train_one_epoch(run, forward, size, bar)
             trained = time.perf_counter() - start
+            if not run.processes.is_main_process:
+                run.epoch += 1
+                continue
             row: dict[str, Any] = {"epoch": run.epoch + 1, "lr": lr}
             row |= {"train_loss": train_loss, "val_loss": "", "val_top1": ""}
             if val:
@@ -430,6 +468,8 @@ def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[flo
     config, device = run.config, run.device
     loader = _epoch_loader(run, size)
     seed_everything(config.seed, run.epoch)
+    if index := run.processes.process_index:  # dropout of its own; numpy's mixup stays that of the whole batch
+        torch.manual_seed(torch.initial_seed() + index)
     _training_mode(run.model, config)
     mixup, loss_function = _loss(config, len(run.train_data.classes))
     parameters = [p for p in run.model.parameters() if p.requires_grad]
@@ -444,11 +484,19 @@ def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[flo
         labels = labels.to(device, non_blocking=True)
         if mixup:
             images, labels = mixup(images, labels)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            logits = forward(images)
-        loss = loss_function(logits.float(), labels)
+        # Every process reads the whole batch: augmentation and mixup draw once for all of it.
+        share = len(images) // run.processes.num_processes
+        own = slice(share * run.processes.process_index, share * (run.processes.process_index + 1))
+        images, labels = images[own], labels[own]
         run.optimizer.zero_grad()
-        loss.backward()
+        total = torch.zeros((), device=device)
+        parts = zip(images.tensor_split(config.grad_accum), labels.tensor_split(config.grad_accum), strict=True)
+        for part, targets in parts:
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+                logits = forward(part)
+            loss = loss_function(logits.float(), targets) * (len(part) / len(images))
+            loss.backward()
+            total += loss.detach()
         if config.clip_grad is not None:
             dispatch_clip_grad(parameters, config.clip_grad)
         run.optimizer.step()
@@ -459,12 +507,14 @@ def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[flo
             run.schedule.step_update(update)
         if pending is not None:
             mean_loss.update(_finite(run, pending, step - 1))
-        pending = loss.detach()  # read a step later: reading at once would make a GPU wait for the next launch
+        pending = total  # read a step later: reading at once would make a GPU wait for the next launch
         bar.update()
         bar.set_postfix(loss=f"{mean_loss.avg:.3f}", refresh=False)
     assert pending is not None  # there is at least one step
     mean_loss.update(_finite(run, pending, run.steps))
-    return mean_loss.avg, lr
+    # Over shares of one size; with one process it stays what it is.
+    losses = gather_object([mean_loss.avg])
+    return sum(losses) / len(losses), lr
 
 
 def _epoch_loader(run: _Run, size: int) -> DataLoader:

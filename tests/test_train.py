@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,6 +72,14 @@ def same(a, b):
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def assert_same_curve(a, b):
+    """Two logs agree but for the order of float32 sums, and the loss moved."""
+    assert len(a) == len(b)
+    for key in ("train_loss", "val_loss", "val_top1"):
+        assert [float(row[key]) for row in a] == pytest.approx([float(row[key]) for row in b], rel=1e-4)
+    assert len({row["train_loss"] for row in a}) == len(a) > 1
 
 
 class Stop(Exception):
@@ -273,6 +282,60 @@ def test_every_option_of_augmentation_and_loss_trains(settings):
     timm.create_model(f"local-dir:{settings['out']}/model", pretrained=True)
 
 
+def test_a_batch_in_parts_trains_as_the_whole_batch(settings, tmp_path, monkeypatch):
+    """Norm statistics would tell parts from the whole, so the backbone is frozen; 3 parts of 8 images are unequal."""
+    changes = {"freeze_backbone": True, "mixup_alpha": 0.2, "optimizer": {"name": "sgd", "lr": 0.5}}
+    train(TrainConfig(**settings | changes))
+    sizes, real = [], gzoo.train._loss
+
+    def loss(*args):
+        mixup, function = real(*args)
+        return mixup, lambda logits, targets: sizes.append(len(logits)) or function(logits, targets)
+
+    monkeypatch.setattr(gzoo.train, "_loss", loss)
+    train(TrainConfig(**settings | changes | {"grad_accum": 3, "out": str(tmp_path / "parts")}))
+    assert sizes[:3] == [3, 3, 2]
+    assert_same_curve(log(settings["out"]), log(tmp_path / "parts"))
+    parts = weights(tmp_path / "parts")
+    assert all(torch.allclose(value, parts[key], atol=1e-5) for key, value in weights(settings["out"]).items())
+
+
+def in_two_processes(arguments):
+    """What `torchrun --nproc-per-node 2 -m gzoo.cli train` leaves behind and prints."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "gzoo.cli"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launch, "train", *arguments], capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_two_processes_train_as_one_does(settings, tmp_path):
+    """Norm statistics would tell slices from the whole, so the backbone is frozen. Epoch 2 is a resumed one."""
+    changes = {"freeze_backbone": True, "mixup_alpha": 0.2, "rotate": 30.0, "ema_decay": 0.9}
+    changes["schedule"] = {"name": "none"}  # a cosine over one epoch, then over two, is another curve
+    changes["optimizer"] = {"name": "sgd", "lr": 0.5}
+    train(TrainConfig(**settings | changes))
+    out = tmp_path / "two"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(settings | changes | {"out": str(out), "epochs": 1, "grad_accum": 2}))
+    printed = in_two_processes([f"--recipe={recipe}"])
+    assert printed.count("epoch 1  lr") == 1  # the main process alone
+    printed = in_two_processes(["--resume", f"--out={out}", "--epochs=2"])
+    assert printed.count("resuming after epoch 1 of 2") == 1
+    assert_same_curve(log(settings["out"]), log(out))
+    two = weights(out)
+    assert all(torch.allclose(value, two[key], atol=1e-5) for key, value in weights(settings["out"]).items())
+    assert (out / "curves.png").stat().st_size > 0
+
+
+def test_a_batch_that_does_not_divide_by_the_processes_is_an_error(settings, monkeypatch):
+    three = SimpleNamespace(num_processes=3, device=torch.device("cpu"), wait_for_everyone=lambda: None)
+    monkeypatch.setattr(gzoo.train, "PartialState", lambda **_: three)
+    with pytest.raises(ValueError, match="a batch of 8 images does not divide by 3 processes; give --batch-size 9"):
+        train(TrainConfig(**settings))
+    assert not Path(settings["out"]).exists()
+
+
 def test_fine_tuning_starts_from_the_weights_of_an_earlier_run(settings, tmp_path):
     train(TrainConfig(**settings))
     first = weights(settings["out"])
@@ -411,6 +474,7 @@ def test_a_wrong_setting_fails_before_anything_is_written(settings):
         ({"model": "test_vit", "image_size": 33}, "cannot take images of 33x33"),
         ({"val_fraction": 0.01}, "val_fraction"),
         ({"mixup_alpha": 0.2, "batch_size": 7}, "a batch of 7 images is odd"),
+        ({"grad_accum": 9}, "grad_accum is 9; a batch of 8 images has 8 parts at most"),
         ({"data": settings["data"] + "/nowhere"}, "no such folder"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
