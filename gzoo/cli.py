@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"gzoo: error: {error}", file=sys.stderr)
     except ModuleNotFoundError as error:
-        if error.name not in ("datasets", "matplotlib", "sklearn", "tqdm", "yaml"):
+        if error.name not in ("accelerate", "datasets", "matplotlib", "sklearn", "tqdm", "yaml"):
             raise
         print(f"gzoo: error: {error.name} is not installed; pip install 'gzoo[demo]'", file=sys.stderr)
     except KeyboardInterrupt as error:
@@ -121,6 +121,16 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.add_argument("run_folder", metavar="RUN", help="the --out of `gzoo train`")
     command.add_argument("--data", required=True, help="the data set, for its test split")
     command.add_argument("--bf16", action="store_true", help="test in bfloat16, for large networks on a CPU")
+
+    command = commands.add_parser(
+        "push", help="upload a model card, or what `gzoo train` made, to the Hugging Face Hub"
+    )
+    command.set_defaults(run=_push)
+    command.add_argument("source", help="NAME.TAG of a card, or the model/ folder of a run")
+    command.add_argument("--org", help="organization or user, default: ours")
+    command.add_argument("--name", help="of the repository, default: that of the card or the network")
+    command.add_argument("--private", action="store_true", help="make a new repository private")
+    command.add_argument("--dry-run", action="store_true", help="list what would be uploaded")
 
     data = commands.add_parser("data", help="make data sets").add_subparsers(required=True, metavar="DATA")
     command = data.add_parser("rotmnist", help="rotated MNIST: 12,000 images to train, 50,000 to test")
@@ -308,6 +318,19 @@ def _demo(args: argparse.Namespace) -> int:
     from gzoo.demo import demo
 
     demo(args.out)
+    return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    from gzoo.hub import planned, push
+    from gzoo.weights import HUB_ORGANIZATION
+
+    organization = args.org or HUB_ORGANIZATION
+    if args.dry_run:
+        folder, repository, files = planned(args.source, organization, args.name)
+        print(f"{repository}:", *(f"{(folder / file).stat().st_size:>12,} {file}" for file in files), sep="\n")
+    else:
+        print(push(args.source, organization, args.name, args.private))
     return 0
 
 

@@ -1,0 +1,73 @@
+"""Publishing a model card or a trained model as a repository of the Hugging Face Hub."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+from gzoo.weights import FILENAME, HUB_ORGANIZATION, card_folder
+
+_NEEDED = (FILENAME, "config.json")
+
+
+def push(source: str, organization: str = HUB_ORGANIZATION, name: str | None = None, private: bool = False) -> str:
+    """Uploads a folder in one commit, and makes the repository where there is none.
+
+    Args:
+        source: NAME.TAG of a model card, or a folder that has model.safetensors and config.json, such as the model/ of
+            `gzoo train`.
+        organization: of the Hub, or a user.
+        name: of the repository, by default that of the card or the network.
+        private: whether a new repository is visible to its owners only.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it lacks a file.
+        PermissionError: nobody is logged in, or may not write there.
+        ConnectionError: the Hub cannot be reached, or refuses for another reason.
+    """
+    folder, repository, _ = planned(source, organization, name)
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload {folder.name}")
+    except LocalTokenNotFoundError as error:
+        raise PermissionError(
+            "you are not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN"
+        ) from error
+    except HFValidationError as error:
+        raise ValueError(f"{repository} is no name of a repository: {error}") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        if status in (401, 403):
+            raise PermissionError(
+                f"{repository}: the Hub refused ({status}). Log in with a token that may write to {organization}, by "
+                "`hf auth login` or HF_TOKEN, or give another --org"
+            ) from error
+        raise ConnectionError(f"{repository}: the Hub answered {status}: {error}") from error
+    except Exception as error:  # by version the client's transport is requests or httpx, with errors of its own
+        raise ConnectionError(f"the Hugging Face Hub cannot be reached: {error}. Connect and try again") from error
+    return commit.commit_url
+
+
+def planned(source: str, organization: str, name: str | None = None) -> tuple[Path, str, list[str]]:
+    """What `push` would upload: the folder, the repository and the files."""
+    folder = card_folder() / source if (card_folder() / source).is_dir() else Path(source)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{source}: no card and no folder of that name; give NAME.TAG of a card in {card_folder().name}/, or the "
+            "model/ folder that `gzoo train` wrote"
+        )
+    missing = [file for file in _NEEDED if not (folder / file).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}; give the model/ folder of a finished run")
+    default = (
+        folder.name
+        if folder.parent == card_folder()
+        else json.loads((folder / "config.json").read_text())["architecture"]
+    )
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return folder, f"{organization}/{name or default}", files
