@@ -19,6 +19,8 @@ from gzoo.predict import label_names
 
 View = Callable[[Tensor], Tensor]  # images (B, C, H, W) to changed images
 
+_UPRIGHT = "0 degrees"  # of the symmetries of the square, the identity
+
 
 def evaluate(
     model: nn.Module,
@@ -48,6 +50,7 @@ def evaluate(
     views: dict[str, View] = {"upright": _same}
     if transforms:
         views.update(_symmetries())
+        del views[_UPRIGHT]  # measured already
     if rotation_seed is not None:
         views["random_rotation"] = _RandomRotation(rotation_seed)
     start = time.perf_counter()
@@ -55,6 +58,7 @@ def evaluate(
     seconds = time.perf_counter() - start
     result: dict[str, Any] = {**measured["upright"], "n": len(data), "images_per_second": len(data) / seconds}
     if transforms:
+        measured[_UPRIGHT] = measured["upright"]
         result["transforms"] = {name: measured[name]["top1"] for name in _symmetries()}
         result["transforms_mean"] = sum(result["transforms"].values()) / len(result["transforms"])
     if rotation_seed is not None:
