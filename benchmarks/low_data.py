@@ -9,7 +9,6 @@ number of steps. A row a run goes to low_data.csv; a second call makes the rows 
 
 import argparse
 import csv
-import time
 from pathlib import Path
 
 import datasets
@@ -27,7 +26,7 @@ RUNS = {  # title: model, degrees of random rotation
     "cnn7": ("cnn7", 0.0),
     "cnn7, rotated copies": ("cnn7", 180.0),
 }
-COLUMNS = ("run", "share", "images", "seed", "epochs", "test_error", "train_seconds")
+COLUMNS = ("run", "share", "images", "seed", "epochs", "test_error")
 HERE = Path(__file__).parent
 
 
@@ -56,12 +55,10 @@ def one_run(title: str, share: float, source: Path, seed: int, epochs: int, out:
     schedule = recipe["schedule"] | {"warmup_epochs": epochs / 6}
     changes = {"model": model, "rotate": degrees, "seed": seed, "epochs": epochs, "schedule": schedule}
     config = make_config(recipe | changes | {"data": str(data), "out": str(folder), "val_fraction": 0})
-    start = time.perf_counter()
     train(config, resume=(folder / "checkpoint.pt").is_file())
-    seconds = time.perf_counter() - start
     trained = create_model(f"local-dir:{folder / 'model'}", pretrained=True).eval()
     tested = evaluate(trained, open_split(str(source), "test"))
-    row = (title, share, images, seed, epochs, round(100 - tested["top1"], 3), round(seconds, 1))
+    row = (title, share, images, seed, epochs, round(100 - tested["top1"], 3))
     return dict(zip(COLUMNS, row, strict=True))
 
 
@@ -79,6 +76,15 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Test errors in Markdown, a row for each number of images."""
+    lines = [f"| training images | {' | '.join(RUNS)} |", "|---" * (len(RUNS) + 1) + "|"]
+    for images in sorted({int(row["images"]) for row in rows}):
+        found = {row["run"]: float(row["test_error"]) for row in rows if int(row["images"]) == images}
+        lines.append(f"| {images:,} | {' | '.join(f'{found[title]:.1f}%' for title in RUNS)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -105,6 +111,7 @@ def main() -> None:
                 writer.writerows(rows)
             print(found, flush=True)
     plot(rows, args.csv.with_suffix(".png"))
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The README's Python runs as printed, and its tables are those of the result files."""
 
+import csv
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -63,3 +65,15 @@ def test_readme_shows_the_coverage_as_measured():
     shown = re.search(r"<!-- coverage -->\n```\n(.*?)\n```\n<!-- /coverage -->", README.read_text(), re.DOTALL)
     assert shown is not None
     assert shown[1] == coverage.table(coverage.read(BENCHMARKS / "coverage.csv"))
+
+
+def test_readme_shows_the_errors_with_few_images():
+    spec = importlib.util.spec_from_file_location("low_data", BENCHMARKS / "low_data.py")
+    assert spec is not None
+    low_data = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(low_data)
+    with (BENCHMARKS / "low_data.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    shown = re.search(r"<!-- low data -->\n(.*?)\n<!-- /low data -->", README.read_text(), re.DOTALL)
+    assert shown is not None
+    assert shown[1] == low_data.table(rows)
