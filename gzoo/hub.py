@@ -48,7 +48,9 @@ def push(source: str, organization: str = HUB_ORGANIZATION, name: str | None = N
                 "`hf auth login` or HF_TOKEN, or give another --org"
             ) from error
         raise ConnectionError(f"{repository}: the Hub answered {status}: {error}") from error
-    except Exception as error:  # by version the client's transport is requests or httpx, with errors of its own
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("requests", "httpx", "httpx2"):  # the client's transport
+            raise
         raise ConnectionError(f"the Hugging Face Hub cannot be reached: {error}. Connect and try again") from error
     return commit.commit_url
 
