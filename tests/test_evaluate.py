@@ -77,6 +77,18 @@ def test_an_invariant_model_does_not_fall(corners):
     assert set(result["transforms"].values()) == {100.0}
 
 
+def test_poses_that_change_nothing_are_run_on_the_first_batch_only(corners):
+    many = ImageData(corners.images * 4, [0] * 12, corners.classes)
+    model, runs = Mean(), []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    evaluate(model, many, batch_size=4, transforms=True)
+    assert len(runs) == 3 + 8
+    model, runs = Corner(), []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    evaluate(model, many, batch_size=4, transforms=True)
+    assert len(runs) > 3 * 4
+
+
 def test_random_rotations_follow_from_their_seed():
     x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     first, again, other = (_RandomRotation(seed)(x) for seed in (1, 1, 2))
