@@ -36,11 +36,9 @@ def sizes(group: str) -> list[tuple[int, int]]:
     return [(8, 8), (9, 9)] if groups.get(group).rotations == 4 else [(8, 8), (9, 9), (8, 11)]
 
 
-@pytest.mark.parametrize("output", ["invariant", "equivariant"])
-@pytest.mark.parametrize("make", [vector_net, map_net])
-@pytest.mark.parametrize("group", GRID_GROUPS)
-def test_equivarified_networks_follow_the_group_in_value_and_gradient(group, make, output):
-    model, G = gzoo.equivarify(make(), group, output), groups.get(group)
+def assert_follows(model: nn.Module, group: str) -> None:
+    """The model follows every element of the group, in value and gradient."""
+    G = groups.get(group)
     for size in sizes(group):
         x = random_image(2, size).requires_grad_()
         y = model(x)
@@ -52,6 +50,13 @@ def test_equivarified_networks_follow_the_group_in_value_and_gradient(group, mak
             (moved_gradient,) = torch.autograd.grad((z * expected(G, weight, g)).sum(), moved)
             assert relative_error(z, expected(G, y, g)) < 1e-12
             assert relative_error(moved_gradient, G.transform_image(gradient, g)) < 1e-12
+
+
+@pytest.mark.parametrize("output", ["invariant", "equivariant"])
+@pytest.mark.parametrize("make", [vector_net, map_net])
+@pytest.mark.parametrize("group", GRID_GROUPS)
+def test_equivarified_networks_follow_the_group_in_value_and_gradient(group, make, output):
+    assert_follows(gzoo.equivarify(make(), group, output), group)
 
 
 def test_a_plain_network_does_not_follow_the_group():
@@ -136,18 +141,7 @@ def canonizer(group: str) -> nn.Module:
 @pytest.mark.parametrize("make", [vector_net, map_net])
 @pytest.mark.parametrize("group", GRID_GROUPS)
 def test_canonicalized_networks_follow_the_group_in_value_and_gradient(group, make):
-    model, G = gzoo.canonicalize(make(), group, canonizer(group)), groups.get(group)
-    for size in sizes(group):
-        x = random_image(2, size).requires_grad_()
-        y = model(x)
-        weight = torch.randn_like(y)
-        (gradient,) = torch.autograd.grad((y * weight).sum(), x)
-        for g in elements(group):
-            moved = G.transform_image(x, g).detach().requires_grad_()
-            z = model(moved)
-            (moved_gradient,) = torch.autograd.grad((z * expected(G, weight, g)).sum(), moved)
-            assert relative_error(z, expected(G, y, g)) < 1e-12
-            assert relative_error(moved_gradient, G.transform_image(gradient, g)) < 1e-12
+    assert_follows(gzoo.canonicalize(make(), group, canonizer(group)), group)
 
 
 def test_the_choice_of_the_pose_gets_gradients_in_training_only_and_is_the_same():
