@@ -94,6 +94,7 @@ def render(results: dict[str, Any]) -> str:
     group = results["group"] or "none: a plain network, the baseline of its equivariant twins"
     exact = results["equivariance_error"]
     turned = " ".join(f"{100 - top1:.2f}" for top1 in test["transforms"].values())
+    start = "It went on from earlier weights of this name: " if config["pretrained"] else ""
     validation = "the last epoch's weights, without validation"
     if training["n_val"]:
         validation = f"{training['n_val']:,} more chose the weights of epoch {training['best_epoch']}"
@@ -140,7 +141,7 @@ The eight symmetries are the rotations by 0, 90, 180 and 270 degrees, then the s
 {training["command"]}
 ```
 
-{training["epochs"]} epochs on {training["n_train"]:,} images of {title}; {validation}. Seed {config["seed"]}.
+{start}{training["epochs"]} epochs on {training["n_train"]:,} images of {title}; {validation}. Seed {config["seed"]}.
 {training["seconds"] / 60:.0f} minutes on {machine["gpu"] or machine["cpu"]}, {_threads(machine)}, with torch
 {training["torch"]} and timm {training["timm"]}. The recipe is `recipes/{name}.yaml`; all numbers are in results.json.
 
@@ -154,7 +155,8 @@ The weights come with gzoo; this folder is laid out as the repository {HUB_ORGAN
 
 
 def _threads(machine: dict[str, Any]) -> str:
-    return f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    threads = machine["threads"] * machine.get("processes", 1)
+    return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
 def leaderboard(folder: Path | None = None) -> str:

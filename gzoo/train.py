@@ -706,7 +706,7 @@ def _finish(run: _Run) -> dict[str, Any]:
         "config": asdict(run.config),
         "command": "; ".join(run.commands),
         "seed": run.config.seed,
-        "machine": machine(run.device),
+        "machine": machine(run.device) | {"processes": run.processes.num_processes},
         "torch": torch.__version__,
         "timm": timm.__version__,
         "seconds": round(run.seconds, 1),
