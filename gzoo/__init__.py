@@ -1,6 +1,6 @@
 """gzoo: group-equivariant CNNs for timm. Importing it registers the models with timm and does nothing else."""
 
-from gzoo import groups, nn, partial, registry
+from gzoo import groups, nn, partial, registry, soft
 from gzoo.check import check
 from gzoo.convert import convert, rule
 from gzoo.equivarify import canonicalize, equivarify, pose_loss
@@ -21,6 +21,7 @@ __all__ = [
     "pose_loss",
     "registry",
     "rule",
+    "soft",
     "to_escnn",
     "transform_features",
 ]

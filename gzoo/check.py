@@ -19,14 +19,16 @@ from gzoo.groups import Group
 from gzoo.nn import FibreNorm, GroupPool, PerElement
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.partial import subsets, symmetry
+from gzoo.soft import residuals
 
 
 @dataclass(frozen=True)
 class Report:
     """Equivariance errors: ``errors[output][g]``, outputs in order of depth, "logits" last.
 
-    In a network that gives up symmetry, by stage or as a partial one, an output follows those elements that it keeps.
-    How far the logits are from following the others is a figure, no failure: ``given_up[g]``.
+    In a network that gives up symmetry, by stage or as a partial or soft one, an output follows those elements that it
+    keeps. How far the logits are from following the others is a figure, no failure: ``given_up[g]``. A soft network
+    keeps all of them as long as its residual filters are zero, and then promises none but the identity.
     """
 
     group: Group
@@ -134,14 +136,15 @@ def check(
     errors: dict[str, dict[int, float]] = {name: {} for name in expected}
     given_up: dict[int, float] = {}
     kept = symmetry(model) if any(subsets(model)) else group.grid_elements
+    soft = asked is None and any(residual.any() for residual in residuals(model))
     for g in group.grid_elements:
         for name, value in _outputs(model, group.transform_image(x, g)).items():
             moved, law = expected[name], levels.get(name, own_group) or group
             own_g, row = law.element(g, group) if g in kept else None, errors[name]
             if own_g is None and asked is not None:  # held to what was asked for
                 law, own_g = group, g
-            if own_g is None:
-                row = given_up
+            if own_g is None or (soft and g):
+                row = given_up  # of a soft network's outputs the logits come last, and stay
             if moved.ndim == 4 and (own_group is None or (pooled and name == "logits")):
                 moved = group.transform_image(moved, g)
             elif moved.ndim == 4:

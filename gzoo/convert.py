@@ -26,6 +26,7 @@ from gzoo.nn.linear import Head, Pooling
 from gzoo.partial import make_partial
 from gzoo.plan import Match, Plan, example, plan
 from gzoo.rules import ON_IMAGE, RULES, WHOLE, Recipe, rule
+from gzoo.soft import make_soft
 from gzoo.trace import Segments, flat
 from gzoo.transfer import Weights, fill
 
@@ -45,6 +46,7 @@ def convert(
     weights: Weights | None = None,
     head: Head = "invariant",
     partial: bool = False,
+    soft: bool = False,
 ) -> nn.Module:
     """The equivariant counterpart of a plain CNN; ``model`` itself stays as it is.
 
@@ -88,6 +90,8 @@ def convert(
             is linear, with fresh weights.
         partial: whether each convolution learns which elements of the group it keeps, starting with all: see
             `gzoo.partial` and `gzoo.nn.Subset`. For networks whose norms directly follow convolutions, such as ResNets.
+        soft: whether each convolution gets a plain one beside it, which starts at zero and which `gzoo.soft.penalty`
+            holds there: see `gzoo.soft`. Not with ``partial``.
 
     Returns:
         The network; ``model.group`` is its group, the last one of several. Feature maps are (B, fields * |G|, H, W).
@@ -99,7 +103,7 @@ def convert(
     """
     copied = copy.deepcopy(model)
     converted = convert_in_place(
-        copied, group, match, widths, group_pool, basis, classifier, weights, head=head, partial=partial
+        copied, group, match, widths, group_pool, basis, classifier, weights, head=head, partial=partial, soft=soft
     )
     check_itself(converted)
     return converted
@@ -117,6 +121,7 @@ def convert_in_place(
     scale: float | None = None,
     head: Head = "invariant",
     partial: bool = False,
+    soft: bool = False,
 ) -> nn.Module:
     """`convert`, but uses up ``model`` and does not check the result; for networks that a test checks.
 
@@ -148,6 +153,8 @@ def convert_in_place(
         if len(chain) > 1 or head == "pose":
             raise ValueError("partial=True learns subsets of one group for invariant logits; leave out stages and head")
         make_partial(converted, chain[0], group_pool, _image_for(copy.deepcopy(converted).eval()))
+    if soft:
+        make_soft(converted)
     _rename(converted, chain)
     return converted
 

@@ -32,6 +32,7 @@ from gzoo.nn import (
     keep_original_strides,
 )
 from gzoo.nn.resample import Window, resample, square
+from gzoo.soft import residuals
 
 if TYPE_CHECKING:
     from escnn.nn import EquivariantModule, FieldType, R2Conv
@@ -125,6 +126,8 @@ def to_escnn(model: nn.Module) -> nn.Module:
         )
     if any(isinstance(module, Subset) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is partial: escnn has no fields of which some elements are dropped")
+    if residuals(model):
+        raise ValueError(f"{type(model).__name__} is soft: escnn has no filters with a part that is not equivariant")
     model = copy.deepcopy(model)
     types = _types_of_pooled_maps(model, group)
 

@@ -22,7 +22,7 @@ from gzoo.check import check
 from gzoo.convert import convert_in_place
 from gzoo.data import open_split, seed_everything
 from gzoo.groups import Group
-from gzoo.partial import subsets, symmetry
+from gzoo.partial import parameter_groups, subsets, symmetry
 from gzoo.train import machine
 
 
@@ -117,11 +117,7 @@ def pairs(images: Tensor, group: Group, g: int) -> tuple[Tensor, Tensor]:
 
 
 def _train(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    logits = [subset.logits for _, subset in subsets(model)]
-    others = [parameter for parameter in model.parameters() if all(parameter is not logit for logit in logits)]
-    optimizer = torch.optim.AdamW(others, lr=_RATE)
-    if logits:
-        optimizer.add_param_group({"params": logits, "lr": _SUBSET_RATE, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(parameter_groups(model, _RATE, _SUBSET_RATE))
     steps = len(images) // _BATCH
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _EPOCHS * steps)
     model.train()

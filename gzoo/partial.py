@@ -91,6 +91,21 @@ def subsets(model: nn.Module) -> Iterator[tuple[str, Subset]]:
             yield name.removesuffix(".subset"), module
 
 
+def parameter_groups(model: nn.Module, rate: float, subset_rate: float) -> list[dict[str, Any]]:
+    """The parameters of any network for an optimizer, with a rate of their own for subsets, and no decay of those.
+
+    Args:
+        model: a network, partial or not.
+        rate: learning rate of the weights.
+        subset_rate: learning rate of the subsets. Adam moves a logit by about this much a step, and to drop an element
+            it has to come from 2 to below 0.
+    """
+    logits = [subset.logits for _, subset in subsets(model)]
+    others = [parameter for parameter in model.parameters() if all(parameter is not logit for logit in logits)]
+    groups: list[dict[str, Any]] = [{"params": others, "lr": rate}]
+    return [*groups, {"params": logits, "lr": subset_rate, "weight_decay": 0.0}] if logits else groups
+
+
 def symmetry(model: nn.Module) -> tuple[int, ...]:
     """The elements under which every layer of a partial network keeps the same subset, a subgroup.
 

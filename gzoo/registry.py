@@ -151,10 +151,11 @@ class Entry:
         """timm's name of the model."""
         return f"{self.group.replace(':', '')}_{self.backbone}" if self.group else self.backbone
 
-    def build(self, head: Head = "invariant", partial: bool = False, **kwargs: Any) -> nn.Module:
-        """The network with random weights; `gzoo.convert` says what ``head`` and ``partial`` are."""
-        if partial and self.group is None:
-            raise ValueError(f"{self.name} is a plain network; partial=True is for those over a group, p4_{self.name}")
+    def build(self, head: Head = "invariant", partial: bool = False, soft: bool = False, **kwargs: Any) -> nn.Module:
+        """The network with random weights; `gzoo.convert` says what ``head``, ``partial`` and ``soft`` are."""
+        if (partial or soft) and self.group is None:
+            asked = "partial" if partial else "soft"
+            raise ValueError(f"{self.name} is a plain network; {asked}=True is for those over a group, p4_{self.name}")
         plain = _BACKBONES[self.backbone].plain(**kwargs)
         if self.group is None:
             if head != "invariant":
@@ -169,6 +170,7 @@ class Entry:
             scale=_scale(self),
             head=head,
             partial=partial,
+            soft=soft,
         )
 
 

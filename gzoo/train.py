@@ -60,6 +60,7 @@ from gzoo.data import (
 )
 from gzoo.evaluate import measure
 from gzoo.predict import load_model
+from gzoo.soft import penalty
 
 CHECKPOINT = "checkpoint.pt"
 _MAY_CHANGE = ("epochs", "out", "workers")  # on resuming
@@ -96,6 +97,9 @@ class TrainConfig:
     )
     layer_decay: float | None = _option(None, "learning rate factor from each layer to the one below it")
     label_smoothing: float = _option(0.0, "share of the target spread over all classes")
+    soft_penalty: float = _option(
+        0.0, "weight of gzoo.soft.penalty in the loss, for a model with model_args soft: true"
+    )
     mixup_alpha: float = _option(0.0, "mixup; 0 is off")
     cutmix_alpha: float = _option(0.0, "cutmix; 0 is off")
     ema_decay: float | None = _option(None, "validate and save a moving average of the weights, with this decay")
@@ -139,6 +143,7 @@ class TrainConfig:
             "workers": 0,
             "seed": 0,
             "crop_padding": 0,
+            "soft_penalty": 0,
         }.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}; the least is {low}")
@@ -291,6 +296,8 @@ def _set_up(config: TrainConfig, out: Path, processes: PartialState, pretrained:
     model = load_model(config.model, pretrained, num_classes=len(train_data.classes), **config.model_args)
     data_config = _input_config(model, config)
     _try_sizes(model, data_config, config)
+    if config.soft_penalty:
+        penalty(model)  # raises if the model is not soft
     train_transform(data_config, _augmentation(config))
     _freeze_backbone(model, config)
     model.to(device)
@@ -494,7 +501,10 @@ def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[flo
         for part, targets in parts:
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
                 logits = forward(part)
-            loss = loss_function(logits.float(), targets) * (len(part) / len(images))
+            loss = loss_function(logits.float(), targets)
+            if config.soft_penalty:
+                loss = loss + config.soft_penalty * penalty(run.model)
+            loss = loss * (len(part) / len(images))
             loss.backward()
             total += loss.detach()
         if config.clip_grad is not None:

@@ -87,6 +87,16 @@ def test_layers_keep_in_common_what_the_network_keeps():
     assert symmetry(model) == (0, 2)
 
 
+def test_subsets_have_a_learning_rate_of_their_own_and_no_decay():
+    model = gzoo.convert(small(), "p4", partial=True)
+    weights, logits = gzoo.partial.parameter_groups(model, 1e-3, 5e-2)
+    assert (weights["lr"], logits["lr"], logits["weight_decay"]) == (1e-3, 5e-2, 0)
+    assert [id(logit) for logit in logits["params"]] == [id(subset.logits) for _, subset in subsets(model)]
+    assert {id(p) for p in weights["params"] + logits["params"]} == {id(p) for p in model.parameters()}
+    (only,) = gzoo.partial.parameter_groups(whole(model), 1e-3, 5e-2)
+    assert len(only["params"]) == len(weights["params"])
+
+
 @pytest.mark.parametrize("name", ["p4_cnn7", "p4m_cnn7", "p4_resnet20"])
 def test_entries_take_partial_and_train(name):
     model = timm.create_model(name, partial=True, num_classes=3)

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,24 @@ def test_readme_shows_the_partial_networks_as_measured():
     shown = re.search(r"<!-- mnist6 -->\n(.*?)\n<!-- /mnist6 -->", README.read_text(), re.DOTALL)
     assert shown is not None
     assert shown[1] == mnist6.table(json.loads((BENCHMARKS / "mnist6.json").read_text()))
+
+
+def test_readme_shows_the_four_ways_as_measured(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)  # the script imports the one beside it
+    table = runpy.run_path(str(BENCHMARKS / "four_ways.py"))["table"]
+    shown = re.search(r"<!-- four ways -->\n(.*?)\n<!-- /four ways -->", README.read_text(), re.DOTALL)
+    assert shown is not None
+    assert shown[1] == table(json.loads((BENCHMARKS / "four_ways.json").read_text()))
+
+
+def test_readme_shows_the_pose_experiment_as_measured():
+    found = json.loads((BENCHMARKS / "pose_mnist.json").read_text())
+    both, digit, turn = (found["pose"][key] for key in ("both_right", "digit_right", "turn_right"))
+    assert f"both right for {both}% (digit {digit}%, rotation {turn}%)" in README.read_text()
+    assert f"is invariant: {found['angle_dropped']['rotated']}% of the digits" in README.read_text()
+    for turns, row in enumerate(found["figure4"]["probabilities"]):
+        cells = " | ".join(f"{p:.6f}" for p in row)
+        assert f"| {90 * turns} | {cells} |" in README.read_text().splitlines()
 
 
 def test_readme_shows_the_coverage_as_measured():

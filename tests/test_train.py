@@ -600,3 +600,18 @@ def test_a_killed_process_loses_at_most_one_epoch_and_resumes_bit_for_bit(settin
     assert log(out) == log(tmp_path / "alone")
     assert same(state(out)["model"], state(tmp_path / "alone")["model"])
     assert same(weights(out), weights(tmp_path / "alone"))
+
+
+def test_the_soft_penalty_holds_the_residual_filters_near_zero(settings):
+    soft = settings | {"model": "p4_resnet20", "model_args": {"soft": True}}
+    soft["optimizer"] = {"name": "sgd", "lr": 0.1}  # its steps grow with the gradient, those of Adam do not
+    norms = []
+    for weight in (0.0, 5.0):
+        train(TrainConfig(**soft | {"soft_penalty": weight, "out": f"{settings['out']}{weight}"}))
+        found = weights(f"{settings['out']}{weight}")
+        norms.append(sum(value.square().sum() for key, value in found.items() if key.endswith("residual")))
+    assert norms[0] > 2 * norms[1] > 0
+    with pytest.raises(ValueError, match="is not soft"):
+        train(TrainConfig(**settings | {"soft_penalty": 1.0}))
+    with pytest.raises(ValueError, match=r"soft_penalty is -1.0; the least is 0"):
+        TrainConfig(**settings | {"soft_penalty": -1.0})

@@ -45,6 +45,7 @@ class _GroupConv2d(ExpandedLayer):
         self.bias = nn.Parameter(torch.empty(self.out_fields)) if bias else None
         self.standardize: nn.Module | None = None  # of `WeightStandardization`
         self.subset: Subset | None = None  # of a partial network, where no norm follows
+        self.residual: nn.Parameter | None = None  # of a soft network: a plain filter beside the equivariant one
         self.reset_parameters()
 
     @property
@@ -69,6 +70,8 @@ class _GroupConv2d(ExpandedLayer):
             x, padding = F.pad(x, 4 * (padding,), mode=self.padding_mode), 0
         bias = None if self.bias is None else self.bias.repeat_interleave(self.group.order)
         filters = self.filter() if self.standardize is None else self.standardize(self.filter())
+        if self.residual is not None:
+            filters = filters + self.residual
         y = F.conv2d(x, filters, bias, stride, padding, self.dilation, self.groups)
         return y if self.subset is None else self.subset(y)
 
