@@ -18,7 +18,7 @@ from gzoo.check import check, group_of
 from gzoo.data import open_split
 from gzoo.evaluate import evaluate
 from gzoo.predict import load_model
-from gzoo.weights import HUB_ORGANIZATION, card_folder
+from gzoo.weights import HUB_ORGANIZATION, card_folder, write_pin
 
 _COPIED = ("model/model.safetensors", "model/config.json", "curves.png")
 
@@ -74,6 +74,7 @@ def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = Fals
         shutil.copy(source / path, target)
     (target / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (target / "README.md").write_text(render(results))
+    write_pin(target)
     return target
 
 

@@ -1,5 +1,6 @@
 """Model cards: made from a run, and in step with registry, recipe and weights."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from gzoo import card, registry
 from gzoo.check import check
 from gzoo.train import TrainConfig, train
-from gzoo.weights import card_folder
+from gzoo.weights import card_folder, pins
 
 CARDS = sorted(path.parent for path in card_folder().glob("*/config.json"))
 TAGGED = [f"{entry.name}.{tag}" for entry in registry.ENTRIES for tag in entry.weights]
@@ -43,6 +44,7 @@ def test_a_card_is_made_from_a_finished_run(run, tmp_path):
     assert made.name == "p4_cnn7.rotmnist"
     written = {path.name for path in made.iterdir()}
     assert written == {"README.md", "config.json", "curves.png", "model.safetensors", "results.json"}
+    assert list(pins(tmp_path)) == [made.name]
     results = json.loads((made / "results.json").read_text())
     assert results["test"]["n"] == 8
     assert results["equivariance_error"] < 1e-12
@@ -85,6 +87,7 @@ def test_card_registry_recipe_and_weights_agree(folder):
     loaded = timm.create_model(folder.name, pretrained=True).state_dict()
     stored = load_file(folder / "model.safetensors")
     assert all(torch.equal(loaded[key], stored[key]) for key in stored)
+    assert pins()[folder.name].sha256 == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("name", [name for name in TAGGED if "_" in name])
@@ -94,6 +97,10 @@ def test_trained_weights_are_equivariant(name, dtype, bar):
     sizes = ((28, 28), (31, 32), (33, 33)) if "cnn7" in name else ((16, 16), (17, 20), (33, 33))
     for size in sizes:
         assert check(model, size, dtype=dtype).worst <= bar
+
+
+def test_every_pin_is_of_a_weight_in_the_registry():
+    assert set(pins()) == set(TAGGED)
 
 
 def test_bundled_weights_stay_small():
