@@ -5,6 +5,8 @@ curves.png, results.json (every number) and README.md, which is rendered from re
 of all cards.
 """
 
+import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -27,6 +29,10 @@ _DATASETS = {
     "rotmnist": ("rotated MNIST", "ylecun/mnist"),
     "cifar10": ("CIFAR-10 (JPEG)", "uoft-cs/cifar10"),
 }
+
+# What the Hub files a repository under.
+_FOUND_BY = """pipeline_tag: image-classification
+tags: [image-classification, timm, gzoo, equivariance]"""
 
 
 def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = False) -> Path:
@@ -94,6 +100,9 @@ def render(results: dict[str, Any]) -> str:
     error = f"{100 - test['top1']:.2f}"
     group = results["group"] or "none: a plain network, the baseline of its equivariant twins"
     exact = results["equivariance_error"]
+    calibration = ""
+    if "calibration_error" in test:  # not in the cards of older versions
+        calibration = f"\n| calibration error (15 bins of confidence) | {test['calibration_error']:.2f}% |"
     turned = " ".join(f"{100 - top1:.2f}" for top1 in test["transforms"].values())
     validation = "the last epoch's weights, without validation"
     if training["n_val"]:
@@ -101,8 +110,7 @@ def render(results: dict[str, Any]) -> str:
     return f"""---
 library_name: timm
 license: apache-2.0
-pipeline_tag: image-classification
-tags: [image-classification, timm, gzoo, equivariance]
+{_FOUND_BY}
 datasets: [{dataset}]
 metrics: [accuracy]
 model-index:
@@ -130,7 +138,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 | input | {" x ".join(map(str, results["input_size"]))} |
 | test error, {title} | **{error}%** of {test["n"]:,} images, in {results["test_dtype"]} |
 | test error under the eight symmetries of the square | {turned} (%) |
-| test error, each image turned by a random angle | {100 - test["random_rotation"]:.2f}% |
+| test error, each image turned by a random angle | {100 - test["random_rotation"]:.2f}% |{calibration}
 | equivariance error, float64 | {"not equivariant" if exact is None else f"{exact:.0e}"} |
 
 The eight symmetries are the rotations by 0, 90, 180 and 270 degrees, then the same after a reflection.
@@ -154,19 +162,42 @@ The weights come with gzoo; this folder is laid out as the repository {HUB_ORGAN
 """
 
 
+def render_trained(architecture: str, group: str | None, classes: list[str]) -> str:
+    """The README of what `gzoo train` made, with the Hub's metadata; its owner adds licence, data and figures."""
+    return f"""---
+library_name: timm
+{_FOUND_BY}
+---
+
+# {architecture}
+
+```python
+import timm, gzoo
+model = timm.create_model("hf-hub:OWNER/NAME", pretrained=True).eval()    # where `gzoo push` uploaded it
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+Made with `gzoo train`. Group: {group or "none, a plain network"}. Classes: {", ".join(classes)}.
+"""
+
+
 def _threads(machine: dict[str, Any]) -> str:
     return f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
 
 
+def _cards(folder: Path | None) -> list[dict[str, Any]]:
+    """The results of all cards, sorted by data set, then test error."""
+    cards = [json.loads(path.read_text()) for path in (folder or card_folder()).glob("*/results.json")]
+    return sorted(cards, key=lambda card: (card["name"].rsplit(".", 1)[1], 100 - card["test"]["top1"]))
+
+
 def leaderboard(folder: Path | None = None) -> str:
     """One Markdown table over all cards, sorted by data set, then test error."""
-    cards = [json.loads(path.read_text()) for path in (folder or card_folder()).glob("*/results.json")]
-    cards.sort(key=lambda card: (card["name"].rsplit(".", 1)[1], 100 - card["test"]["top1"]))
     lines = [
         "| weight | data | test error | turned and flipped | parameters | multiply-adds | training |",
         "|---|---|---|---|---|---|---|",
     ]
-    for card in cards:
+    for card in _cards(folder):
         test, training = card["test"], card["training"]
         machine = training["machine"]["gpu"] or f"CPU, {_threads(training['machine'])}"
         lines.append(
@@ -175,3 +206,43 @@ def leaderboard(folder: Path | None = None) -> str:
             f"| {card['multiply_adds'] / 1e6:.0f}M | {training['seconds'] / 60:.0f} min, {machine} |"
         )
     return "\n".join(lines)
+
+
+def results_csv(folder: Path | None = None) -> str:
+    """The table of all cards for programs: accuracies and calibration error in percent, "" where not measured.
+
+    ``evaluation_images_per_second`` is that of the card's whole evaluation: decoding, and all views of an image, which
+    are fewer the more symmetries a network has.
+    """
+    rows = []
+    for card in _cards(folder):
+        test, training = card["test"], card["training"]
+        machine = training["machine"]
+        rows.append(
+            {
+                "name": card["name"],
+                "data": card["name"].rsplit(".", 1)[1],
+                **{key: test[key] for key in ("top1", "transforms_mean", "random_rotation")},
+                "calibration_error": test.get("calibration_error", ""),
+                "parameters": card["parameters"],
+                "multiply_adds": card["multiply_adds"],
+                "evaluation_images_per_second": test["images_per_second"],
+                "training_seconds": training["seconds"],
+                "training_machine": machine["gpu"] or machine["cpu"],
+                "training_threads": machine["threads"],
+            }
+        )
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def update_tables() -> str:
+    """Writes what lies beside the cards, results.csv and pins.csv, anew from them; returns the README's table."""
+    folder = card_folder()
+    (folder / "results.csv").write_text(results_csv())
+    for path in folder.glob("*/results.json"):
+        write_pin(path.parent)
+    return leaderboard()
