@@ -116,13 +116,13 @@ def verified(config: PretrainedCfg, cache_dir: str | Path | None = None) -> dict
         path, repair = Path(config.file), "Reinstall gzoo"
     else:
         repository, revision = hf_split(config.hf_hub_id or "")
-        path = Path(hf_hub_download(repository, FILENAME, revision=revision, cache_dir=cache_dir)).resolve()
+        path = Path(hf_hub_download(repository, FILENAME, revision=revision, cache_dir=cache_dir))
         repair = "Delete it from the cache and try again; if it then differs still, do not trust it"
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != pin.sha256:
         raise ValueError(
-            f"{path} is not the file of {pin.weight} that gzoo was published with: its SHA-256 is {found}, not "
-            f"{pin.sha256}. {repair}"
+            f"{path.resolve()} is not the file of {pin.weight} that gzoo was published with: its SHA-256 is {found}, "
+            f"not {pin.sha256}. {repair}"
         )
     return {"file": str(path)}
 

@@ -466,7 +466,10 @@ def test_no_network_and_no_cache_says_what_to_do(cards, register, offline):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (RepositoryNotFoundError, r"gzoo/d1_cnn7.data: there is no such repository or revision on the Hugging Face Hub"),
+        (
+            RepositoryNotFoundError,
+            r"gzoo/d1_cnn7.data: there is no such repository or revision on the Hugging",
+        ),
         (EntryNotFoundError, r"gzoo/d1_cnn7.data: the repository has no model.safetensors, and gzoo loads no other"),
     ],
 )
