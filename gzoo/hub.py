@@ -67,13 +67,13 @@ def planned(source: str, organization: str, name: str | None = None) -> tuple[Pa
             f"{source}: no card and no folder of that name; give NAME.TAG of a card in {card_folder().name}/, or the "
             "model/ folder that `gzoo train` wrote"
         )
-    missing = [file for file in _NEEDED if not (folder / file).is_file()]
+    is_card = folder.parent == card_folder()
+    missing = [file for file in (*_NEEDED, *(["README.md"] if is_card else [])) if not (folder / file).is_file()]
     if missing:
-        raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}; give the model/ folder of a finished run")
-    default = (
-        folder.name
-        if folder.parent == card_folder()
-        else json.loads((folder / "config.json").read_text())["architecture"]
-    )
+        raise FileNotFoundError(
+            f"{folder} has no {' and no '.join(missing)}; give the model/ folder of a finished run, or make "
+            "the card anew with `gzoo card`"
+        )
+    default = folder.name if is_card else json.loads((folder / "config.json").read_text())["architecture"]
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     return folder, f"{organization}/{name or default}", files
