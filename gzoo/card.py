@@ -5,6 +5,8 @@ curves.png, results.json (every number) and README.md, which is rendered from re
 of all cards.
 """
 
+import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +20,7 @@ from gzoo.check import check, group_of
 from gzoo.data import open_split
 from gzoo.evaluate import evaluate
 from gzoo.predict import load_model
-from gzoo.weights import HUB_ORGANIZATION, card_folder
+from gzoo.weights import HUB_ORGANIZATION, card_folder, write_pin
 
 _COPIED = ("model/model.safetensors", "model/config.json", "curves.png")
 
@@ -74,6 +76,7 @@ def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = Fals
         shutil.copy(source / path, target)
     (target / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (target / "README.md").write_text(render(results))
+    write_pin(target)
     return target
 
 
@@ -93,6 +96,9 @@ def render(results: dict[str, Any]) -> str:
     error = f"{100 - test['top1']:.2f}"
     group = results["group"] or "none: a plain network, the baseline of its equivariant twins"
     exact = results["equivariance_error"]
+    calibration = ""
+    if "calibration_error" in test:  # not in the cards of older versions
+        calibration = f"\n| calibration error (15 bins of confidence) | {test['calibration_error']:.2f}% |"
     turned = " ".join(f"{100 - top1:.2f}" for top1 in test["transforms"].values())
     start = "It went on from earlier weights of this name: " if config["pretrained"] else ""
     validation = "the last epoch's weights, without validation"
@@ -130,7 +136,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 | input | {" x ".join(map(str, results["input_size"]))} |
 | test error, {title} | **{error}%** of {test["n"]:,} images, in {results["test_dtype"]} |
 | test error under the eight symmetries of the square | {turned} (%) |
-| test error, each image turned by a random angle | {100 - test["random_rotation"]:.2f}% |
+| test error, each image turned by a random angle | {100 - test["random_rotation"]:.2f}% |{calibration}
 | equivariance error, float64 | {"not equivariant" if exact is None else f"{exact:.0e}"} |
 
 The eight symmetries are the rotations by 0, 90, 180 and 270 degrees, then the same after a reflection.
@@ -159,15 +165,19 @@ def _threads(machine: dict[str, Any]) -> str:
     return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
+def _cards(folder: Path | None) -> list[dict[str, Any]]:
+    """The results of all cards, sorted by data set, then test error."""
+    cards = [json.loads(path.read_text()) for path in (folder or card_folder()).glob("*/results.json")]
+    return sorted(cards, key=lambda card: (card["name"].rsplit(".", 1)[1], 100 - card["test"]["top1"]))
+
+
 def leaderboard(folder: Path | None = None) -> str:
     """One Markdown table over all cards, sorted by data set, then test error."""
-    cards = [json.loads(path.read_text()) for path in (folder or card_folder()).glob("*/results.json")]
-    cards.sort(key=lambda card: (card["name"].rsplit(".", 1)[1], 100 - card["test"]["top1"]))
     lines = [
         "| weight | data | test error | turned and flipped | parameters | multiply-adds | training |",
         "|---|---|---|---|---|---|---|",
     ]
-    for card in cards:
+    for card in _cards(folder):
         test, training = card["test"], card["training"]
         machine = training["machine"]["gpu"] or f"CPU, {_threads(training['machine'])}"
         lines.append(
@@ -176,3 +186,43 @@ def leaderboard(folder: Path | None = None) -> str:
             f"| {card['multiply_adds'] / 1e6:.0f}M | {training['seconds'] / 60:.0f} min, {machine} |"
         )
     return "\n".join(lines)
+
+
+def results_csv(folder: Path | None = None) -> str:
+    """The table of all cards for programs: accuracies and calibration error in percent, "" where not measured.
+
+    ``evaluation_images_per_second`` is that of the card's whole evaluation: decoding, and all views of an image, which
+    are fewer the more symmetries a network has.
+    """
+    rows = []
+    for card in _cards(folder):
+        test, training = card["test"], card["training"]
+        machine = training["machine"]
+        rows.append(
+            {
+                "name": card["name"],
+                "data": card["name"].rsplit(".", 1)[1],
+                **{key: test[key] for key in ("top1", "transforms_mean", "random_rotation")},
+                "calibration_error": test.get("calibration_error", ""),
+                "parameters": card["parameters"],
+                "multiply_adds": card["multiply_adds"],
+                "evaluation_images_per_second": test["images_per_second"],
+                "training_seconds": training["seconds"],
+                "training_machine": machine["gpu"] or machine["cpu"],
+                "training_threads": machine["threads"],
+            }
+        )
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def update_tables() -> str:
+    """Writes what lies beside the cards, results.csv and pins.csv, anew from them; returns the README's table."""
+    folder = card_folder()
+    (folder / "results.csv").write_text(results_csv())
+    for path in folder.glob("*/results.json"):
+        write_pin(path.parent)
+    return leaderboard()

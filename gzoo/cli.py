@@ -122,6 +122,9 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.add_argument("--data", required=True, help="the data set, for its test split")
     command.add_argument("--bf16", action="store_true", help="test in bfloat16, for large networks on a CPU")
 
+    command = commands.add_parser("leaderboard", help="write results.csv and pins.csv from the cards, print the table")
+    command.set_defaults(run=_leaderboard)
+
     command = commands.add_parser(
         "push", help="upload a model card, or what `gzoo train` made, to the Hugging Face Hub"
     )
@@ -338,6 +341,13 @@ def _card(args: argparse.Namespace) -> int:
     from gzoo.card import make_card
 
     print(make_card(args.run_folder, args.data, bf16=args.bf16))
+    return 0
+
+
+def _leaderboard(args: argparse.Namespace) -> int:
+    from gzoo.card import update_tables
+
+    print(update_tables())
     return 0
 
 

@@ -38,7 +38,8 @@ def evaluate(
         rotation_seed: also rotate each image by a uniform random angle from this seed (bilinear, borders mirrored).
 
     Returns:
-        top1 and, past five classes, top5 in percent; loss; n; images_per_second of the plain pass over all views;
+        top1 and, past five classes, top5 in percent; loss; calibration_error in percent (see `calibration_error`); n;
+        images_per_second over all that was asked for, decoding included;
         if asked for, `transforms` and `transforms_mean`, and `random_rotation`, top1 in percent.
 
     Raises:
@@ -72,13 +73,16 @@ def measure(
     bf16: bool,
     views: dict[str, View] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Loss, top1 and (past five classes) top5 under each view of the batches; the model is left in eval mode.
+    """Loss, top1, (past five classes) top5 and, upright, the calibration error of each view of the batches.
+
+    The model is left in eval mode.
 
     A view that leaves the logits of the first batch as they are upright, to rounding, has the figures of "upright".
     """
     model.eval()
     views = views or {"upright": _same}
     meters: dict[str, dict[str, AverageMeter]] = {name: {} for name in views}
+    confidences, rights = [], []
     for images, labels in batches:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         first = not meters["upright"]
@@ -88,11 +92,32 @@ def measure(
                 logits = model(views[name](images)).float()  # (B, classes)
             if name == "upright":
                 upright = logits
+                confidence, guess = logits.softmax(1).max(1)
+                confidences.append(confidence)
+                rights.append(guess == labels)
             elif first and relative_error(logits, upright) < (0.05 if bf16 else 1e-4):
                 meters[name] = meters["upright"]
                 continue
             _update(meters[name], logits, labels)
-    return {name: {key: float(meter.avg) for key, meter in row.items()} for name, row in meters.items()}
+    result = {name: {key: float(meter.avg) for key, meter in row.items()} for name, row in meters.items()}
+    if confidences:
+        result["upright"]["calibration_error"] = calibration_error(torch.cat(confidences), torch.cat(rights))
+    return result
+
+
+def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> float:
+    """Expected calibration error in percent: how far the confidence is from the accuracy, over bins of equal width.
+
+    Args:
+        confidence: (N,), the largest probability of each image.
+        right: (N,), whether its class was the true one.
+
+    Source: Guo et al. 2017, arXiv:1706.04599, equation 3. Bin m holds what lies in ((m - 1) / bins, m / bins].
+    """
+    index = (confidence.double() * bins).ceil().long() - 1  # (N,)
+    gaps = torch.zeros(bins, dtype=torch.double, device=index.device)
+    gaps.index_add_(0, index.clamp(0, bins - 1), right.double() - confidence.double())
+    return float(100 * gaps.abs().sum() / len(confidence))
 
 
 def _update(meters: dict[str, AverageMeter], logits: Tensor, labels: Tensor) -> None:

@@ -6,13 +6,15 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from gzoo.weights import FILENAME, HUB_ORGANIZATION, card_folder
+from gzoo.weights import FILENAME, HUB_ORGANIZATION, card_folder, write_pin
 
 _NEEDED = (FILENAME, "config.json")
 
 
 def push(source: str, organization: str = HUB_ORGANIZATION, name: str | None = None, private: bool = False) -> str:
     """Uploads a folder in one commit, and makes the repository where there is none.
+
+    A card that goes to its place in our organization is pinned to that commit: pins.csv is then to be committed.
 
     Args:
         source: NAME.TAG of a model card, or a folder that has model.safetensors and config.json, such as the model/ of
@@ -52,6 +54,8 @@ def push(source: str, organization: str = HUB_ORGANIZATION, name: str | None = N
         if type(error).__module__.partition(".")[0] not in ("requests", "httpx", "httpx2"):  # the client's transport
             raise
         raise ConnectionError(f"the Hugging Face Hub cannot be reached: {error}. Connect and try again") from error
+    if folder.parent == card_folder() and repository == f"{HUB_ORGANIZATION}/{folder.name}":
+        write_pin(folder, commit.oid)
     return commit.commit_url
 
 
@@ -63,13 +67,13 @@ def planned(source: str, organization: str, name: str | None = None) -> tuple[Pa
             f"{source}: no card and no folder of that name; give NAME.TAG of a card in {card_folder().name}/, or the "
             "model/ folder that `gzoo train` wrote"
         )
-    missing = [file for file in _NEEDED if not (folder / file).is_file()]
+    is_card = folder.parent == card_folder()
+    missing = [file for file in (*_NEEDED, *(["README.md"] if is_card else [])) if not (folder / file).is_file()]
     if missing:
-        raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}; give the model/ folder of a finished run")
-    default = (
-        folder.name
-        if folder.parent == card_folder()
-        else json.loads((folder / "config.json").read_text())["architecture"]
-    )
+        raise FileNotFoundError(
+            f"{folder} has no {' and no '.join(missing)}; give the model/ folder of a finished run, or make "
+            "the card anew with `gzoo card`"
+        )
+    default = folder.name if is_card else json.loads((folder / "config.json").read_text())["architecture"]
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     return folder, f"{organization}/{name or default}", files

@@ -251,6 +251,8 @@ def _factory(name: str, entry: Entry | None) -> Callable[..., nn.Module]:
         else:
             build = entry.build
         with weights.explained(config) if pretrained else nullcontext():
+            if pretrained:
+                overlay |= weights.verified(config, kwargs.get("cache_dir"))
             return build_model_with_cfg(
                 build,
                 name,

@@ -1,23 +1,28 @@
 """Where pretrained weights come from: bundled model cards first, then the Hugging Face Hub; and what is refused.
 
 A model card is a folder ``{name}.{tag}`` with README.md, config.json and model.safetensors, laid out as its Hub
-repository. The cards lie inside the package in a wheel and beside it in a checkout. timm does the reading; this file
-tells it where, checks what it read, and turns the errors of the libraries below into ones that say what to do.
+repository. The cards lie inside the package in a wheel and beside it in a checkout, and with them pins.csv: for each
+weight the SHA-256 of its file and the commit of the Hub that has it. timm does the reading; this file tells it where,
+checks what it reads, and turns the errors of the libraries below into ones that say what to do.
 """
 
+import csv
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from safetensors import SafetensorError
-from timm.models._hub import load_model_config_from_path
+from timm.models._hub import hf_split, load_model_config_from_path
 from timm.models._pretrained import PretrainedCfg
 from torch import nn
 
@@ -37,18 +42,89 @@ def card_folder() -> Path:
     return next((folder for folder in _CARD_FOLDERS if folder.is_dir()), _CARD_FOLDERS[-1])
 
 
+class Pin(NamedTuple):
+    """What the weights of a card must be: a line of pins.csv.
+
+    Attributes:
+        weight: NAME.TAG.
+        sha256: of its model.safetensors.
+        revision: the commit of the Hub that has it; "" as long as none has.
+    """
+
+    weight: str
+    sha256: str
+    revision: str
+
+
+def pins(folder: Path | None = None) -> dict[str, Pin]:
+    """The lines of pins.csv by weight; ``folder`` has the cards, by default those of gzoo."""
+    path = (folder or card_folder()) / "pins.csv"
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {row["weight"]: Pin(**row) for row in csv.DictReader(file)}
+
+
+def write_pin(card: Path, revision: str = "") -> None:
+    """Writes the line of a card into the pins.csv beside it. Weights that have not changed keep their revision."""
+    known = pins(card.parent)
+    sha256 = hashlib.sha256((card / FILENAME).read_bytes()).hexdigest()
+    old = known.get(card.name)
+    if old is not None and old.sha256 == sha256:
+        revision = revision or old.revision
+    known[card.name] = Pin(card.name, sha256, revision)
+    with (card.parent / "pins.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([Pin._fields, *sorted(known.values())])
+
+
 def pretrained_cfg(name: str, tag: str) -> dict[str, Any]:
     """timm's ``pretrained_cfg`` of ``{name}.{tag}``: the card's own where one is bundled, and its place on the Hub.
 
     timm takes ``file`` before ``hf_hub_id``.
     """
-    card = card_folder() / f"{name}.{tag}"
+    weight = f"{name}.{tag}"
+    card, pin = card_folder() / weight, pins().get(weight)
     config: dict[str, Any] = {}
     if (card / "config.json").is_file():
         config, _, _ = load_model_config_from_path(card)
-    weights = card / FILENAME
-    file = str(weights) if weights.is_file() else None
-    return config | {"source": None, "file": file, "hf_hub_id": f"{HUB_ORGANIZATION}/{name}.{tag}"}
+    file = str(card / FILENAME) if (card / FILENAME).is_file() else None
+    hf_hub_id = f"{HUB_ORGANIZATION}/{weight}" + (f"@{pin.revision}" if pin and pin.revision else "")
+    return config | {"source": None, "file": file, "hf_hub_id": hf_hub_id}
+
+
+def verified(config: PretrainedCfg, cache_dir: str | Path | None = None) -> dict[str, Any]:
+    """What to lay over ``config`` so that timm reads the file whose SHA-256 is the one in pins.csv.
+
+    Args:
+        config: of a registered weight; of the Hub, its file is downloaded first.
+        cache_dir: of the Hub's files, by default that of its client.
+
+    Returns:
+        The file; nothing for weights that the caller named (a file, a state_dict, a repository) or that have no pin.
+
+    Raises:
+        ValueError: the file has another SHA-256.
+    """
+    pin = pins().get(f"{config.architecture}.{config.tag}")
+    if pin is None or config.source or config.state_dict:
+        return {}
+    own = pretrained_cfg(config.architecture or "", config.tag or "") | {"hf_hub_filename": FILENAME}
+    if any(getattr(config, key) != own[key] for key in ("file", "hf_hub_id", "hf_hub_filename")):
+        return {}
+    if config.file:
+        path, repair = Path(config.file), "Reinstall gzoo"
+    else:
+        repository, revision = hf_split(config.hf_hub_id or "")
+        path = Path(hf_hub_download(repository, FILENAME, revision=revision, cache_dir=cache_dir))
+        repair = "Delete it from the cache and try again; if it then differs still, do not trust it"
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != pin.sha256:
+        raise ValueError(
+            f"{path.resolve()} is not the file of {pin.weight} that gzoo was published with: its SHA-256 is {found}, "
+            f"not {pin.sha256}. {repair}"
+        )
+    return {"file": str(path)}
 
 
 def _paths(paths: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -106,10 +182,10 @@ def explained(config: PretrainedCfg) -> Iterator[None]:
         )
     try:
         yield
-    except RepositoryNotFoundError as error:
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise FileNotFoundError(
-            f"{place}: there is no such repository on the Hugging Face Hub, or it is private and you are not logged "
-            f"in. timm.list_pretrained() lists the weights that exist, {by_file}"
+            f"{place}: there is no such repository or revision on the Hugging Face Hub, or it is private and you are "
+            f"not logged in. timm.list_pretrained() lists the weights that exist, {by_file}"
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ConnectionError(

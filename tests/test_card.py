@@ -1,6 +1,10 @@
 """Model cards: made from a run, and in step with registry, recipe and weights."""
 
+import csv
+import hashlib
+import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +17,9 @@ from safetensors.torch import load_file
 
 from gzoo import card, registry
 from gzoo.check import check
+from gzoo.cli import main
 from gzoo.train import TrainConfig, train
-from gzoo.weights import card_folder
+from gzoo.weights import card_folder, pins
 
 CARDS = sorted(path.parent for path in card_folder().glob("*/config.json"))
 TAGGED = [f"{entry.name}.{tag}" for entry in registry.ENTRIES for tag in entry.weights]
@@ -43,6 +48,7 @@ def test_a_card_is_made_from_a_finished_run(run, tmp_path):
     assert made.name == "p4_cnn7.rotmnist"
     written = {path.name for path in made.iterdir()}
     assert written == {"README.md", "config.json", "curves.png", "model.safetensors", "results.json"}
+    assert list(pins(tmp_path)) == [made.name]
     results = json.loads((made / "results.json").read_text())
     assert results["test"]["n"] == 8
     assert results["equivariance_error"] < 1e-12
@@ -85,6 +91,7 @@ def test_card_registry_recipe_and_weights_agree(folder):
     loaded = timm.create_model(folder.name, pretrained=True).state_dict()
     stored = load_file(folder / "model.safetensors")
     assert all(torch.equal(loaded[key], stored[key]) for key in stored)
+    assert pins()[folder.name].sha256 == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("name", [name for name in TAGGED if "_" in name])
@@ -94,6 +101,43 @@ def test_trained_weights_are_equivariant(name, dtype, bar):
     sizes = ((28, 28), (31, 32), (33, 33)) if "cnn7" in name else ((16, 16), (17, 20), (33, 33))
     for size in sizes:
         assert check(model, size, dtype=dtype).worst <= bar
+
+
+def test_every_pin_is_of_a_weight_in_the_registry():
+    assert set(pins()) == set(TAGGED)
+
+
+def test_results_csv_is_that_of_the_cards():
+    text = (card_folder() / "results.csv").read_text()
+    assert text == card.results_csv()
+    rows = {row["name"]: row for row in csv.DictReader(io.StringIO(text))}
+    assert set(rows) == set(TAGGED)
+    for name, row in rows.items():
+        results = json.loads((card_folder() / name / "results.json").read_text())
+        assert float(row["top1"]) == results["test"]["top1"]
+        assert int(row["multiply_adds"]) == results["multiply_adds"]
+        assert float(row["training_seconds"]) == results["training"]["seconds"]
+
+
+def test_a_card_without_a_calibration_error_still_renders():
+    results = json.loads((CARDS[0] / "results.json").read_text())
+    results["test"] |= {"calibration_error": 1.234}
+    assert "| calibration error (15 bins of confidence) | 1.23% |\n" in card.render(results)
+    del results["test"]["calibration_error"]
+    assert "calibration" not in card.render(results)
+
+
+def test_the_tables_are_written_from_the_cards(tmp_path, monkeypatch, capsys):
+    cards = tmp_path / "model_cards"
+    shutil.copytree(card_folder(), cards)
+    monkeypatch.setattr("gzoo.weights._CARD_FOLDERS", (cards,))
+    written = {name: (cards / name).read_bytes() for name in ("results.csv", "pins.csv")}
+    for name in written:
+        (cards / name).unlink()
+    assert main(["leaderboard"]) == 0
+    assert capsys.readouterr().out.strip() == card.leaderboard()
+    assert (cards / "results.csv").read_bytes() == written["results.csv"]
+    assert pins().keys() == set(TAGGED)
 
 
 def test_bundled_weights_stay_small():

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from gzoo.data import ImageData
-from gzoo.evaluate import _RandomRotation, evaluate, match_classes, measure
+from gzoo.evaluate import _RandomRotation, calibration_error, evaluate, match_classes, measure
 
 
 class Corner(nn.Module):
@@ -62,6 +62,22 @@ def test_top5_is_measured_past_five_classes():
     model = nn.Identity()
     measured = measure(model, [(logits, labels)], torch.device("cpu"), bf16=False)["upright"]
     assert (measured["top1"], measured["top5"]) == (25, 75)
+
+
+def test_the_calibration_error_is_that_of_a_case_by_hand():
+    # Bins of 1/15: 0.50 and 0.52 share the bin (7/15, 8/15], 1.0 is in the last one, 0.8 = 12/15 closes the twelfth.
+    confidence = torch.tensor([0.50, 0.52, 0.8, 0.82, 1.0], dtype=torch.double)
+    right = torch.tensor([True, False, True, False, True])
+    by_hand = (abs(1 - 1.02) + abs(1 - 0.8) + abs(0 - 0.82) + abs(1 - 1.0)) / 5
+    assert calibration_error(confidence, right) == pytest.approx(100 * by_hand)
+    assert calibration_error(confidence, right, bins=1) == pytest.approx(100 * abs(3 - 3.64) / 5)
+
+
+def test_a_model_that_is_always_right_is_calibrated_as_far_as_it_is_sure(corners):
+    x = torch.stack([torch.from_numpy(np.asarray(image).copy()).float()[None] / 127.5 - 1 for image, _ in corners])
+    confidence = Corner()(x).softmax(1).max(1).values
+    result = evaluate(Corner(), corners, batch_size=2)
+    assert result["calibration_error"] == pytest.approx(100 * (1 - confidence).mean().item())
 
 
 def test_a_model_without_symmetry_falls_under_the_eight_symmetries(corners):

@@ -1,6 +1,9 @@
 """Publishing and loading through the real client of the Hub, against a server on this machine."""
 
+import hashlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import gzoo
 from gzoo.cli import main
 from gzoo.hub import planned
-from gzoo.weights import card_folder
+from gzoo.weights import card_folder, pins, write_pin
 from tests.hub_server import TOKEN, Hub, hub
 
 CARD = "p4_cnn7.rotmnist"
@@ -22,7 +26,7 @@ def server() -> Iterator[Hub]:
         yield running
 
 
-def run(server: Hub, home: Path, *code: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
+def run(server: Hub, home: Path, *code: str, token: str = TOKEN, **more: str) -> subprocess.CompletedProcess[str]:
     """Python in another process, whose Hub is ``server`` and whose cache is ``home``."""
     environment = os.environ | {
         "HF_ENDPOINT": server.url,
@@ -30,6 +34,7 @@ def run(server: Hub, home: Path, *code: str, token: str = TOKEN) -> subprocess.C
         "HF_TOKEN": token,
         "HF_HUB_DISABLE_XET": "1",
         "OMP_NUM_THREADS": "1",
+        **more,
     }
     return subprocess.run([sys.executable, *code], env=environment, capture_output=True, text=True, timeout=120)
 
@@ -75,6 +80,88 @@ def test_a_busy_hub_is_asked_again(server: Hub, tmp_path: Path) -> None:
     loaded = load(server, tmp_path, f"hf-hub:lab/{CARD}", token="")
     assert loaded.stdout == "p4 True\n", loaded.stderr
     assert not server.failures
+
+
+def test_a_card_of_the_zoo_is_pinned_to_the_commit_that_push_made(
+    here: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cards = tmp_path / "model_cards"
+    shutil.copytree(card_folder(), cards)
+    monkeypatch.setattr("gzoo.weights._CARD_FOLDERS", (cards,))
+    before = pins()
+    assert main(["push", CARD, "--org", "lab"]) == 0
+    assert pins() == before
+    assert main(["push", CARD]) == 0
+    assert pins() == before | {CARD: before[CARD]._replace(revision=here.commits[f"gzoo/{CARD}"])}
+    (cards / CARD / "README.md").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no README\.md; .* make the card anew"):
+        planned(CARD, "lab", None)
+
+
+@pytest.fixture
+def stripped(server: Hub, tmp_path: Path) -> Path:
+    """The folder of a gzoo without its weights, which are on the Hub, under a pinned commit."""
+    (tmp_path / "gzoo").symlink_to(Path(gzoo.__file__).parent)
+    card = tmp_path / "model_cards" / CARD
+    shutil.copytree(card_folder() / CARD, card)
+    files = {path.name: path.read_bytes() for path in card.iterdir()}
+    write_pin(card, server.commit(f"gzoo/{CARD}", files))
+    (card / "model.safetensors").unlink()
+    return tmp_path
+
+
+def pretrained(server: Hub, folder: Path, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """Whether p4_cnn7 of the gzoo in ``folder`` has the bundled weights."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(folder)!r}); import timm, gzoo, torch; "
+        "from safetensors.torch import load_file; "
+        "own = timm.create_model('p4_cnn7', pretrained=True).state_dict(); "
+        f"bundled = load_file({str(card_folder() / CARD / 'model.safetensors')!r}); "
+        f"assert gzoo.__file__.startswith({str(folder)!r}); "
+        "print(all(torch.equal(own[key], bundled[key]) for key in bundled))"
+    )
+    return run(server, home, "-c", code, token="", **more)
+
+
+def test_weights_that_are_not_bundled_are_downloaded_by_pinned_revision(
+    server: Hub, stripped: Path, tmp_path: Path
+) -> None:
+    offline = pretrained(server, stripped, tmp_path / "home", HF_HUB_OFFLINE="1")
+    assert f"gzoo/{CARD}@{server.commits[f'gzoo/{CARD}']}: the Hugging Face Hub cannot be reached" in offline.stderr
+    assert not server.requests
+    loaded = pretrained(server, stripped, tmp_path / "home")
+    assert loaded.stdout == "True\n", loaded.stderr
+    assert f"HEAD /gzoo/{CARD}/resolve/{server.commits[f'gzoo/{CARD}']}/model.safetensors" in server.requests
+    assert not any("/main/" in request for request in server.requests)
+    server.requests.clear()
+    assert pretrained(server, stripped, tmp_path / "home", HF_HUB_OFFLINE="1").stdout == "True\n"
+    assert not server.requests
+
+
+def test_a_download_with_another_hash_is_refused_until_the_file_is_deleted(
+    server: Hub, stripped: Path, tmp_path: Path
+) -> None:
+    files = server.files[f"gzoo/{CARD}"]
+    right = files["model.safetensors"]
+    files["model.safetensors"] = right[:-1] + bytes([right[-1] ^ 1])
+    found, expected = (hashlib.sha256(content).hexdigest() for content in (files["model.safetensors"], right))
+    refused = pretrained(server, stripped, tmp_path / "home")
+    assert refused.returncode == 1
+    said = re.search(
+        r"ValueError: (\S+) is not the file of (\S+) that .* is (\w+), not (\w+)\. Delete it", refused.stderr
+    )
+    assert said is not None, refused.stderr
+    assert said.groups()[1:] == (CARD, found, expected)
+    files["model.safetensors"] = right
+    assert pretrained(server, stripped, tmp_path / "home").returncode == 1  # the cache has the wrong one still
+    Path(said[1]).unlink()
+    assert pretrained(server, stripped, tmp_path / "home").stdout == "True\n"
+
+
+def test_a_revision_that_the_hub_lacks_is_named(server: Hub, stripped: Path, tmp_path: Path) -> None:
+    server.commits[f"gzoo/{CARD}"] = "0" * 40
+    lost = pretrained(server, stripped, tmp_path / "home")
+    assert "there is no such repository or revision on the Hugging Face Hub" in lost.stderr
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Where weights come from, and what a checkpoint that does not fit is told."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -155,6 +156,34 @@ def test_bundled_weights_come_before_the_hub(cards, register, monkeypatch):
     model = card(cards)
     monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", None)
     assert same_weights(timm.create_model(register(Entry("d1", "cnn7", weights=("data",))), pretrained=True), model)
+
+
+def test_a_bundled_file_that_was_changed_is_refused(cards, register):
+    card(cards)
+    folder = cards / "d1_cnn7.data"
+    weights.write_pin(folder)
+    published = weights.pins()["d1_cnn7.data"].sha256
+    name = register(Entry("d1", "cnn7", weights=("data",)))
+    timm.create_model(name, pretrained=True)
+    changed = saved(timm.create_model("p4_cnn7"), folder)  # another model's: the hash is looked at before the weights
+    with pytest.raises(ValueError, match="SHA-256") as raised:
+        timm.create_model(name, pretrained=True)
+    found = hashlib.sha256((folder / weights.FILENAME).read_bytes()).hexdigest()
+    assert all(part in str(raised.value) for part in (changed, f"{found}, not {published}", "Reinstall gzoo"))
+    own = saved(gzoo.convert(timm.create_model("cnn7"), "d1"), cards)
+    from_file(name, own)  # a file that the caller names is the caller's to trust
+
+
+def test_a_pin_keeps_its_revision_as_long_as_the_weights_are_the_same(cards):
+    card(cards)
+    folder = cards / "d1_cnn7.data"
+    weights.write_pin(folder, "0123")
+    weights.write_pin(folder)
+    assert weights.pins()[folder.name].revision == "0123"
+    assert weights.pretrained_cfg("d1_cnn7", "data")["hf_hub_id"] == "gzoo/d1_cnn7.data@0123"
+    saved(timm.create_model("p4_cnn7"), folder)
+    weights.write_pin(folder)
+    assert weights.pins()[folder.name].revision == ""
 
 
 def test_cards_inside_the_package_are_found(tmp_path, monkeypatch):
@@ -437,7 +466,10 @@ def test_no_network_and_no_cache_says_what_to_do(cards, register, offline):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (RepositoryNotFoundError, r"gzoo/d1_cnn7.data: there is no such repository on the Hugging Face Hub"),
+        (
+            RepositoryNotFoundError,
+            r"gzoo/d1_cnn7.data: there is no such repository or revision on the Hugging",
+        ),
         (EntryNotFoundError, r"gzoo/d1_cnn7.data: the repository has no model.safetensors, and gzoo loads no other"),
     ],
 )
