@@ -30,6 +30,10 @@ _DATASETS = {
     "cifar10": ("CIFAR-10 (JPEG)", "uoft-cs/cifar10"),
 }
 
+# What the Hub files a repository under.
+_FOUND_BY = """pipeline_tag: image-classification
+tags: [image-classification, timm, gzoo, equivariance]"""
+
 
 def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = False) -> Path:
     """Measures the model of a finished training run on the test split and writes its card.
@@ -107,8 +111,7 @@ def render(results: dict[str, Any]) -> str:
     return f"""---
 library_name: timm
 license: apache-2.0
-pipeline_tag: image-classification
-tags: [image-classification, timm, gzoo, equivariance]
+{_FOUND_BY}
 datasets: [{dataset}]
 metrics: [accuracy]
 model-index:
@@ -157,6 +160,25 @@ The eight symmetries are the rotations by 0, 90, 180 and 270 degrees, then the s
 
 {architecture} knows {title} and nothing else; fine-tune it for other images. The figures are of one run.
 The weights come with gzoo; this folder is laid out as the repository {HUB_ORGANIZATION}/{name} of the Hub.
+"""
+
+
+def render_trained(architecture: str, group: str | None, classes: list[str]) -> str:
+    """The README of what `gzoo train` made, with the Hub's metadata; its owner adds licence, data and figures."""
+    return f"""---
+library_name: timm
+{_FOUND_BY}
+---
+
+# {architecture}
+
+```python
+import timm, gzoo
+model = timm.create_model("hf-hub:OWNER/NAME", pretrained=True).eval()    # where `gzoo push` uploaded it
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+Made with `gzoo train`. Group: {group or "none, a plain network"}. Classes: {", ".join(classes)}.
 """
 
 

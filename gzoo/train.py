@@ -44,6 +44,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from gzoo.card import render_trained
 from gzoo.data import (
     Augmentation,
     ImageData,
@@ -689,11 +690,13 @@ def _restore(run: _Run, saved: dict[str, Any]) -> None:
 
 
 def export(model: nn.Module, folder: Path, data: dict[str, Any], classes: list[str], config: TrainConfig) -> None:
-    """Write config.json and model.safetensors for `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
+    """Write config.json and model.safetensors for `timm.create_model("local-dir:FOLDER", pretrained=True)`, and
+    README.md for the Hub."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".config.json.tmp"
     model_config = {"label_names": classes, "pretrained_cfg": {"tag": Path(config.data).name}}
-    if group := getattr(model, "group_name", None):
+    group = getattr(model, "group_name", None)
+    if group:
         model_config["gzoo"] = {"group": group}
     # Drop rates belong to the training, not to the model that it gives.
     model_args = {key: value for key, value in config.model_args.items() if not key.endswith("_rate")}
@@ -703,6 +706,8 @@ def export(model: nn.Module, folder: Path, data: dict[str, Any], classes: list[s
     finally:
         temporary.unlink(missing_ok=True)
     write_atomically(folder / "config.json", text)
+    readme = render_trained(json.loads(text)["architecture"], group, classes)
+    write_atomically(folder / "README.md", readme.encode())
     # Contiguous copies: safetensors refuses channels_last and shared memory.
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
     write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))

@@ -9,11 +9,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import yaml
+from PIL import Image
 
 import gzoo
 from gzoo.cli import main
 from gzoo.hub import planned
+from gzoo.predict import load_model
+from gzoo.train import TrainConfig, train
 from gzoo.weights import card_folder, pins, write_pin
 from tests.hub_server import TOKEN, Hub, hub
 
@@ -162,6 +168,33 @@ def test_a_revision_that_the_hub_lacks_is_named(server: Hub, stripped: Path, tmp
     server.commits[f"gzoo/{CARD}"] = "0" * 40
     lost = pretrained(server, stripped, tmp_path / "home")
     assert "there is no such repository or revision on the Hugging Face Hub" in lost.stderr
+
+
+def test_a_trained_model_is_pushed_and_loads_in_another_process(server: Hub, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = rng.integers(0, 255, (28, 28), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pets" / name / f"{i}.png")
+    out = tmp_path / "out"
+    train(TrainConfig("p4_cnn7", str(tmp_path / "pets"), str(out), epochs=1, batch_size=4, val_fraction=0.0))
+    pushed = push(server, tmp_path / "writer", str(out / "model"), "--org", "lab", "--name", "pets")
+    assert pushed.returncode == 0, pushed.stderr
+    readme = server.files["lab/pets"]["README.md"].decode()
+    metadata = yaml.safe_load(readme.split("---\n")[1])
+    assert metadata["library_name"] == "timm"
+    assert "gzoo" in metadata["tags"]
+    assert "Group: p4. Classes: cat, dog." in readme
+    x = torch.rand(2, 1, 28, 28)
+    torch.save(x, tmp_path / "x.pt")
+    code = (
+        "import timm, gzoo, torch; model = timm.create_model('hf-hub:lab/pets', pretrained=True).eval(); "
+        f"torch.save(model(torch.load({str(tmp_path / 'x.pt')!r})), {str(tmp_path / 'y.pt')!r})"
+    )
+    loaded = run(server, tmp_path / "reader", "-c", code, token="")
+    assert loaded.returncode == 0, loaded.stderr
+    assert torch.load(tmp_path / "y.pt").equal(load_model(str(out), pretrained=True).eval()(x))
 
 
 @pytest.fixture
