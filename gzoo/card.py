@@ -182,9 +182,13 @@ Made with `gzoo train`. Group: {group or "none, a plain network"}. Classes: {", 
 """
 
 
+def _thread_count(machine: dict[str, Any]) -> int:
+    return machine["threads"] * machine.get("processes", 1)
+
+
 def _threads(machine: dict[str, Any]) -> str:
-    threads = machine["threads"] * machine.get("processes", 1)
-    return f"{threads} thread{'s' if threads > 1 else ''}"
+    count = _thread_count(machine)
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def _cards(folder: Path | None) -> list[dict[str, Any]]:
@@ -231,7 +235,7 @@ def results_csv(folder: Path | None = None) -> str:
                 "evaluation_images_per_second": test["images_per_second"],
                 "training_seconds": training["seconds"],
                 "training_machine": machine["gpu"] or machine["cpu"],
-                "training_threads": machine["threads"],
+                "training_threads": _thread_count(machine),
             }
         )
     text = io.StringIO()
