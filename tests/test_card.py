@@ -127,6 +127,15 @@ def test_a_card_without_a_calibration_error_still_renders():
     assert "calibration" not in card.render(results)
 
 
+def test_a_card_says_that_training_went_on_and_how_many_threads_it_had():
+    results = json.loads((CARDS[0] / "results.json").read_text())
+    results["training"]["config"]["pretrained"] = True
+    results["training"]["machine"] |= {"threads": 2, "processes": 3, "gpu": None}
+    text = card.render(results)
+    assert "It went on from earlier weights of this name: 60 epochs" in text
+    assert ", 6 threads, with torch" in text
+
+
 def test_the_tables_are_written_from_the_cards(tmp_path, monkeypatch, capsys):
     cards = tmp_path / "model_cards"
     shutil.copytree(card_folder(), cards)
