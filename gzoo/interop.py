@@ -170,7 +170,7 @@ def _types(model: nn.Module) -> "dict[str, FieldType]":
     images, group = lifting.group, None
 
     def hook(path: str) -> Callable[..., None]:
-        def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def record(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
             nonlocal group
             if isinstance(module, LiftingConv2d):
                 group = module.group
@@ -182,7 +182,7 @@ def _types(model: nn.Module) -> "dict[str, FieldType]":
 
         return record
 
-    handles = [module.register_forward_pre_hook(hook(path)) for path, module in modules.items()]
+    handles = [module.register_forward_hook(hook(path)) for path, module in modules.items()]
     parameter, training = next(model.parameters()), model.training
     size = min(64, *((getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (3, 64, 64))[1:])
     try:
