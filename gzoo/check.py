@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gzoo.equivarify import Canonicalized, Equivarified
 from gzoo.groups import Group
-from gzoo.nn import FibreNorm, GroupPool, PerElement
+from gzoo.nn import FibreNorm, GroupPool, PerElement, Restriction
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.partial import subsets, symmetry
 from gzoo.soft import residuals
@@ -202,9 +202,9 @@ def _named(stages: list[Tensor]) -> dict[str, Tensor]:
 
 def _leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Leaf modules by path. A `FibreNorm` or `PerElement` is one: what is in it sees fibres as rows or as images, which
-    follow no law of maps."""
+    follow no law of maps. So is a module that restricts its own output, beside the leaves in it."""
     children = [] if isinstance(module, FibreNorm | PerElement) else list(module.named_children())
-    if not children:
+    if not children or isinstance(module, Restriction):
         yield path, module
     for name, child in children:
         yield from _leaves(child, f"{path}.{name}" if path else name)
@@ -217,6 +217,8 @@ def _recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     def hook(name: str) -> Callable[..., None]:
         def record(module: nn.Module, inputs: tuple, output: object) -> None:
+            if isinstance(module, Restriction) and isinstance(output, list | tuple):
+                output = output[0]
             if isinstance(output, Tensor):
                 outputs.setdefault(name, output.clone())  # cloned: an in-place activation may follow
 

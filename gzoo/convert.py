@@ -21,7 +21,7 @@ from gzoo.bases import BasisName
 from gzoo.check import first_broken_layer, group_of
 from gzoo.equivariant import make_equivariant
 from gzoo.groups import Group
-from gzoo.nn import PoseLinear, Restriction
+from gzoo.nn import PoseLinear, Restriction, restrict_output
 from gzoo.nn.linear import Head, Pooling
 from gzoo.partial import make_partial
 from gzoo.plan import Match, Plan, example, plan
@@ -287,18 +287,8 @@ def _channel_counts(model: Any, plan: Plan) -> Callable[[], None]:
 def _restrict(model: nn.Module, plan: Plan) -> None:
     """Puts a `Restriction` behind each stage that the group changes after, and says in feature_info what levels are."""
     for path, (group, subgroup) in zip(plan.stages, pairwise(plan.groups), strict=True):
-        if group == subgroup:
-            continue
-        end, last = path, model.get_submodule(path)
-        while not isinstance(last, nn.Sequential) and len(last._modules):
-            name = next(reversed(last._modules))
-            end, last = f"{end}.{name}", last.get_submodule(name)
-        if not isinstance(last, nn.Sequential):
-            raise ValueError(
-                f"{path} does not end in an nn.Sequential, so no restriction can follow it. Give one group, or a "
-                "network that has its blocks in nn.Sequential, as timm's ResNet, ConvNeXt and EfficientNet do"
-            )
-        last.append(Restriction(group, subgroup))
+        if group != subgroup:
+            restrict_output(model.get_submodule(path), group, subgroup)
     info = getattr(model, "feature_info", None)
     for level in (getattr(info, "info", info) or ()) if plan.stages else ():
         path = level["module"]

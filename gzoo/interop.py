@@ -101,7 +101,9 @@ def to_escnn(model: nn.Module) -> nn.Module:
 
     Without a counterpart in escnn, and so still gzoo's own: `GroupLinear`, `GroupConvTranspose2d`, convolutions with
     weight standardization, group pooling by mean, the linear map of a classifier, layer norm, group norm, instance
-    norm, layer scale, other pools than torch's two, and average pools that do not count padding.
+    norm, layer scale, other pools than torch's two, and average pools that do not count padding. So is `Restriction`,
+    in networks of several groups by stage: escnn's ``RestrictionModule`` leaves the channels where they are, as fields
+    of |G| channels, and its ``DisentangleModule`` does not split those into regular ones.
 
     A pixel kernel of k > 1 needs an ``R2Conv`` with a ring through every pixel and frequencies up to half of the
     pixels on it: such a layer has more coefficients than the pixels need, and filters that are no smoother than pixels.
@@ -114,28 +116,24 @@ def to_escnn(model: nn.Module) -> nn.Module:
         process, as escnn does itself; for other dtypes every layer has its own.
 
     Raises:
-        ValueError: ``model`` is not equivariant, or changes its group between stages; or an ``R2Conv`` does not hold
-            a filter.
+        ValueError: ``model`` is not equivariant, or partial; or an ``R2Conv`` does not hold a filter.
     """
     group = group_of(model)
     if group is None:
         raise ValueError(f"{type(model).__name__} is not equivariant; convert it with gzoo.convert first")
-    if any(isinstance(module, Restriction) for module in model.modules()):
-        raise ValueError(
-            f"{type(model).__name__} changes its group between stages; to_escnn takes networks of one group"
-        )
     if any(isinstance(module, Subset) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is partial: escnn has no fields of which some elements are dropped")
     if residuals(model):
         raise ValueError(f"{type(model).__name__} is soft: escnn has no filters with a part that is not equivariant")
     model = copy.deepcopy(model)
-    types = _types_of_pooled_maps(model, group)
+    types = _types(model)
 
     def rule(path: str, module: nn.Module) -> nn.Module | None:
         if isinstance(module, LiftingConv2d | GroupConv2d) and module.standardize is None:
             return EscnnLayer(_r2conv(path, module), module.window)
-        if isinstance(module, FibreNorm) and type(module.norm) in (nn.BatchNorm2d, BatchNormAct2d):
-            return _inner_batch_norm(module.norm, group)
+        norm: Any = module.norm if isinstance(module, FibreNorm) else None
+        if type(norm) in (nn.BatchNorm2d, BatchNormAct2d):
+            return _inner_batch_norm(norm, types.get(path) or group.field_type(norm.num_features))
         if isinstance(module, SymmetricPool2d) and path in types:
             return _pointwise_pool(module, types[path])
         if isinstance(module, GroupPool) and module.pool == "max" and path in types:
@@ -164,28 +162,30 @@ def _walk(module: nn.Module, rule: Rule, path: str, done: dict[nn.Module, nn.Mod
     return done[module]
 
 
-def _types_of_pooled_maps(model: nn.Module, group: Group) -> "dict[str, FieldType]":
-    """escnn's type of what each pool gets, by path: images before the lifting, fields after it."""
+def _types(model: nn.Module) -> "dict[str, FieldType]":
+    """escnn's type of what each norm and pool gets, by path: images before the lifting, fields of a group after it."""
     types: dict[str, FieldType] = {}
-    lifted = False
+    watched = (SymmetricPool2d, GroupPool, FibreNorm, LiftingConv2d, Restriction)
+    modules = {path: module for path, module in model.named_modules() if isinstance(module, watched)}
+    lifting = next((module for module in modules.values() if isinstance(module, LiftingConv2d)), None)
+    if lifting is None:  # layers without the image that their fields come from
+        return types
+    images, group = lifting.group, None
 
     def hook(path: str) -> Callable[..., None]:
-        def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            nonlocal lifted
+        def record(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+            nonlocal group
             if isinstance(module, LiftingConv2d):
-                lifted = True
+                group = module.group
+            elif isinstance(module, Restriction):
+                group = module.after
             else:
                 channels = inputs[0].shape[1]
-                types[path] = group.field_type(channels // group.order) if lifted else group.image_type(channels)
+                types[path] = group.field_type(channels // group.order) if group else images.image_type(channels)
 
         return record
 
-    watched = (SymmetricPool2d, GroupPool, LiftingConv2d)
-    modules = {path: module for path, module in model.named_modules() if isinstance(module, watched)}
-    kinds = {isinstance(module, LiftingConv2d) for module in modules.values()}
-    if len(kinds) < 2:  # no pools; or layers without the image that their fields come from
-        return types
-    handles = [module.register_forward_pre_hook(hook(path)) for path, module in modules.items()]
+    handles = [module.register_forward_hook(hook(path)) for path, module in modules.items()]
     parameter, training = next(model.parameters()), model.training
     size = min(64, *((getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (3, 64, 64))[1:])
     try:
@@ -248,11 +248,9 @@ def _require_same_filter(path: str, found: Tensor, expected: Tensor, advice: str
         raise ValueError(f"{path or 'the layer'}: the filters differ by {error:.1e} of the largest tap; {advice}")
 
 
-def _inner_batch_norm(norm: Any, group: Group) -> nn.Module:
-    new = _escnn.load().nn.InnerBatchNorm(
-        group.field_type(norm.num_features), norm.eps, norm.momentum, norm.affine, norm.track_running_stats
-    )
-    inner = getattr(new, f"batch_norm_[{group.order}]")
+def _inner_batch_norm(norm: Any, field_type: "FieldType") -> nn.Module:
+    new = _escnn.load().nn.InnerBatchNorm(field_type, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    inner = getattr(new, f"batch_norm_[{field_type.representations[0].size}]")
     inner.load_state_dict({name: norm.state_dict()[name] for name in inner.state_dict()})
     layer = EscnnLayer(new.to(next(norm.parameters(), torch.empty(0))))
     # What timm fuses into its batch norms runs after it.
@@ -276,8 +274,10 @@ def from_escnn(model: nn.Module, basis: BasisName | None = None, strides: Stride
     """A copy of a network of escnn modules with gzoo's layers in their place, with the same filters and statistics.
 
     Known are ``R2Conv`` from trivial or regular to regular fields, ``InnerBatchNorm``, the pointwise nonlinearities,
-    dropout and pools (antialiased ones, too), ``GroupPooling``, and ``SequentialModule`` of these. Networks of the
-    user's own classes keep their code: inside them each replaced module still takes and gives a ``GeometricTensor``.
+    dropout and pools (antialiased ones, too), ``GroupPooling``, ``RestrictionModule`` with or without
+    ``DisentangleModule``, and ``SequentialModule`` of these. Networks of the user's own classes keep their code: inside
+    them each replaced module still takes and gives a ``GeometricTensor``. Regular fields that were restricted to a
+    subgroup keep escnn's order of channels; `Restriction` reorders them in front of each ``R2Conv`` that takes them.
     A ``SequentialModule`` or a single module becomes one that takes and gives plain tensors.
 
     Args:
@@ -339,9 +339,11 @@ def _gzoo_layer(path: str, module: Any, basis: BasisName | None, window: Window 
     if type(module) is enn.InnerBatchNorm:
         return _gzoo_norm(path, module)
     if type(module) is enn.GroupPooling:
-        group, law = _law(path, module, module.in_type)
-        return GroupPool(group.order, "max") if law == "regular" else nn.Identity()
+        fibre = _law(path, module, module.in_type)[1]
+        return GroupPool(fibre.order, "max") if fibre else nn.Identity()
     _law(path, module, module.in_type)  # any other acts on each channel alike, but an unknown type is better named here
+    if type(module) is enn.DisentangleModule and _leaves_fields_whole(module):
+        return nn.Identity()
     if type(module) in _pointwise():
         return _pointwise()[type(module)](module)
     raise ValueError(
@@ -350,11 +352,18 @@ def _gzoo_layer(path: str, module: Any, basis: BasisName | None, window: Window 
     )
 
 
+def _leaves_fields_whole(disentangle: nn.Module) -> bool:
+    """Whether it changes no number: so it is for regular fields that were restricted."""
+    changes = [matrix for name, matrix in disentangle.named_buffers() if name.startswith("change_of_basis")]
+    return all(torch.allclose(matrix, torch.eye(len(matrix)).to(matrix), atol=1e-6) for matrix in changes)
+
+
 def _pointwise() -> dict[type, Callable[[Any], nn.Module]]:
-    """What acts on each number or channel alike."""
+    """What acts on each number or channel alike, or only on their type."""
     enn = _escnn.load().nn
     return {
         enn.IdentityModule: lambda m: nn.Identity(),
+        enn.RestrictionModule: lambda m: nn.Identity(),
         enn.ReLU: lambda m: nn.ReLU(m._inplace),
         enn.LeakyReLU: lambda m: nn.LeakyReLU(m._negative_slope, m._inplace),
         enn.ELU: lambda m: nn.ELU(m.alpha, m._inplace),
@@ -383,8 +392,8 @@ def _blur(module: Any, padding: tuple[int, ...]) -> SymmetricBlur2d:
 
 
 def _gzoo_convolution(path: str, conv: Any, basis: BasisName | None, window: Window | None) -> nn.Module:
-    group, law = _law(path, conv, conv.in_type)
-    if _law(path, conv, conv.out_type)[1] != "regular":
+    group, fibre = _law(path, conv, conv.in_type)
+    if _law(path, conv, conv.out_type)[1] != group:
         raise ValueError(f"{_named(path, conv)} to {conv.out_type}; gzoo's convolutions give regular fields")
     padding, stride = square(conv.padding, "padding"), square(conv.stride, "stride")
     # What `to_escnn` made may leave steps and an odd padding to the resampling in front of it.
@@ -399,9 +408,12 @@ def _gzoo_convolution(path: str, conv: Any, basis: BasisName | None, window: Win
         "padding_mode": conv.padding_mode,
         "basis": basis,
     }
-    new = (GroupConv2d if law == "regular" else LiftingConv2d)(group, len(conv.in_type), len(conv.out_type), **options)
+    inputs = conv.in_type.size // (group.order if fibre else 1)
+    new = (GroupConv2d if fibre else LiftingConv2d)(group, inputs, len(conv.out_type), **options)
     with torch.no_grad():
         filters, bias = conv.expand_parameters()
+        if fibre:
+            filters = filters.unflatten(1, (-1, fibre.order))[:, :, fibre.restriction(group)].flatten(1, 2)
         new.to(filters)
         rows = filters.view(new.out_fields, group.order, *new.weight.shape[1:3], -1)[:, 0]  # of the identity
         if new.samples is not None:
@@ -413,20 +425,21 @@ def _gzoo_convolution(path: str, conv: Any, basis: BasisName | None, window: Win
         advice = "this R2Conv has other rings or frequencies than escnn's default"
         advice += "; use basis='pixel', which holds every filter" if group.on_grid else ", which gzoo does not have"
         _require_same_filter(path, new.filter(), filters, advice)
-    return new
+    return new if fibre in (None, group) else nn.Sequential(Restriction(fibre, group), new)
 
 
 def _gzoo_norm(path: str, norm: Any) -> nn.Module:
-    group, law = _law(path, norm, norm.in_type)
+    fibre = _law(path, norm, norm.in_type)[1]
     new = nn.BatchNorm2d(len(norm.in_type), norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     inner = getattr(norm, f"batch_norm_[{norm.in_type.representations[0].size}]")
     new.load_state_dict(inner.state_dict())
     new.to(next(inner.parameters(), torch.empty(0)))
-    return FibreNorm(new, group.order) if law == "regular" else new
+    return FibreNorm(new, fibre.order) if fibre else new
 
 
-def _law(path: str, module: Any, field_type: "FieldType") -> tuple[Group, Literal["trivial", "regular"]]:
-    """Group and transformation law of a type whose fields are all trivial or all regular."""
+def _law(path: str, module: Any, field_type: "FieldType") -> tuple[Group, Group | None]:
+    """The group of a type, and the one whose regular fields it has: the same, or a larger one that was restricted to
+    it. None if all fields are trivial."""
     gspace = field_type.gspace
     order = gspace.fibergroup.order()
     candidates = [Group(order, False), Group(max(order // 2, 1), True)] if order > 0 else []
@@ -437,11 +450,28 @@ def _law(path: str, module: Any, field_type: "FieldType") -> tuple[Group, Litera
             f"{what}: gzoo knows the gspaces rot2dOnR2(N), flipRot2dOnR2(N), flip2dOnR2() and trivialOnR2() with their "
             "default axis"
         )
-    for law, representation in (("regular", gspace.regular_repr), ("trivial", gspace.trivial_repr)):
+    for fibre, representation in ((group, gspace.regular_repr), (None, gspace.trivial_repr)):
         if all(own == representation for own in field_type.representations):
-            return group, law  # type: ignore[return-value]  # mypy: takes the tuple's str
+            return group, fibre
+    size = field_type.representations[0].size
+    for larger in (Group(size, False), Group(size // 2, True)):
+        if larger.order == size and all(_is_restricted(own, larger, group) for own in field_type.representations):
+            return group, larger
     raise ValueError(
         f"{what}: gzoo has layers for all trivial or all regular fields, for no irreps, quotients, mixtures"
+    )
+
+
+def _is_restricted(representation: Any, larger: Group, group: Group) -> bool:
+    """Whether a field is a regular one of a larger group."""
+    inside = [larger.element(h, group) for h in range(group.order)]
+    if representation.size != larger.order:
+        return False
+    fibre = torch.eye(larger.order, dtype=torch.float64)
+    return all(
+        g is not None
+        and torch.allclose(torch.from_numpy(representation(h)).double(), larger.transform_features(fibre, g).T)
+        for g, h in zip(inside, representation.group.elements, strict=True)
     )
 
 

@@ -82,12 +82,15 @@ class Plan:
         if len(self.groups) == 1:
             return []
 
-        def has_parameters(path: str) -> bool:
-            return any(True for _ in self.model.get_submodule(path).parameters())
-
         info = getattr(self.model, "feature_info", None)
         paths = [level["module"] for level in getattr(info, "info", info) or ()]
-        stages = [path for path in paths if "stem" not in path and has_parameters(path)]
+        modules = dict(self.model.named_modules())
+        convolutions = [name for name, module in modules.items() if isinstance(module, nn.Conv2d)]
+        stages = [
+            path
+            for path in paths
+            if "stem" not in path and path in modules and any(name.startswith(f"{path}.") for name in convolutions)
+        ]
         if len(stages) < len(self.groups):
             raise ValueError(
                 f"{groups.spell(self.groups)} names {len(self.groups)} groups, but {type(self.model).__name__} has "

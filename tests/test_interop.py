@@ -11,7 +11,16 @@ from gzoo import _escnn, backbones, groups
 from gzoo.check import check
 from gzoo.equivariant import make_equivariant
 from gzoo.interop import EscnnLayer, from_escnn, to_escnn
-from gzoo.nn import FibreNorm, GroupConv2d, LiftingConv2d, SymmetricBlur2d, SymmetricPool2d, WeightStandardization
+from gzoo.nn import (
+    FibreNorm,
+    GroupConv2d,
+    GroupPool,
+    LiftingConv2d,
+    Restriction,
+    SymmetricBlur2d,
+    SymmetricPool2d,
+    WeightStandardization,
+)
 from tests.conftest import random_fields, random_image, relative, with_random_statistics
 from tests.nn.test_conv import VARIANTS
 
@@ -31,12 +40,29 @@ def fused():
     return gzoo.convert(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), "p4", group_pool="max")
 
 
+def by_stage(chain):
+    return gzoo.convert(backbones.resnet_cifar(8, base_width=4), chain, group_pool="max")
+
+
+def d16_c16():
+    """Small: escnn needs half a minute for a 3x3 basis between regular fields of D16."""
+    d16, c16 = groups.get("d16"), groups.get("c16")
+    layers = [LiftingConv2d(d16, 1, 1, 3), FibreNorm(nn.BatchNorm2d(1), 32), nn.ReLU(), GroupConv2d(d16, 1, 2, 1)]
+    layers += [Restriction(d16, c16), FibreNorm(nn.BatchNorm2d(4), 16), SymmetricPool2d(nn.MaxPool2d(3, 2))]
+    model = nn.Sequential(*layers, GroupConv2d(c16, 4, 1, 3), GroupPool(16, "max"))
+    make_equivariant(model, (d16, c16), "max")
+    return model
+
+
 NETWORKS = {
     "p4_cnn7": (lambda: timm.create_model("p4_cnn7"), 1, (28, 29, 36)),
     "p4m_resnet20": (lambda: timm.create_model("p4m_resnet20"), 3, (32, 33, 18)),
     "c8_cnn7": (lambda: timm.create_model("c8_cnn7"), 1, (28, 29)),
     "d8_resnet8": (d8_resnet8, 3, (16, 17)),
     "fused": (fused, 3, (8, 9)),
+    "d8:d4:d1": (lambda: by_stage("d8:d4:d1"), 3, (16, 17)),
+    "d4:c4:c1": (lambda: by_stage("d4:c4:c1"), 3, (16, 17)),
+    "d16:c16": (d16_c16, 1, (9, 10)),
 }
 
 
@@ -313,6 +339,40 @@ def test_a_network_of_a_users_own_classes_keeps_its_code(group):
         with torch.no_grad():
             assert relative(original(x), theirs(x)) < 1e-5
             assert (relative(ours(x), theirs(x)) < 1e-5) == fits
+
+
+@pytest.mark.parametrize(
+    ("larger", "part"), [("p4m", (None, 4)), ("p4m", (0, 1)), ("p4", 2), ("d8", (0, 4)), ("p4", 1)]
+)
+def test_a_restriction_between_layers_keeps_escnns_order_of_channels(larger, part):
+    fields = groups.get(larger).field_type(3)
+    restriction = enn().RestrictionModule(fields, part)
+    disentangle = enn().DisentangleModule(restriction.out_type)
+    middle = disentangle.out_type
+    out = enn().FieldType(middle.gspace, 2 * [middle.gspace.regular_repr])
+    layers = [enn().ReLU(middle), enn().InnerBatchNorm(middle), enn().R2Conv(middle, out, 3, padding=1)]
+    theirs = with_random_numbers(enn().SequentialModule(restriction, disentangle, *layers))
+    ours = from_escnn(theirs)
+    assert modules(ours, Restriction)
+    x = random_fields(larger, 3, (6, 7)).float()
+    assert relative(ours(x), run(theirs, x)) < 1e-5
+    assert from_escnn(enn().SequentialModule(restriction, enn().ReLU(restriction.out_type)))(x).equal(x.relu())
+
+
+def test_a_user_restricts_between_blocks():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            fields = groups.get("d8").field_type(2)
+            self.lift = enn().R2Conv(groups.get("d8").image_type(1), fields, 3)
+            self.restrict = enn().RestrictionModule(fields, (0, 4))
+            self.conv = enn().R2Conv(self.restrict.out_type, groups.get("d4").field_type(2), 3)
+
+        def forward(self, x):
+            return self.conv(self.restrict(self.lift(enn().GeometricTensor(x, self.lift.in_type)))).tensor
+
+    theirs, x = Network().eval(), random_image(1, (7, 8)).float()
+    assert relative(from_escnn(theirs)(x), theirs(x)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["PointwiseAvgPoolAntialiased", "PointwiseMaxPoolAntialiased"])

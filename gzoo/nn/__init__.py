@@ -6,7 +6,7 @@ from gzoo.nn.element import PerElement
 from gzoo.nn.linear import GroupLinear, GroupPool, InvariantConv2d, InvariantLinear, PoseLinear
 from gzoo.nn.norm import FibreNorm
 from gzoo.nn.resample import SymmetricBlur2d, SymmetricPool2d, keep_original_strides
-from gzoo.nn.restrict import Restriction
+from gzoo.nn.restrict import Restriction, restrict_output
 from gzoo.nn.standardize import WeightStandardization
 from gzoo.nn.subset import Subset
 from gzoo.nn.transposed import GroupConvTranspose2d
@@ -29,4 +29,5 @@ __all__ = [
     "SymmetricPool2d",
     "WeightStandardization",
     "keep_original_strides",
+    "restrict_output",
 ]

@@ -1,5 +1,8 @@
 """Restriction: fields of a group, read as fields of a subgroup."""
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +19,8 @@ class Restriction(nn.Module):
         subgroup: H.
 
     Shape:
-        x: (B, fields * |G|, H, W), or (B, fields * |G|); result: as x, now fields * [G:H] fields of |H| channels.
+        x: (B, fields * |G|, H, W), or (B, fields * |G|); result: as x, now fields * [G:H] fields of |H| channels. Or a
+        list or tuple of these, as some stages give it.
 
     Raises:
         ValueError: H is no subgroup of G.
@@ -30,8 +34,52 @@ class Restriction(nn.Module):
         self.order: Tensor
         self.register_buffer("order", torch.tensor(group.restriction(subgroup)), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any) -> Any:
+        if isinstance(x, list | tuple):
+            return type(x)(map(self._restrict, x))
+        return self._restrict(x)
+
+    def _restrict(self, x: Tensor) -> Tensor:
         return x.unflatten(1, (-1, len(self.order))).index_select(2, self.order).flatten(1, 2)
 
     def extra_repr(self) -> str:
         return f"{self.before.name} to {self.after.name}"
+
+
+class RestrictedOutput(Restriction):
+    """What `restrict_output` puts in front of the class of a module: a restriction of the module's result."""
+
+    plain_class: type[nn.Module]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(super(Restriction, self).forward(*args, **kwargs))  # the inner one is of the plain class
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class exists in this process only, so copies and pickles name the plain class that it was made of.
+        return _rebuild, (self.plain_class,), self.__dict__.copy()
+
+
+def restrict_output(module: nn.Module, group: Group, subgroup: Group) -> None:
+    """Has ``module``, in place, restrict its result.
+
+    A ``nn.Sequential`` gets one more child. Any other module gets a class in front of its own, and no child, as many
+    run all that they have. The keys of the state_dict stay.
+    """
+    restriction = Restriction(group, subgroup)
+    if isinstance(module, nn.Sequential):
+        module.append(restriction)
+        return
+    module.before, module.after = group, subgroup  # type: ignore[assignment]  # mypy: an nn.Module has modules
+    module.register_buffer("order", restriction.order, persistent=False)
+    module.__class__ = _restricted_class(type(module))  # type: ignore[arg-type]  # mypy: a class is hashable
+
+
+@cache
+def _restricted_class(plain: type[nn.Module]) -> type[RestrictedOutput]:
+    bases = (RestrictedOutput, plain)
+    return type(f"Restricted{plain.__name__}", bases, {"__module__": __name__, "plain_class": plain})
+
+
+def _rebuild(plain: type[nn.Module]) -> nn.Module:
+    cls = _restricted_class(plain)  # type: ignore[arg-type]  # mypy: a class is hashable
+    return cls.__new__(cls)
