@@ -5,7 +5,6 @@ here in front of it.
 """
 
 from collections.abc import Collection, Mapping
-from functools import cache
 from itertools import chain as flatten
 from typing import Any
 
@@ -16,6 +15,7 @@ from gzoo import groups
 from gzoo.groups import Group
 from gzoo.nn import GroupPool, InvariantConv2d, InvariantLinear, PoseLinear
 from gzoo.nn.expand import ExpandedLayer
+from gzoo.nn.front import Front, put_in_front
 from gzoo.nn.linear import Pooling
 
 # The kernel bases that a state_dict can be made for, by the number in its signature.
@@ -33,7 +33,7 @@ def make_equivariant(model: nn.Module, chain: tuple[Group, ...], pool: Pooling) 
         pool: how its head pools a fibre.
     """
     sign(model, chain)
-    model.__class__ = _equivariant_class(type(model))  # type: ignore[arg-type]  # mypy: a class is hashable
+    put_in_front(model, EquivariantClassifier if hasattr(model, "forward_head") else Equivariant)
     assert isinstance(model, Equivariant)
     model.group, model.chain = chain[-1], chain
     object.__setattr__(model, "group_pool", GroupPool(model.group.order, pool))  # no child: an nn.Sequential runs those
@@ -50,10 +50,10 @@ def sign(model: nn.Module, chain: tuple[Group, ...]) -> None:
     model.register_buffer(_SIGNATURE, torch.tensor([rotations, reflections, basis, *flatten.from_iterable(others)]))
 
 
-class Equivariant(nn.Module):
+class Equivariant(Front):
     """A converted network of any kind."""
 
-    plain_class: type[nn.Module]
+    prefix = "Equivariant"
     group: Group
     chain: tuple[Group, ...]
     group_pool: GroupPool
@@ -76,10 +76,6 @@ class Equivariant(nn.Module):
         if strict:
             require_same_keys(self, state_dict, own)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class exists in this process only, so copies and pickles name the plain class that it was made of.
-        return _rebuild, (self.plain_class,), self.__dict__.copy()
 
 
 class EquivariantClassifier(Equivariant):
@@ -119,17 +115,6 @@ class EquivariantClassifier(Equivariant):
             return
         path = next(name for name, module in self.named_modules() if module is plain)
         self.set_submodule(path, new.to(plain.weight).train(self.training))
-
-
-@cache
-def _equivariant_class(plain: type[nn.Module]) -> type[Equivariant]:
-    mixin = EquivariantClassifier if hasattr(plain, "forward_head") else Equivariant
-    return type(f"Equivariant{plain.__name__}", (mixin, plain), {"__module__": __name__, "plain_class": plain})
-
-
-def _rebuild(plain: type[nn.Module]) -> nn.Module:
-    cls = _equivariant_class(plain)  # type: ignore[arg-type]  # mypy: a class is hashable
-    return cls.__new__(cls)
 
 
 def require_same_group(model: nn.Module, state_dict: Mapping[str, Any]) -> None:

@@ -1,12 +1,12 @@
 """Restriction: fields of a group, read as fields of a subgroup."""
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gzoo.groups import Group
+from gzoo.nn.front import Front, put_in_front
 
 
 class Restriction(nn.Module):
@@ -46,17 +46,13 @@ class Restriction(nn.Module):
         return f"{self.before.name} to {self.after.name}"
 
 
-class RestrictedOutput(Restriction):
+class RestrictedOutput(Restriction, Front):
     """What `restrict_output` puts in front of the class of a module: a restriction of the module's result."""
 
-    plain_class: type[nn.Module]
+    prefix = "Restricted"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(super(Restriction, self).forward(*args, **kwargs))  # the inner one is of the plain class
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class exists in this process only, so copies and pickles name the plain class that it was made of.
-        return _rebuild, (self.plain_class,), self.__dict__.copy()
 
 
 def restrict_output(module: nn.Module, group: Group, subgroup: Group) -> None:
@@ -71,15 +67,4 @@ def restrict_output(module: nn.Module, group: Group, subgroup: Group) -> None:
         return
     module.before, module.after = group, subgroup  # type: ignore[assignment]  # mypy: an nn.Module has modules
     module.register_buffer("order", restriction.order, persistent=False)
-    module.__class__ = _restricted_class(type(module))  # type: ignore[arg-type]  # mypy: a class is hashable
-
-
-@cache
-def _restricted_class(plain: type[nn.Module]) -> type[RestrictedOutput]:
-    bases = (RestrictedOutput, plain)
-    return type(f"Restricted{plain.__name__}", bases, {"__module__": __name__, "plain_class": plain})
-
-
-def _rebuild(plain: type[nn.Module]) -> nn.Module:
-    cls = _restricted_class(plain)  # type: ignore[arg-type]  # mypy: a class is hashable
-    return cls.__new__(cls)
+    put_in_front(module, RestrictedOutput)
