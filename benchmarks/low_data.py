@@ -62,6 +62,24 @@ def one_run(title: str, share: float, source: Path, seed: int, epochs: int, out:
     return dict(zip(COLUMNS, row, strict=True))
 
 
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows that were made before; none without a file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def add(rows: list[dict[str, str]], found: dict[str, object], path: Path) -> None:
+    """Adds a row to ``rows`` and writes all of them."""
+    rows.append({key: str(value) for key, value in found.items()})
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(found, flush=True)
+
+
 def plot(rows: list[dict[str, str]], path: Path) -> None:
     """Test error over training images, both axes logarithmic."""
     from matplotlib.figure import Figure
@@ -95,21 +113,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15, help="in images of the whole set")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    rows: list[dict[str, str]] = []
-    if args.csv.is_file():
-        with args.csv.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+    rows = read(args.csv)
     for share in SHARES:
         for title in RUNS:
             if any(row["run"] == title and float(row["share"]) == share for row in rows):
                 continue
             found = one_run(title, share, args.data, args.seed, args.epochs, args.out)
-            rows.append({key: str(value) for key, value in found.items()})
-            with args.csv.open("w", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-            print(found, flush=True)
+            add(rows, found, args.csv)
     plot(rows, args.csv.with_suffix(".png"))
     print(table(rows))
 
