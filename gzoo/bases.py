@@ -132,21 +132,41 @@ def balance(basis: Basis) -> Tensor:
 
 def _pose(group: Group, size: int, g: int) -> Tensor:
     """The functions at g^-1 y for all pixels y: (functions, size, size), float64."""
+    angle = torch.tensor([2 * math.pi * (g % group.rotations) / group.rotations], dtype=torch.float64)
+    return circular_harmonics(size, angle, torch.tensor([g >= group.rotations]))[0].unflatten(1, (size, size))
+
+
+def circular_harmonics(size: int, angles: Tensor, mirrored: Tensor) -> Tensor:
+    """The steerable functions at u^-1 y for all pixels y and each pose u; differentiable in the angles.
+
+    Args:
+        size: k, the side of the filter in pixels.
+        angles: of the poses, (n,).
+        mirrored: which poses reflect the width axis first, (n,), bool.
+
+    Shape:
+        (n, functions, size * size), dtype and device of ``angles``.
+    """
+    theta, profile, frequency, phase = (table.to(angles) for table in _polar(size))
+    turned = theta - angles.unsqueeze(1)  # (n, k * k)
+    turned = torch.where(mirrored.unsqueeze(1), math.pi - turned, turned)
+    return profile * torch.cos(frequency * turned.unsqueeze(1) - phase)
+
+
+@cache
+def _polar(size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Angles of the pixels (k * k,), and of the functions profile (functions, k * k), frequency and phase, float64."""
     axis = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
-    x, y = axis.expand(size, size), -axis.unsqueeze(1).expand(size, size)  # y points up
-    angle = 2 * math.pi * (g % group.rotations) / group.rotations
-    x, y = math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
-    if g >= group.rotations:
-        x = -x
-    radius, theta = torch.hypot(x, y), torch.atan2(y, x)
-    functions = []
+    x, y = axis.repeat(size), -axis.repeat_interleave(size)  # y points up
+    radius, rows = torch.hypot(x, y), []
     for ring, width, highest in rings(size):
         profile = torch.exp(-((radius - ring) ** 2) / (2 * width**2))
-        functions.append(profile)
-        for frequency in range(1, highest + 1):
-            turning = torch.where(radius > 1e-9, profile, 0.0)  # the centre has no direction
-            functions += [turning * torch.cos(frequency * theta), turning * torch.sin(frequency * theta)]
-    return torch.stack(functions)
+        turning = torch.where(radius > 1e-9, profile, 0.0)  # the centre has no direction
+        rows.append((profile, 0, 0.0))
+        rows += [(turning, frequency, phase) for frequency in range(1, highest + 1) for phase in (0.0, math.pi / 2)]
+    profiles, *numbers = zip(*rows, strict=True)
+    frequency, phase = (torch.tensor(column, dtype=torch.float64).unsqueeze(1) for column in numbers)
+    return torch.atan2(y, x), torch.stack(profiles), frequency, phase
 
 
 def rings(size: int) -> list[tuple[float, float, int]]:

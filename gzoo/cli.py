@@ -110,6 +110,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.set_defaults(run=_mnist6)
     command.add_argument("--mnist", required=True, help="MNIST: folder of parquet files, or dataset on the Hub")
     command.add_argument("--seed", type=int, default=0, help="default: 0")
+    command.add_argument("--continuous", action="store_true", help="over SE(2) and E(2), not over groups on the grid")
     command.add_argument("--json", help="write the result to this file")
 
     command = commands.add_parser("demo", help="two minutes of tour, offline")
@@ -307,9 +308,10 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _mnist6(args: argparse.Namespace) -> int:
-    from gzoo.mnist6 import mnist6, table
+    from gzoo.mnist6 import CONTINUOUS_TASKS, TASKS, mnist6, table
 
-    report = mnist6(args.mnist, args.seed, say=lambda text: print(text, file=sys.stderr, flush=True))
+    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    report = mnist6(args.mnist, args.seed, say, CONTINUOUS_TASKS if args.continuous else TASKS)
     print(table(report))
     if args.json:
         report = {"command": args.command_line, **report}

@@ -4,9 +4,12 @@
 draws it. Where a norm follows the convolution, the subset stands in the norm, which then takes its statistics over the
 kept elements only; what is dropped behind the norm is never seen, as if the convolution had dropped it.
 
+The networks of `gzoo.continuous` learn an interval of rotations in each layer; `report` and `plot` show it, too.
+
 Source: Romero & Lohit 2022, "Learning Partial Equivariances From Data", arXiv:2110.10211.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gzoo.groups import Group
-from gzoo.nn import FibreNorm, GroupConv2d, GroupLinear, LiftingConv2d, PerElement, Subset
+from gzoo.nn import Arc, FibreNorm, GroupConv2d, GroupLinear, LiftingConv2d, PerElement, Subset
 from gzoo.nn.linear import Pooling
 
 
@@ -84,11 +87,11 @@ def make_partial(model: nn.Module, group: Group, pool: Pooling, x: Tensor) -> No
         holder.subset = Subset(group).to(parameter.device, parameter.dtype)
 
 
-def subsets(model: nn.Module) -> Iterator[tuple[str, Subset]]:
-    """The subsets of a partial network, each with the path of the convolution or norm that it stands in."""
+def subsets(model: nn.Module) -> Iterator[tuple[str, Subset | Arc]]:
+    """The subsets that a partial network learns, each with the path of the layer that it stands in."""
     for name, module in model.named_modules():
-        if isinstance(module, Subset):
-            yield name.removesuffix(".subset"), module
+        if isinstance(module, Subset) or (isinstance(module, Arc) and module.partial):
+            yield name.removesuffix(".subset").removesuffix(".arc"), module
 
 
 def parameter_groups(model: nn.Module, rate: float, subset_rate: float) -> list[dict[str, Any]]:
@@ -100,10 +103,10 @@ def parameter_groups(model: nn.Module, rate: float, subset_rate: float) -> list[
         subset_rate: learning rate of the subsets. Adam moves a logit by about this much a step, and to drop an element
             it has to come from 2 to below 0.
     """
-    logits = [subset.logits for _, subset in subsets(model)]
-    others = [parameter for parameter in model.parameters() if all(parameter is not logit for logit in logits)]
+    learned = [parameter for _, subset in subsets(model) for parameter in subset.parameters()]
+    others = [parameter for parameter in model.parameters() if all(parameter is not other for other in learned)]
     groups: list[dict[str, Any]] = [{"params": others, "lr": rate}]
-    return [*groups, {"params": logits, "lr": subset_rate, "weight_decay": 0.0}] if logits else groups
+    return [*groups, {"params": learned, "lr": subset_rate, "weight_decay": 0.0}] if learned else groups
 
 
 def symmetry(model: nn.Module) -> tuple[int, ...]:
@@ -118,7 +121,7 @@ def symmetry(model: nn.Module) -> tuple[int, ...]:
     return tuple(sorted(set.intersection(*common)))
 
 
-def _require_subsets(model: nn.Module) -> list[tuple[str, Subset]]:
+def _require_subsets(model: nn.Module) -> list[tuple[str, Subset | Arc]]:
     found = list(subsets(model))
     if not found:
         raise ValueError(
@@ -131,20 +134,40 @@ def _require_subsets(model: nn.Module) -> list[tuple[str, Subset]]:
 def report(model: nn.Module) -> str:
     """A table of the learned subsets: a row for each layer, a probability for each element; dropped ones in brackets.
 
+    Over a continuous group: theta in degrees, and the probability of the reflected elements.
+
     Raises:
         ValueError: the network is not partial.
     """
     found = _require_subsets(model)
     group = found[0][1].group
     width = max(len(name) for name, _ in (*found, ("layer", None)))
-    cells = [f"{group.label(g):>9}" for g in range(group.order)]
-    lines = [f"kept elements of {group.name}", f"{'layer':{width}}{''.join(cells)}   |S|"]
-    for name, subset in found:
-        kept = subset.kept
-        cells = [f"{p:.2f} " if g in kept else f"({p:.2f})" for g, p in enumerate(_probabilities(subset))]
-        lines.append(f"{name:{width}}{''.join(f'{cell:>9}' for cell in cells)}{len(kept):6}")
+    title, columns = _header(found[0][1])
+    lines = [title, f"{'layer':{width}}{columns}"]
+    lines += [f"{name:{width}}{_row(subset)}" for name, subset in found]
     exact = ", ".join(map(group.label, symmetry(model)))
     return "\n".join([*lines, f"all layers together: exactly equivariant to {exact}"])
+
+
+def _header(subset: Subset | Arc) -> tuple[str, str]:
+    """The title and the columns of a table of such subsets."""
+    if isinstance(subset, Arc):
+        return "kept rotations, from -theta to theta in degrees", f"{'theta':>9}{'reflected':>11}"
+    group = subset.group
+    return f"kept elements of {group.name}", "".join(f"{group.label(g):>9}" for g in range(group.order)) + "   |S|"
+
+
+def _row(subset: Subset | Arc) -> str:
+    if isinstance(subset, Arc):
+        p = subset.mirror_probability
+        return f"{math.degrees(subset.theta):9.1f}{_cell(p, p >= 0.5):>11}"
+    kept = subset.kept
+    cells = (_cell(subset.probability(g), g in kept) for g in range(subset.group.order))
+    return f"{''.join(f'{cell:>9}' for cell in cells)}{len(kept):6}"
+
+
+def _cell(probability: float, kept: bool) -> str:
+    return f"{probability:.2f} " if kept else f"({probability:.2f})"
 
 
 def plot(model: nn.Module, path: str | Path) -> None:
@@ -159,17 +182,25 @@ def plot(model: nn.Module, path: str | Path) -> None:
     """
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
 
-    found = _require_subsets(model)
-    group = found[0][1].group
-    figure = Figure(figsize=(2 + 0.7 * group.order, 1.5 + 0.35 * len(found)), layout="constrained")
+    found = [(name, _probabilities(subset)) for name, subset in _require_subsets(model)]
+    labels = list(found[0][1])
+    figure = Figure(figsize=(2 + 0.7 * len(labels), 1.5 + 0.35 * len(found)), layout="constrained")
     axis = figure.subplots()
-    image = axis.imshow([_probabilities(subset) for _, subset in found], vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    axis.set_xticks(range(group.order), [group.label(g) for g in range(group.order)], rotation=45)
+    rows = [list(row.values()) for _, row in found]
+    image = axis.imshow(rows, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    axis.set_xticks(range(len(labels)), labels, rotation=45)
     axis.set_yticks(range(len(found)), [name for name, _ in found])
-    axis.set_xlabel(f"element of {group.name}")
+    axis.set_xlabel("element")
     figure.colorbar(image, label="probability of being kept")
     figure.savefig(path, dpi=110)
 
 
-def _probabilities(subset: Subset) -> list[float]:
-    return [subset.probability(g) for g in range(subset.group.order)]
+def _probabilities(subset: Subset | Arc) -> dict[str, float]:
+    """How likely an element is kept, by its name; of an interval, elements 15 degrees apart."""
+    if isinstance(subset, Subset):
+        return {subset.group.label(g): subset.probability(g) for g in range(subset.group.order)}
+    angles = range(-180, 180, 15)
+    inside = {f"{angle}": float(abs(angle) <= math.degrees(subset.theta)) for angle in angles}
+    if not subset.group.reflections:
+        return inside
+    return inside | {f"flip {angle}": p * subset.mirror_probability for angle, p in inside.items()}

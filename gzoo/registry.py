@@ -21,6 +21,7 @@ from timm.models._pretrained import PretrainedCfg
 from torch import nn
 
 from gzoo import backbones, equivision, groups, weights
+from gzoo.continuous import ContinuousResNet
 from gzoo.convert import convert_in_place
 from gzoo.nn.linear import Head, Pooling
 from gzoo.plan import plan
@@ -236,6 +237,14 @@ def _configs(entry: Entry) -> dict[str, dict[str, Any]]:
 _EQUIVISION = {row.name: key for key, row in equivision.ARCHITECTURES.items()}
 
 
+# Networks over continuous groups, which no recipe makes from a plain one; t2 is the baseline of the other two.
+_CONTINUOUS = {
+    "t2_resnet": functools.partial(ContinuousResNet, "t2", elements=1),
+    "se2_resnet": functools.partial(ContinuousResNet, "se2"),
+    "e2_resnet": functools.partial(ContinuousResNet, "e2"),
+}
+
+
 def _factory(name: str, entry: Entry | None) -> Callable[..., nn.Module]:
     def create(
         pretrained: bool = False,
@@ -246,7 +255,9 @@ def _factory(name: str, entry: Entry | None) -> Callable[..., nn.Module]:
         overlay = {"hf_hub_filename": weights.FILENAME, **(pretrained_cfg_overlay or {})}
         config = _resolve(name, pretrained_cfg, overlay)
         build: Callable[..., nn.Module]
-        if entry is None or config.tag == equivision.TAG:
+        if name in _CONTINUOUS:
+            build = _CONTINUOUS[name]
+        elif entry is None or config.tag == equivision.TAG:
             build = functools.partial(equivision.create, _EQUIVISION[name])
         else:
             build = entry.build
@@ -267,7 +278,9 @@ def _factory(name: str, entry: Entry | None) -> Callable[..., nn.Module]:
 
     create.__name__ = create.__qualname__ = name
     create.__module__ = __name__
-    if entry is None:
+    if name in _CONTINUOUS:
+        create.__doc__ = _CONTINUOUS[name].func.__doc__
+    elif entry is None:
         create.__doc__ = "A ResNet of https://github.com/dmklee/equivision: see gzoo.equivision."
     else:
         create.__doc__ = f"{entry.backbone} over {entry.group or 'no group: the plain network'}. {entry.paper}".strip()
@@ -291,9 +304,20 @@ for _name in _EQUIVISION:
         **equivision.PREPROCESSING,
         "pool_size": None,
     }
+for _name in _CONTINUOUS:
+    _CONFIGS[_name] = {
+        **_BACKBONES["cnn7"].config,
+        "first_conv": "stem.conv",
+        "classifier": "fc",
+        "pool_size": None,
+        "paper_ids": "arXiv:2110.10211",
+    }
 
 default_cfgs = generate_default_cfgs(_CONFIGS)
 
-_BY_NAME: dict[str, Entry | None] = {**dict.fromkeys(_EQUIVISION), **{entry.name: entry for entry in ENTRIES}}
+_BY_NAME: dict[str, Entry | None] = {
+    **dict.fromkeys((*_EQUIVISION, *_CONTINUOUS)),
+    **{entry.name: entry for entry in ENTRIES},
+}
 for _name, _entry in _BY_NAME.items():
     setattr(sys.modules[__name__], _name, register_model(_factory(_name, _entry)))

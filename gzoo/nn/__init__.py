@@ -1,5 +1,6 @@
 """Equivariant layers. Plain tensors in and out; channel = field * |G| + g, as escnn lays a FieldType out."""
 
+from gzoo.nn.continuous import Arc
 from gzoo.nn.conv import GroupConv2d, LiftingConv2d
 from gzoo.nn.eca import GroupEca
 from gzoo.nn.element import PerElement
@@ -12,6 +13,7 @@ from gzoo.nn.subset import Subset
 from gzoo.nn.transposed import GroupConvTranspose2d
 
 __all__ = [
+    "Arc",
     "FibreNorm",
     "GroupConv2d",
     "GroupConvTranspose2d",

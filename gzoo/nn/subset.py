@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from gzoo.groups import Group
 
 # Where training starts, a probability of 0.88: kept in eval mode, dropped often enough to be tried without.
-_FIRST_LOGIT = 2.0
+FIRST_LOGIT = 2.0
+
+
+def draw(logits: Tensor) -> Tensor:
+    """Zeros and ones, by the probabilities of their logits: relaxed Bernoulli variables, rounded, with the gradient of
+    the relaxed ones (straight through)."""
+    uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+    relaxed = (logits + uniform.logit()).sigmoid()
+    return (relaxed > 0.5).to(relaxed.dtype) + relaxed - relaxed.detach()
 
 
 class Subset(nn.Module):
@@ -48,7 +56,7 @@ class Subset(nn.Module):
                 "c1 has no element beside the identity, so there is nothing to drop; choose a larger group"
             )
         self.group = group
-        self.logits = nn.Parameter(torch.full((group.order - 1,), _FIRST_LOGIT))
+        self.logits = nn.Parameter(torch.full((group.order - 1,), FIRST_LOGIT))
 
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """The values at S, and zeros.
@@ -71,10 +79,7 @@ class Subset(nn.Module):
 
     def _draw(self) -> Tensor:
         """(|G|,) of zeros and ones, with the gradient of the relaxed variables."""
-        uniform = torch.rand_like(self.logits).clamp(1e-6, 1 - 1e-6)
-        relaxed = (self.logits + uniform.logit()).sigmoid()
-        rounded = (relaxed > 0.5).to(relaxed.dtype)
-        return F.pad(rounded + relaxed - relaxed.detach(), (1, 0), value=1.0)
+        return F.pad(draw(self.logits), (1, 0), value=1.0)
 
     @torch.no_grad()
     def _likeliest(self) -> Tensor:
@@ -115,7 +120,7 @@ class Subset(nn.Module):
         if 0 not in chosen:
             raise ValueError(f"{sorted(chosen)} is without the identity, 0, which every layer keeps; add it")
         for g in range(1, self.group.order):
-            self.logits[g - 1] = _FIRST_LOGIT if g in chosen else -_FIRST_LOGIT
+            self.logits[g - 1] = FIRST_LOGIT if g in chosen else -FIRST_LOGIT
 
     def extra_repr(self) -> str:
         return f"{self.group.name}, kept: {', '.join(map(self.group.label, self.kept))}"

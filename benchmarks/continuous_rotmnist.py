@@ -1,0 +1,104 @@
+"""Rotated MNIST with the networks over continuous groups: translations, SE(2) and E(2), whole and partial.
+
+    uv run python benchmarks/continuous_rotmnist.py --data data/rotmnist
+
+A small budget, for one CPU core: images of 14x14 pixels, 8 fields, 5x5 kernels and three epochs, where the paper
+(Romero & Lohit 2022, arXiv:2110.10211) has 28x28, 32, 7x7 and many more. All training images, no validation, the last
+weights; the first 10,000 test images. A row a run goes to continuous_rotmnist.json; a second call makes the rows that
+are missing.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import create_model
+
+from gzoo.data import open_split
+from gzoo.evaluate import evaluate
+from gzoo.partial import report, subsets
+from gzoo.train import machine, make_config, train
+
+RUNS = (  # model, elements, partial
+    ("t2_resnet", 1, False),
+    ("se2_resnet", 4, False),
+    ("se2_resnet", 4, True),
+    ("se2_resnet", 8, False),
+    ("se2_resnet", 8, True),
+    ("e2_resnet", 8, False),
+    ("e2_resnet", 8, True),
+)
+TITLES = {"t2_resnet": "T(2)", "se2_resnet": "SE(2)", "e2_resnet": "E(2)"}
+RECIPE: dict[str, Any] = {
+    "batch_size": 64,
+    "optimizer": {"name": "adamw", "lr": 0.005, "weight_decay": 0.01},
+    "schedule": {"name": "cosine", "warmup_epochs": 0.5, "warmup_lr": 5e-4, "min_lr": 0.0},
+    "scale": (1.0, 1.0),
+    "ratio": (1.0, 1.0),
+    "hflip": 0.0,
+    "mean": (0.1307,),
+    "std": (0.3081,),
+    "image_size": 14,
+    "val_fraction": 0.0,
+}
+TESTED = 10_000
+HERE = Path(__file__).parent
+
+
+def one_run(name: str, elements: int, partial: bool, source: Path, seed: int, epochs: int, out: Path) -> dict[str, Any]:
+    """Trains and tests; a row of the table."""
+    folder = out / f"{name}-{elements}{'-partial' if partial else ''}"
+    model_args = {"elements": elements, "partial": partial, "width": 8, "kernel_size": 5}
+    run = {"model": name, "model_args": model_args, "data": str(source), "out": str(folder)}
+    start = time.perf_counter()
+    train(make_config(RECIPE | run | {"seed": seed, "epochs": epochs}), resume=(folder / "checkpoint.pt").is_file())
+    seconds = time.perf_counter() - start
+    trained = create_model(f"local-dir:{folder / 'model'}", pretrained=True).eval()
+    test = open_split(str(source), "test")
+    if partial:
+        print(report(trained), flush=True)
+    return {
+        **{"model": name, "elements": elements, "partial": partial, "seed": seed, "epochs": epochs},
+        "parameters": sum(parameter.numel() for parameter in trained.parameters()),
+        "accuracy": evaluate(trained, test.subset(range(TESTED)))["top1"],
+        "theta": {path: arc.theta * 180 / torch.pi for path, arc in subsets(trained)},
+        "mirror_probability": {path: arc.mirror_probability for path, arc in subsets(trained)},
+        "seconds": seconds,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Test accuracies in Markdown, a row for each group and number of elements."""
+    lines = ["| group | elements | full | partial | training, each |", "|---|---|---|---|---|"]
+    for name, elements in dict.fromkeys((row["model"], row["elements"]) for row in rows):
+        runs = {row["partial"]: row for row in rows if (row["model"], row["elements"]) == (name, elements)}
+        cells = [f"{runs[kind]['accuracy']:.2f}%" if kind in runs else "-" for kind in (False, True)]
+        minutes = max(row["seconds"] for row in runs.values()) / 60
+        lines.append(f"| {TITLES[name]} | {elements} | {' | '.join(cells)} | {minutes:.0f} min |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder that `gzoo data rotmnist` wrote")
+    parser.add_argument("--out", type=Path, default=Path("runs/continuous"), help="folder for the runs")
+    parser.add_argument("--json", type=Path, default=HERE / "continuous_rotmnist.json")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    result: dict[str, Any] = {"data": "gzoo data rotmnist", "tested": TESTED, "machine": machine(torch.device("cpu"))}
+    result["runs"] = json.loads(args.json.read_text())["runs"] if args.json.is_file() else []
+    for run in RUNS:
+        if any((row["model"], row["elements"], row["partial"]) == run for row in result["runs"]):
+            continue
+        result["runs"].append(one_run(*run, args.data, args.seed, args.epochs, args.out))
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(json.dumps(result["runs"][-1]), flush=True)
+    print(table(result["runs"]))
+
+
+if __name__ == "__main__":
+    main()
