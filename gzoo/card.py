@@ -206,10 +206,11 @@ def leaderboard(folder: Path | None = None) -> str:
     for card in _cards(folder):
         test, training = card["test"], card["training"]
         machine = training["machine"]["gpu"] or f"CPU, {_threads(training['machine'])}"
+        earlier = " after earlier runs" if training["config"]["pretrained"] else ""
         lines.append(
             f"| `{card['name']}` | {_DATASETS[card['name'].rsplit('.', 1)[1]][0]} | {100 - test['top1']:.2f}% "
             f"| {100 - test['transforms_mean']:.2f}% | {card['parameters'] / 1e6:.3f}M "
-            f"| {card['multiply_adds'] / 1e6:.0f}M | {training['seconds'] / 60:.0f} min, {machine} |"
+            f"| {card['multiply_adds'] / 1e6:.0f}M | {training['seconds'] / 60:.0f} min{earlier}, {machine} |"
         )
     return "\n".join(lines)
 

@@ -203,7 +203,7 @@ _DETAILS: dict[str, dict[str, Any]] = {
     "cnn7": {"weights": ("rotmnist",), "paper": _COHEN_WELLING},
     "p4_cnn7": {"group_pool": "max", "weights": ("rotmnist",), "paper": _COHEN_WELLING},
     "p4m_cnn7": {"group_pool": "max", "weights": ("rotmnist",)},
-    "c8_cnn7": {"group_pool": "max"},
+    "c8_cnn7": {"group_pool": "max", "weights": ("rotmnist",)},
     "d8_cnn7": {"group_pool": "max"},
 }
 

@@ -132,7 +132,7 @@ def test_a_card_says_that_training_went_on_and_how_many_threads_it_had():
     results["training"]["config"]["pretrained"] = True
     results["training"]["machine"] |= {"threads": 2, "processes": 3, "gpu": None}
     text = card.render(results)
-    assert "It went on from earlier weights of this name: 60 epochs" in text
+    assert f"It went on from earlier weights of this name: {results['training']['epochs']} epochs" in text
     assert ", 6 threads, with torch" in text
 
 
