@@ -56,10 +56,11 @@ def test_readme_shows_the_bench_as_measured():
     assert shown[1] == table(json.loads((BENCHMARKS / "bench.json").read_text())).strip()
 
 
-def test_readme_shows_the_partial_networks_as_measured():
-    shown = re.search(r"<!-- mnist6 -->\n(.*?)\n<!-- /mnist6 -->", README.read_text(), re.DOTALL)
+@pytest.mark.parametrize("name", ["mnist6", "mnist6 continuous"])
+def test_readme_shows_the_partial_networks_as_measured(name):
+    shown = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", README.read_text(), re.DOTALL)
     assert shown is not None
-    assert shown[1] == mnist6.table(json.loads((BENCHMARKS / "mnist6.json").read_text()))
+    assert shown[1] == mnist6.table(json.loads((BENCHMARKS / f"{name.replace(' ', '_')}.json").read_text()))
 
 
 def test_readme_shows_the_four_ways_as_measured(monkeypatch):
@@ -68,6 +69,23 @@ def test_readme_shows_the_four_ways_as_measured(monkeypatch):
     shown = re.search(r"<!-- four ways -->\n(.*?)\n<!-- /four ways -->", README.read_text(), re.DOTALL)
     assert shown is not None
     assert shown[1] == table(json.loads((BENCHMARKS / "four_ways.json").read_text()))
+
+
+def test_readme_shows_the_continuous_groups_as_measured():
+    table = runpy.run_path(str(BENCHMARKS / "continuous_rotmnist.py"))["table"]
+    shown = re.search(
+        r"<!-- continuous rotmnist -->\n(.*?)\n<!-- /continuous rotmnist -->", README.read_text(), re.DOTALL
+    )
+    assert shown is not None
+    assert shown[1] == table(json.loads((BENCHMARKS / "continuous_rotmnist.json").read_text())["runs"])
+
+
+def test_readme_shows_what_pretrained_weights_are_worth(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)  # the script imports the one beside it
+    script = runpy.run_path(str(BENCHMARKS / "fine_tune.py"))
+    shown = re.search(r"<!-- fine-tuning -->\n(.*?)\n<!-- /fine-tuning -->", README.read_text(), re.DOTALL)
+    assert shown is not None
+    assert shown[1] == script["table"](script["read"](BENCHMARKS / "fine_tune.csv"))
 
 
 def test_readme_shows_the_pose_experiment_as_measured():
