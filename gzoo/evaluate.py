@@ -80,16 +80,16 @@ def measure(
     A view that leaves the logits of the first batch as they are upright, to rounding, has the figures of "upright".
     """
     model.eval()
-    views = views or {"upright": _same}
-    meters: dict[str, dict[str, AverageMeter]] = {name: {} for name in views}
+    to_run = dict(views or {"upright": _same})
+    meters: dict[str, dict[str, AverageMeter]] = {name: {} for name in to_run}
     confidences, rights = [], []
     for images, labels in batches:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         first = not meters["upright"]
         upright = torch.empty(0)
-        for name in [name for name in views if meters[name] is not meters["upright"] or name == "upright"]:
+        for name, view in list(to_run.items()):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits = model(views[name](images)).float()  # (B, classes)
+                logits = model(view(images)).float()  # (B, classes)
             if name == "upright":
                 upright = logits
                 confidence, guess = logits.softmax(1).max(1)
@@ -97,6 +97,7 @@ def measure(
                 rights.append(guess == labels)
             elif first and relative_error(logits, upright) < (0.05 if bf16 else 1e-4):
                 meters[name] = meters["upright"]
+                del to_run[name]
                 continue
             _update(meters[name], logits, labels)
     result = {name: {key: float(meter.avg) for key, meter in row.items()} for name, row in meters.items()}
