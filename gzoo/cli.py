@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import json
 import shlex
 import sys
@@ -310,7 +311,7 @@ def _bench(args: argparse.Namespace) -> int:
 def _mnist6(args: argparse.Namespace) -> int:
     from gzoo.mnist6 import CONTINUOUS_TASKS, TASKS, mnist6, table
 
-    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    say = functools.partial(print, file=sys.stderr, flush=True)
     report = mnist6(args.mnist, args.seed, say, CONTINUOUS_TASKS if args.continuous else TASKS)
     print(table(report))
     if args.json:
