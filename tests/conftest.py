@@ -111,3 +111,12 @@ def with_random_statistics(model: nn.Module) -> nn.Module:
                 # Both signs where a constant would drown the image.
                 tensor.copy_(torch.rand_like(tensor) + (-0.5 if name.endswith(("bias", "mean")) else 0.5))
     return model
+
+
+def without(model: nn.Module, attribute: str) -> nn.Module:
+    """A copy of ``model`` in which no layer has what it calls ``attribute``: the fully equivariant network."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if getattr(module, attribute, None) is not None:
+            setattr(module, attribute, None)
+    return model

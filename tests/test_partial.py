@@ -13,7 +13,7 @@ from gzoo import backbones, groups
 from gzoo.cli import main
 from gzoo.mnist6 import mnist6, pairs
 from gzoo.partial import subsets, symmetry
-from tests.conftest import random_image, with_random_statistics
+from tests.conftest import random_image, with_random_statistics, without
 
 
 def small(norm=nn.BatchNorm2d, last=()):
@@ -35,15 +35,6 @@ def keeping(model, kept):
     return model
 
 
-def whole(model):
-    """The fully equivariant network with the weights of a partial one."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if getattr(module, "subset", None) is not None:
-            module.subset = None
-    return model
-
-
 def test_each_convolution_has_one_subset_in_its_norm_or_behind_it():
     model = gzoo.convert(small(), "p4", partial=True)
     assert [name for name, _ in subsets(model)] == ["1", "3"]
@@ -59,7 +50,7 @@ def test_a_partial_network_starts_as_the_fully_equivariant_one(group, size):
     assert report.worst < 1e-12
     assert not report.given_up
     x = random_image(3, (size, size) if isinstance(size, int) else size)
-    assert model(x).equal(whole(model)(x))
+    assert model(x).equal(without(model, "subset")(x))
 
 
 @pytest.mark.parametrize("size", [64, (65, 48)])
@@ -93,7 +84,7 @@ def test_subsets_have_a_learning_rate_of_their_own_and_no_decay():
     assert (weights["lr"], logits["lr"], logits["weight_decay"]) == (1e-3, 5e-2, 0)
     assert [id(logit) for logit in logits["params"]] == [id(subset.logits) for _, subset in subsets(model)]
     assert {id(p) for p in weights["params"] + logits["params"]} == {id(p) for p in model.parameters()}
-    (only,) = gzoo.partial.parameter_groups(whole(model), 1e-3, 5e-2)
+    (only,) = gzoo.partial.parameter_groups(without(model, "subset"), 1e-3, 5e-2)
     assert len(only["params"]) == len(weights["params"])
 
 
