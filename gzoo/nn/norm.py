@@ -41,7 +41,10 @@ class FibreNorm(nn.Module):
         if channels % order:
             raise ValueError(f"x has {channels} channels, no whole number of fields of |G| = {order}; lift it first")
         rows = x.reshape(batch, channels // order, order * (pixels or [1])[0], *pixels[1:])  # a view of x
+        result: Tensor = self.norm(rows)
+        if not torch.is_grad_enabled():
+            return result.reshape(x.shape)
         # Were it a view, an activation in place behind it would have autograd copy gradients: 5% of a training step. No
         # one else holds the norm's result, so torch need not know that they share memory.
-        result: Tensor = torch.ops.aten._unsafe_view(self.norm(rows).contiguous(), x.shape)
-        return result
+        apart: Tensor = torch.ops.aten._unsafe_view.default(result.contiguous(), x.shape)
+        return apart
