@@ -93,6 +93,8 @@ _OWN = (
     _own("wrn28_10", functools.partial(backbones.wide_resnet, 28, 10)),
     _own("allcnnc", backbones.allcnnc, first_conv="stages.0.0"),
     _own("cnn7", backbones.cnn7, input_size=(1, 28, 28)),
+    _own("sfcnn", backbones.sfcnn, input_size=(1, 28, 28)),
+    _own("sfcnn_tiny", functools.partial(backbones.sfcnn, base_width=18), input_size=(1, 28, 28)),
     _own("unet", backbones.UNet, "encoder.0.0", (3, 256, 256), classifier="head", num_classes=2),
 )
 
@@ -113,11 +115,13 @@ _BACKBONES = {backbone.name: backbone for backbone in (*_OWN, *map(_timm, _TIMM)
 
 GROUPS = ("p4", "p4m", "c8", "d8")
 
-# Networks that give up symmetry from stage to stage: the first is of Weiler & Cesa 2019, table 5.
-_RESTRICTED = {
+# Networks over finer groups, and those that give up symmetry from stage to stage (Weiler & Cesa 2019).
+_FURTHER = {
+    "c16": ("cnn7", "sfcnn", "sfcnn_tiny"),
+    "d16": ("cnn7", "sfcnn", "sfcnn_tiny"),
     "d8:d4:d1": ("wrn16_8", "wrn28_10", "resnet20", "resnet44"),
     "d4:c4:c1": ("resnet20", "resnet18"),
-    "d16:c16": ("cnn7",),
+    "d16:c16": ("cnn7", "sfcnn", "sfcnn_tiny"),
 }
 
 
@@ -187,6 +191,8 @@ def _scale(entry: Entry) -> float:
 
 _COHEN_WELLING = "arXiv:1602.07576"
 _RONNEBERGER = "arXiv:1505.04597"
+_SFCNN: dict[str, Any] = {"group_pool": "max", "paper": "arXiv:1911.08251"}  # Weiler & Cesa 2019
+_SFCNN_FIELDS = {96: 24, 128: 32, 144: 36, 256: 64, 384: 96}
 
 # What the rows of some networks say beyond group and backbone.
 _DETAILS: dict[str, dict[str, Any]] = {
@@ -205,6 +211,13 @@ _DETAILS: dict[str, dict[str, Any]] = {
     "p4m_cnn7": {"group_pool": "max", "weights": ("rotmnist",)},
     "c8_cnn7": {"group_pool": "max", "weights": ("rotmnist",)},
     "d8_cnn7": {"group_pool": "max"},
+    "sfcnn": {"paper": "arXiv:1711.07289"},
+    "c8_sfcnn": _SFCNN,
+    "c16_sfcnn": _SFCNN | {"widths": _SFCNN_FIELDS},
+    "d16:c16_sfcnn": _SFCNN | {"widths": _SFCNN_FIELDS},
+    "c8_sfcnn_tiny": _SFCNN,
+    "c16_sfcnn_tiny": _SFCNN,
+    "d16:c16_sfcnn_tiny": _SFCNN,
 }
 
 
@@ -215,7 +228,7 @@ def _described(group: str | None, backbone: str) -> Entry:
 ENTRIES = (
     *(_described(None, backbone.name) for backbone in _OWN),
     *(_described(group, backbone) for group in GROUPS for backbone in _BACKBONES),
-    *(_described(chain, backbone) for chain, names in _RESTRICTED.items() for backbone in names),
+    *(_described(chain, backbone) for chain, names in _FURTHER.items() for backbone in names),
 )
 
 
