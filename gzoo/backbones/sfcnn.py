@@ -1,9 +1,9 @@
 """SFCNN: six large kernels for rotated MNIST, as over steerable filters.
 
-Source: Weiler, Hamprecht & Storath 2018, arXiv:1711.07289, and Weiler & Cesa 2019, arXiv:1911.08251: kernels of 9, 7, 7,
-7, 7 and 5 pixels, max pooling after the second and the fourth layer; 24, 32, 36, 36, 64 and 96 fields. The network that
-Weiler & Cesa restrict from D16 to C16 does so after the fifth layer: the end of our first stage. Ours differs in one
-place: a linear classifier follows the pooling, where theirs has two hidden layers.
+Source: Weiler, Hamprecht & Storath 2018, arXiv:1711.07289, and Weiler & Cesa 2019, arXiv:1911.08251: kernels of 9, 7,
+7, 7, 7 and 5 pixels, max pooling after the second and the fourth layer; 24, 32, 36, 36, 64 and 96 fields. Weiler & Cesa
+restrict theirs from D16 to C16 after the fifth layer, where our first stage ends. Ours differs in one place: a linear
+classifier follows the pooling, where theirs has two hidden layers.
 """
 
 from torch import nn
