@@ -1,0 +1,81 @@
+"""How exact the whole zoo is: every registered equivariant model, every element, three sizes, float64 and float32.
+
+    uv run python benchmarks/zoo.py
+
+The sizes are an odd one (a power of two, plus one), an even one, and one that is not square with sides of a power of two
+and one less; twice or four times as large where a network takes no smaller image. All that starts constant is random, and
+batch norms have the statistics of two images of the size. A row a model goes to zoo.csv; a second call makes those that
+are missing.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import timm
+import torch
+from low_data import add, read
+from torch import nn
+
+from gzoo import registry
+from gzoo.check import check, in_channels
+from gzoo.convert import calibrate, randomized
+
+HERE = Path(__file__).parent
+BARS = {"float64": 1e-12, "float32": 1e-5}
+
+
+def names() -> list[str]:
+    """The registered models that are equivariant, those with fewer parameters first."""
+    plain = {entry.name for entry in registry.ENTRIES if entry.group is None}
+    parameters = {}
+    for name in set(timm.list_models(module="registry")) - plain:
+        with torch.device("meta"):
+            parameters[name] = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+    return sorted(parameters, key=lambda name: (parameters[name], name))
+
+
+def worst_errors(probe: nn.Module, scale: int) -> dict[str, float]:
+    """The largest equivariance error of any stage, element and size, by the name of the dtype."""
+    worst = dict.fromkeys(BARS, 0.0)
+    for size in ((32 * scale + 1,) * 2, (48 * scale,) * 2, (32 * scale, 64 * scale - 1)):
+        calibrate(probe, torch.randn(1, in_channels(probe), *size, dtype=torch.float64))
+        for dtype in worst:
+            worst[dtype] = max(worst[dtype], check(probe, size, dtype=getattr(torch, dtype)).worst)
+    return worst
+
+
+def one_row(name: str) -> dict[str, object]:
+    """A model's errors at the smallest sizes that it takes."""
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    probe, _ = randomized(timm.create_model(name))
+    for scale in (1, 2, 4):
+        try:
+            worst = worst_errors(probe, scale)
+            break
+        except (RuntimeError, ValueError):  # the image is too small
+            if scale == 4:
+                raise
+    errors = {dtype: f"{error:.0e}" for dtype, error in worst.items()}
+    return {"model": name, "scale": scale, **errors, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, default=HERE / "zoo.csv")
+    args = parser.parse_args()
+    rows = read(args.csv)
+    done = {row["model"] for row in rows}
+    for name in names():
+        if name not in done:
+            add(rows, one_row(name), args.csv)
+    for dtype, bar in BARS.items():
+        above = [row["model"] for row in rows if float(row[dtype]) > bar]
+        print(
+            f"{dtype}: at most {max(float(row[dtype]) for row in rows):.0e}; above {bar:g}: {', '.join(above) or 'none'}"
+        )
+
+
+if __name__ == "__main__":
+    main()
