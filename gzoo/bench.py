@@ -344,6 +344,38 @@ def _peak_resident_mb() -> float:
     return int(line.split()[1]) * 1024 / 1e6
 
 
+def evaluation_ms(name: str, size: int, batch_size: int, threads: int, device: str) -> float:
+    """Milliseconds of an evaluation step; the median of ten."""
+    torch.set_num_threads(threads)
+    model = _build("gzoo", name).to(device).eval()
+    x = _images(model, size, batch_size).to(device)
+    with torch.no_grad():
+        return median(_in_turns({name: partial(model, x)}, 10, device)[name])
+
+
+def costs(names: Sequence[str], batch_size: int = 64, threads: int = 2, device: str = "cpu") -> dict[str, Any]:
+    """What registered models cost, each in fresh processes at the size of its own images, in float32.
+
+    Returns:
+        The machine and the settings, and ``models``: for each name ``images_per_second`` in evaluation, and
+        ``training_memory_mb``, the megabytes that building and training it need at most; None where the system does not
+        say.
+    """
+    from gzoo.train import machine
+
+    torch.set_num_threads(threads)
+    found = {}
+    for name in names:
+        config: Any = timm.create_model(name).pretrained_cfg
+        step = (name, config["input_size"][-1], batch_size, threads, device)
+        taken = _in_fresh_process(_CALL.format("evaluation_ms"), *step, environment=_KEEP_MEMORY)
+        measured = device == "cuda" or _STATUS.exists()
+        memory = _in_fresh_process(_CALL.format("peak_memory_mb"), "gzoo", *step) if measured else None
+        found[name] = {"images_per_second": 1e3 * batch_size / taken, "training_memory_mb": memory}
+    settings = {"dtype": "float32", "batch_size": batch_size, "device": device}
+    return {"machine": machine(torch.device(device)), **settings, "models": found}
+
+
 def table(report: dict[str, Any]) -> str:
     """The medians in a report of `bench`, and the ratios gzoo / rival with their targets; what misses one has a "!"."""
     threads = report["machine"]["threads"]

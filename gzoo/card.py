@@ -16,12 +16,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from gzoo import bench
 from gzoo.check import check, group_of
 from gzoo.data import open_split
 from gzoo.evaluate import evaluate
 from gzoo.predict import load_model
 from gzoo.weights import HUB_ORGANIZATION, card_folder, write_pin
 
+COSTS = "costs.json"  # beside the cards
 _COPIED = ("model/model.safetensors", "model/config.json", "curves.png")
 
 # How a card names a data set: its title and its name on the Hub.
@@ -197,34 +199,42 @@ def _cards(folder: Path | None) -> list[dict[str, Any]]:
     return sorted(cards, key=lambda card: (card["name"].rsplit(".", 1)[1], 100 - card["test"]["top1"]))
 
 
+def _cost(card: dict[str, Any], folder: Path | None) -> dict[str, float]:
+    """Speed and memory of a card's model, if they were measured."""
+    path = (folder or card_folder()) / COSTS
+    models = json.loads(path.read_text())["models"] if path.is_file() else {}
+    return models.get(card["name"].rsplit(".", 1)[0], {})
+
+
 def leaderboard(folder: Path | None = None) -> str:
     """One Markdown table over all cards, sorted by data set, then test error."""
-    lines = [
-        "| weight | data | test error | turned and flipped | parameters | multiply-adds | training |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = "weight, data, test error, turned and flipped, parameters, multiply-adds, images/s, memory, training"
+    lines = [f"| {columns.replace(',', ' |')} |", "|---" * len(columns.split(",")) + "|"]
     for card in _cards(folder):
-        test, training = card["test"], card["training"]
+        test, training, cost = card["test"], card["training"], _cost(card, folder)
         machine = training["machine"]["gpu"] or f"CPU, {_threads(training['machine'])}"
         earlier = " after earlier runs" if training["config"]["pretrained"] else ""
-        lines.append(
-            f"| `{card['name']}` | {_DATASETS[card['name'].rsplit('.', 1)[1]][0]} | {100 - test['top1']:.2f}% "
-            f"| {100 - test['transforms_mean']:.2f}% | {card['parameters'] / 1e6:.3f}M "
-            f"| {card['multiply_adds'] / 1e6:.0f}M | {training['seconds'] / 60:.0f} min{earlier}, {machine} |"
+        cells = (
+            f"`{card['name']}`",
+            _DATASETS[card["name"].rsplit(".", 1)[1]][0],
+            f"{100 - test['top1']:.2f}%",
+            f"{100 - test['transforms_mean']:.2f}%",
+            f"{card['parameters'] / 1e6:.3f}M",
+            f"{card['multiply_adds'] / 1e6:.0f}M",
+            f"{cost['images_per_second']:.0f}" if cost else "-",
+            f"{cost['training_memory_mb']:.0f} MB" if cost.get("training_memory_mb") else "-",
+            f"{training['seconds'] / 60:.0f} min{earlier}, {machine}",
         )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def results_csv(folder: Path | None = None) -> str:
-    """The table of all cards for programs: accuracies and calibration error in percent, "" where not measured.
-
-    ``evaluation_images_per_second`` is that of the card's whole evaluation: decoding, and all views of an image, which
-    are fewer the more symmetries a network has.
-    """
+    """The table of all cards for programs: accuracies and calibration error in percent, "" where not measured."""
     rows = []
     for card in _cards(folder):
         test, training = card["test"], card["training"]
-        machine = training["machine"]
+        machine, cost = training["machine"], _cost(card, folder)
         rows.append(
             {
                 "name": card["name"],
@@ -233,7 +243,7 @@ def results_csv(folder: Path | None = None) -> str:
                 "calibration_error": test.get("calibration_error", ""),
                 "parameters": card["parameters"],
                 "multiply_adds": card["multiply_adds"],
-                "evaluation_images_per_second": test["images_per_second"],
+                **{key: cost.get(key, "") for key in ("images_per_second", "training_memory_mb")},
                 "training_seconds": training["seconds"],
                 "training_machine": machine["gpu"] or machine["cpu"],
                 "training_threads": _thread_count(machine),
@@ -246,9 +256,16 @@ def results_csv(folder: Path | None = None) -> str:
     return text.getvalue()
 
 
-def update_tables() -> str:
-    """Writes what lies beside the cards, results.csv and pins.csv, anew from them; returns the README's table."""
+def update_tables(measure: bool = False) -> str:
+    """Writes what lies beside the cards, results.csv and pins.csv, anew from them; returns the README's table.
+
+    Args:
+        measure: also writes costs.json anew: speed and memory of all models with a card, on this machine.
+    """
     folder = card_folder()
+    if measure:
+        names = dict.fromkeys(card["name"].rsplit(".", 1)[0] for card in _cards(folder))
+        (folder / COSTS).write_text(json.dumps(bench.costs(list(names)), indent=2) + "\n")
     (folder / "results.csv").write_text(results_csv())
     for path in folder.glob("*/results.json"):
         write_pin(path.parent)

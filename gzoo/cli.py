@@ -126,6 +126,9 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
 
     command = commands.add_parser("leaderboard", help="write results.csv and pins.csv from the cards, print the table")
     command.set_defaults(run=_leaderboard)
+    command.add_argument(
+        "--measure", action="store_true", help="first measure speed and memory of all, on this machine"
+    )
 
     command = commands.add_parser(
         "push", help="upload a model card, or what `gzoo train` made, to the Hugging Face Hub"
@@ -350,7 +353,7 @@ def _card(args: argparse.Namespace) -> int:
 def _leaderboard(args: argparse.Namespace) -> int:
     from gzoo.card import update_tables
 
-    print(update_tables())
+    print(update_tables(args.measure))
     return 0
 
 

@@ -187,3 +187,15 @@ def test_the_command_prints_the_table_and_writes_the_json(report, tmp_path, monk
 
 def test_cases_are_equivariant_models():
     assert all(group_of(timm.create_model(case.model)) for case in bench.CASES)
+
+
+def test_costs_of_models_are_measured_at_the_size_of_their_images(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        bench, "_in_fresh_process", lambda code, *step, environment=None: asked.append((code, step)) or 500.0
+    )
+    report = bench.costs(["p4_cnn7", "cnn7"], batch_size=8, threads=1)
+    assert report["models"]["cnn7"] == {"images_per_second": 16.0, "training_memory_mb": 500.0}
+    assert [step[-4:] for _, step in asked] == [(28, 8, 1, "cpu")] * 4
+    monkeypatch.undo()
+    assert bench.evaluation_ms("p4_cnn7", 28, 2, 1, "cpu") > 0

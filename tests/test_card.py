@@ -149,6 +149,21 @@ def test_the_tables_are_written_from_the_cards(tmp_path, monkeypatch, capsys):
     assert pins().keys() == set(TAGGED)
 
 
+def test_speed_and_memory_are_measured_when_asked(tmp_path, monkeypatch, capsys):
+    cards = tmp_path / "model_cards"
+    shutil.copytree(card_folder(), cards)
+    monkeypatch.setattr("gzoo.weights._CARD_FOLDERS", (cards,))
+    monkeypatch.setattr(
+        "gzoo.bench.costs",
+        lambda names: {"models": {name: {"images_per_second": 7.4, "training_memory_mb": None} for name in names}},
+    )
+    assert main(["leaderboard", "--measure"]) == 0
+    rows = capsys.readouterr().out.strip().splitlines()[2:]
+    assert len(rows) == len(CARDS)
+    assert all("| 7 | - |" in row for row in rows)
+    assert (cards / "results.csv").read_text().count(",7.4,,") == len(CARDS)
+
+
 def test_bundled_weights_stay_small():
     assert sum(path.stat().st_size for path in card_folder().glob("*/model.safetensors")) <= 40e6
 
