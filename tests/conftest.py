@@ -21,7 +21,7 @@ def core_entries() -> list[Entry]:
     return [
         entry
         for entry in ENTRIES
-        if (entry.backbone in timms or entry.backbone in PLAIN - {"wrn28_10"})
+        if (entry.backbone in timms or entry.backbone in PLAIN - {"wrn28_10", "sfcnn"})
         and (entry.group in (None, "p4", "p4m") or entry.backbone in _STEERABLE_CORE)
     ]
 

@@ -12,7 +12,7 @@ from tests.conftest import core_entries, with_random_statistics
 # Deep or wide: one small image each, not square, odd after the first stride. The others: a power of two, one more, and
 # not square.
 SLOW = ("resnet56", "resnet110", "resnet26_cifar", "wrn16_8", "resnet18", "resnet50", "unet")
-SIZES = {"cnn7": (28, 31, (33, 36)), "convnext_atto": (32, 33, (36, 49)), **dict.fromkeys(SLOW, ((9, 12),))}
+SIZES = {"cnn7": (28, 31, (33, 36)), "sfcnn_tiny": (28, (29, 34)), "convnext_atto": (32, 33, (36, 49)), **dict.fromkeys(SLOW, ((9, 12),))}
 
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 EQUIVARIANT = [entry for entry in core_entries() if entry.group]
@@ -81,9 +81,10 @@ def test_parameter_counts_are_those_of_cohen_and_welling(name, paper):
         ("p4_allcnnc", (48, 96, 96)),
         ("p4m_allcnnc", (32, 64, 64)),
         ("p4_cnn7", (10, 10)),
+        ("c16_sfcnn", (64, 96)),  # of Weiler & Cesa
     ],
 )
-def test_widths_are_those_of_cohen_and_welling(name, fields):
+def test_widths_are_those_of_the_paper(name, fields):
     model = BY_NAME[name].build()
     assert tuple(level["num_chs"] // model.group.order for level in model.feature_info) == fields
 
@@ -107,6 +108,19 @@ def test_wide_resnets_have_the_parameters_of_their_paper(depth, factor, paper):
 def test_a_depth_that_is_not_6n_plus_4_is_refused():
     with pytest.raises(ValueError, match=r"depth is 18; a wide ResNet has 6n \+ 4 layers: 10, 16"):
         backbones.wide_resnet(18, 2)
+
+
+def test_sfcnn_has_the_fields_of_weiler_and_cesa_and_restricts_before_its_last_layer():
+    fields = [layer.out_fields for layer in BY_NAME["c16_sfcnn"].build().modules() if hasattr(layer, "out_fields")]
+    assert fields == [24, 32, 36, 36, 64, 96]
+    restricted = BY_NAME["d16c16_sfcnn_tiny"].build()
+    groups = [layer.group.name for layer in restricted.modules() if hasattr(layer, "out_fields")]
+    assert groups == 5 * ["d16"] + ["c16"]
+
+
+def test_a_base_width_that_is_no_multiple_of_6_is_refused():
+    with pytest.raises(ValueError, match="base_width is 20; .* give a multiple of 6"):
+        backbones.sfcnn(base_width=20)
 
 
 def test_base_width_16_gives_the_resnet_20_of_he():
