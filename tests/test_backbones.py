@@ -12,7 +12,12 @@ from tests.conftest import core_entries, with_random_statistics
 # Deep or wide: one small image each, not square, odd after the first stride. The others: a power of two, one more, and
 # not square.
 SLOW = ("resnet56", "resnet110", "resnet26_cifar", "wrn16_8", "resnet18", "resnet50", "unet")
-SIZES = {"cnn7": (28, 31, (33, 36)), "sfcnn_tiny": (28, (29, 34)), "convnext_atto": (32, 33, (36, 49)), **dict.fromkeys(SLOW, ((9, 12),))}
+SIZES = {
+    "cnn7": (28, 31, (33, 36)),
+    "sfcnn_tiny": (28, (29, 34)),
+    "convnext_atto": (32, 33, (36, 49)),
+    **dict.fromkeys(SLOW, ((9, 12),)),
+}
 
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 EQUIVARIANT = [entry for entry in core_entries() if entry.group]
@@ -119,7 +124,7 @@ def test_sfcnn_has_the_fields_of_weiler_and_cesa_and_restricts_before_its_last_l
 
 
 def test_a_base_width_that_is_no_multiple_of_6_is_refused():
-    with pytest.raises(ValueError, match="base_width is 20; .* give a multiple of 6"):
+    with pytest.raises(ValueError, match=r"base_width is 20; .* give a multiple of 6"):
         backbones.sfcnn(base_width=20)
 
 
