@@ -9,7 +9,6 @@ statistics of four images. A row a model goes to zoo.csv; a second call makes th
 """
 
 import argparse
-import time
 from pathlib import Path
 
 import timm
@@ -33,7 +32,6 @@ def names() -> list[str]:
 
 def one_row(name: str) -> dict[str, object]:
     """A model's largest error, of any stage and element, at the smallest size that it takes."""
-    start = time.perf_counter()
     torch.manual_seed(0)
     model = timm.create_model(name)
     probe, _ = randomized(model)
@@ -49,7 +47,7 @@ def one_row(name: str) -> dict[str, object]:
         "float32": check(model, size, dtype=torch.float32).worst,
     }
     row = {dtype: f"{error:.0e}" for dtype, error in errors.items()}
-    return {"model": name, "size": "x".join(map(str, size)), **row, "seconds": round(time.perf_counter() - start, 1)}
+    return {"model": name, "size": "x".join(map(str, size)), **row}
 
 
 def main() -> None:
