@@ -33,6 +33,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models._hub import save_config_for_hf
 from timm.optim import create_optimizer_v2
@@ -246,8 +247,8 @@ class _Run:
 def train(config: TrainConfig, resume: bool = False, command: str = "") -> dict[str, Any]:
     """Run a recipe, or go on with the run in `config.out`.
 
-    Under torchrun or `accelerate launch`, each process takes its slice of every batch and the main one writes; norm
-    statistics are those of a slice.
+    Under torchrun or `accelerate launch`, each process takes its slice of every batch and the main one writes. On GPUs
+    batch norms have the statistics of the whole batch (SyncBN, which torch has on GPUs only), on CPUs those of a slice.
 
     Writes to `config.out`: checkpoint.pt, log.csv, curves.png, results.json, skipped.txt where images were skipped, and
     model/ with the weights of the best validation epoch (of the last epoch if there is no validation).
@@ -301,6 +302,8 @@ def _set_up(config: TrainConfig, out: Path, processes: PartialState, pretrained:
         penalty(model)  # raises if the model is not soft
     train_transform(data_config, _augmentation(config))
     _freeze_backbone(model, config)
+    if device.type == "cuda" and processes.num_processes > 1:
+        model = convert_sync_batchnorm(model)
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)

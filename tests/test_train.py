@@ -19,6 +19,7 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
+from torch import nn
 
 import gzoo.train
 from gzoo.train import TrainConfig, make_config, merge, read_recipe, resume_config, train, write_atomically
@@ -334,6 +335,27 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_an_error(settings, mon
     with pytest.raises(ValueError, match="a batch of 8 images does not divide by 3 processes; give --batch-size 9"):
         train(TrainConfig(**settings))
     assert not Path(settings["out"]).exists()
+
+
+@pytest.mark.parametrize(("device", "count"), [("cuda", 2), ("cuda", 1), ("cpu", 2)])
+def test_norms_are_synchronized_over_several_gpus(device, count, settings, monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def stop(*_, **__):
+        raise Reached
+
+    found = SimpleNamespace(num_processes=count, device=torch.device(device), wait_for_everyone=lambda: None)
+    monkeypatch.setattr(gzoo.train, "PartialState", lambda **_: found)
+    monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)
+    synchronized = []
+    real = gzoo.train.convert_sync_batchnorm
+    monkeypatch.setattr(gzoo.train, "convert_sync_batchnorm", lambda model: synchronized.append(real(model)) or model)
+    monkeypatch.setattr(gzoo.train, "create_optimizer_v2", stop)
+    with pytest.raises(Reached):
+        train(TrainConfig(**settings))
+    norms = [type(m).__name__ for model in synchronized for m in model.modules() if "BatchNorm" in type(m).__name__]
+    assert set(norms) == ({"SyncBatchNorm"} if (device, count) == ("cuda", 2) else set())
 
 
 def test_fine_tuning_starts_from_the_weights_of_an_earlier_run(settings, tmp_path):
