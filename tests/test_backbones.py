@@ -14,6 +14,7 @@ from tests.conftest import core_entries, with_random_statistics
 SLOW = ("resnet56", "resnet110", "resnet26_cifar", "wrn16_8", "resnet18", "resnet50", "unet")
 SIZES = {
     "cnn7": (28, 31, (33, 36)),
+    "cnn13": ((13, 16),),
     "sfcnn_tiny": (28, (29, 34)),
     "convnext_atto": (32, 33, (36, 49)),
     **dict.fromkeys(SLOW, ((9, 12),)),
@@ -67,6 +68,7 @@ def millions(name):
         ("p4m_resnet44", 2.62),
         ("resnet26_cifar", 7.24),
         ("p4m_resnet26_cifar", 7.17),
+        ("cnn13", 3.1),
         ("allcnnc", 1.37),
         ("p4_allcnnc", 1.37),
         ("p4m_allcnnc", 1.22),
@@ -74,7 +76,7 @@ def millions(name):
         ("p4_cnn7", 0.025),
     ],
 )
-def test_parameter_counts_are_those_of_cohen_and_welling(name, paper):
+def test_parameter_counts_are_those_of_the_paper(name, paper):
     assert abs(millions(name) / paper - 1) < 0.02
 
 
