@@ -5,7 +5,7 @@
 The image has 33 x 48 pixels: an odd side, a power of two plus one, an even side, and no square. Where a network takes
 no smaller image it has 65 x 96 or 129 x 192, and where its plain twin takes multiples of 32 only, 64 x 96. In float32
 each model is as `create_model` makes it. In float64 all that starts constant is random, and batch norms have the
-statistics of four images. A row a model goes to zoo.csv; a second call makes those that are missing.
+statistics of eight images. A row a model goes to zoo.csv; a second call makes those that are missing.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def one_row(name: str) -> dict[str, object]:
     probe, _ = randomized(model)
     for size in SIZES:
         try:
-            calibrate(probe, torch.randn(2, in_channels(probe), *size, dtype=torch.float64))
+            calibrate(probe, torch.randn(4, in_channels(probe), *size, dtype=torch.float64))
             break
         except (RuntimeError, ValueError):
             if size == SIZES[-1]:
