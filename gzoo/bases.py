@@ -57,7 +57,7 @@ def lifting_basis(group: Group, size: int, name: BasisName | None = None) -> Bas
     Raises:
         ValueError: there is no such basis, or no pixel basis of this group.
     """
-    steerable = _is_steerable(group, size, name)
+    steerable = is_steerable(group, size, name)
     if size == 1:
         return Basis((1, 1), torch.zeros(group.order, 1, dtype=torch.long), None, 1)
     if not steerable:
@@ -75,7 +75,7 @@ def regular_basis(group: Group, size: int, name: BasisName | None = None) -> Bas
 
     Arguments and errors are those of `lifting_basis`.
     """
-    order, steerable = group.order, _is_steerable(group, size, name)
+    order, steerable = group.order, is_steerable(group, size, name)
     if size > 1 and not steerable:
         w = torch.arange(order * size * size).view(1, order, size, size)
         index = torch.stack([group.transform_features(w, g) for g in range(order)])
@@ -140,7 +140,7 @@ def _independent(vectors: Tensor) -> list[int]:
 
 def _poses(group: Group, size: int, name: BasisName | None) -> Tensor:
     """The pixels, or the steerable functions, in all poses of the group: (|G|, functions, size * size)."""
-    if _is_steerable(group, size, name):
+    if is_steerable(group, size, name):
         return _harmonics(group, size)
     if size == 1:
         return torch.ones(group.order, 1, 1)
@@ -148,7 +148,8 @@ def _poses(group: Group, size: int, name: BasisName | None) -> Tensor:
     return torch.stack([group.transform_image(pixels, g) for g in range(group.order)]).flatten(2)
 
 
-def _is_steerable(group: Group, size: int, name: BasisName | None) -> bool:
+def is_steerable(group: Group, size: int, name: BasisName | None) -> bool:
+    """Whether ``name`` means the steerable basis; errors are those of `lifting_basis`."""
     if name not in (None, "pixel", "steerable"):
         raise ValueError(f"basis is {name!r}; accepted are 'pixel', 'steerable' and None, which chooses by the group")
     if size == 1:

@@ -133,6 +133,12 @@ class Group:
         elements = [g for h in range(other.order) if (g := self.element(h, other)) is not None]
         return elements if len(elements) == other.order else None
 
+    @property
+    def subgroups(self) -> list["Group"]:
+        """All with the same mirror axis, from c1 to the group itself."""
+        divisors = [m for m in range(1, self.rotations + 1) if self.rotations % m == 0]
+        return [Group(m, mirror) for mirror in (False, True)[: 1 + self.reflections] for m in divisors]
+
     def cosets(self, subgroup: "Group") -> list[list[int]]:
         """The left cosets xH of a subgroup H, xh at h, in the order of their first elements: escnn's order of G/H.
 
@@ -143,8 +149,7 @@ class Group:
         if elements is None:
             raise ValueError(
                 f"{subgroup.name} is no subgroup of {self.name}, so there are no {self.name}/{subgroup.name} fields; "
-                f"subgroups are cM for each divisor M of {self.rotations}"
-                + (", and dM, with the same mirror axis" if self.reflections else "")
+                f"subgroups are {', '.join(known.name for known in self.subgroups)}"
             )
         cosets: list[list[int]] = []
         for x in range(self.order):

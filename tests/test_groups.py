@@ -141,19 +141,12 @@ def test_the_gspace_of_equal_groups_is_one_object():
     assert groups.get("d4").gspace is groups.get("p4m").gspace
 
 
-def subgroups(group):
-    """The names of the subgroups of a group with the same mirror axis."""
-    n = groups.get(group).rotations
-    kinds = "cd" if groups.get(group).reflections else "c"
-    return [f"{kind}{m}" for m in range(1, n + 1) if n % m == 0 for kind in kinds]
-
-
 @pytest.mark.parametrize("group", ALL_GROUPS)
 def test_every_element_moves_cosets_as_escnns_quotient_representation(group):
     G, theirs = groups.get(group), escnn_elements(group)
-    for subgroup in subgroups(group):
-        cosets = [set(coset) for coset in G.cosets(groups.get(subgroup))]
-        (representation,) = G.quotient_type({subgroup: 1}).representations
+    for subgroup in G.subgroups:
+        cosets = [set(coset) for coset in G.cosets(subgroup)]
+        (representation,) = G.quotient_type({subgroup.name: 1}).representations
         assert len(cosets) == representation.size
         for g in elements(group):
             moved = [cosets.index({G.multiply(g, h) for h in coset}) for coset in cosets]
@@ -171,11 +164,9 @@ def test_quotients_by_the_trivial_and_the_whole_group_are_regular_and_trivial_fi
 
 def test_a_quotient_by_what_is_no_subgroup_is_refused():
     for group, other in (("p4", "c3"), ("p4", "d1"), ("p4", "c8"), ("p4", "p4m")):
-        with pytest.raises(
-            ValueError, match=rf"no subgroup of p4, so .* p4/{other} fields; .*cM for each divisor M of 4$"
-        ):
+        with pytest.raises(ValueError, match=rf"{other} is no subgroup of p4, .*; subgroups are c1, c2, p4$"):
             groups.get(group).cosets(groups.get(other))
-    with pytest.raises(ValueError, match=r"c3 is no subgroup of p4m, .*, and dM, with the same mirror axis$"):
+    with pytest.raises(ValueError, match=r"so there are no p4m/c3 fields; subgroups are c1, c2, p4, d1, d2, p4m$"):
         groups.get("p4m").quotient_type({"c1": 2, "c3": 1})
 
 

@@ -63,12 +63,20 @@ class _GroupConv2d(ExpandedLayer):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    @property
+    def steerable(self) -> bool:
+        """Whether the kernels are in the steerable basis."""
+        return self.samples is not None
+
+    def channel_bias(self) -> Tensor | None:
+        """The bias of each channel out."""
+        return None if self.bias is None else self.bias.repeat_interleave(self.group.order)
+
     def _convolve(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.repeat_interleave(self.group.order)
         filters = self.filter() if self.standardize is None else self.standardize(self.filter())
         if self.residual is not None:
             filters = filters + self.residual
-        y = convolve(x, filters, bias, self.window, self.padding_mode, self.groups)
+        y = convolve(x, filters, self.channel_bias(), self.window, self.padding_mode, self.groups)
         return y if self.subset is None else self.subset(y)
 
     @property

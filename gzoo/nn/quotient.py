@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gzoo.bases import BasisName, balance, quotient_basis
+from gzoo.bases import BasisName, balance, is_steerable, quotient_basis
 from gzoo.groups import Group
 from gzoo.nn.conv import PaddingMode, convolve, window_of
 from gzoo.nn.expand import ExpandedLayer
@@ -86,7 +86,7 @@ class QuotientConv2d(nn.Module):
         super().__init__()
         self.group, self.in_fields, self.out_fields = group, dict(in_fields), dict(out_fields)
         self.window = window_of(kernel_size, stride, padding, dilation)
-        self.padding_mode = padding_mode
+        self.padding_mode, self.steerable = padding_mode, is_steerable(group, kernel_size, basis)
         inner, outer = group.stabilizers(in_fields), group.stabilizers(out_fields)
         self.in_channels = sum(_sizes(group, in_fields))
         self.fibres = [group.order // k.order for k, _ in outer]  # channels of one field of each kind
@@ -114,13 +114,16 @@ class QuotientConv2d(nn.Module):
         rows: Any = self.blocks
         return torch.cat([torch.cat([block.filter() for block in row], 1) for row in rows])
 
+    def channel_bias(self) -> Tensor | None:
+        """The bias of each channel out."""
+        if self.bias is None:
+            return None
+        kinds = zip(self.bias.split(list(self.out_fields.values())), self.fibres, strict=True)
+        return torch.cat([numbers.repeat_interleave(fibre) for numbers, fibre in kinds])
+
     def forward(self, x: Tensor) -> Tensor:
         _require_channels(x, self.in_channels, self.group, self.in_fields)
-        bias = None
-        if self.bias is not None:
-            kinds = zip(self.bias.split(list(self.out_fields.values())), self.fibres, strict=True)
-            bias = torch.cat([numbers.repeat_interleave(fibre) for numbers, fibre in kinds])
-        return convolve(x, self.filter(), bias, self.window, self.padding_mode)
+        return convolve(x, self.filter(), self.channel_bias(), self.window, self.padding_mode)
 
     @property
     def in_type(self) -> "FieldType":
@@ -199,3 +202,4 @@ class QuotientPool(_PerKind):
 
     def __init__(self, group: Group, fields: Fields, pool: Pooling = "mean") -> None:
         super().__init__(group, fields, lambda number, order: GroupPool(order, pool))
+        self.pool = pool
