@@ -14,6 +14,8 @@ The steerable basis serves every group. Its parameters are the coefficients of w
 (Weiler & Cesa 2019, arXiv:1911.08251, section 2.5), functions that can be turned by any angle before they are sampled
 at the pixels. Rings, widths and band limits are those of ``escnn.nn.R2Conv``, so both span the same filters; a 3x3
 kernel keeps 6|G| parameters. Turns that fit the grid move the samples exactly, so on that subgroup it is exact, too.
+
+Kernels between quotient fields, G/H to G/K, are sums of either over K (`quotient_basis`).
 """
 
 import math

@@ -168,7 +168,7 @@ def test_every_kind_of_window_is_equal_at_every_size_and_comes_back(group, basis
                 assert relative(back(image), ours(image)) < 1e-5
 
 
-@pytest.mark.parametrize("variant", ["1x1", "2x2 strided", "3x3 strided", "4x4 same, dilated", "3x3 reflect"])
+@pytest.mark.parametrize("variant", ["1x1", "2x2 strided", "3x3 strided", "4x4 same, dilated"])
 @pytest.mark.parametrize(("group", "basis"), [("p4m", "pixel"), ("p4m", "steerable"), ("d6", "steerable")])
 def test_convolutions_of_quotient_fields_are_equal_at_every_size_and_come_back(group, basis, variant):
     inside, outside = {"c1": 1, "d1": 2, "c2": 1, group: 1}, {"d2": 1, "c1": 1, group: 2}

@@ -2,7 +2,8 @@
 
 A field of G/H is a function on the cosets xH, with |G| / |H| channels, in the order of `Group.cosets`; G permutes them.
 ``{"c1": 5, "c2": 2, "c16": 4}`` stands for five fields of G/C1 (regular ones), two of G/C2 and four of G/C16, channels
-in this order. Over c16 the last are trivial. Pointwise activations and spatial pools take such maps as they are.
+in this order. Over c16 the last are trivial. Pointwise activations and spatial pools take such maps as they are, and
+``gzoo.transform_features(x, g, layer.out_type)`` moves them.
 """
 
 import math

@@ -54,7 +54,7 @@ def test_convolutions_and_their_gradients_commute_with_the_group(group, inside, 
         assert worst_error(layer, group, x, layer.in_type, layer.out_type) < 1e-12
 
 
-@pytest.mark.parametrize("variant", ["2x2 strided", "3x3", "4x4 same", "5x5 strided"])
+@pytest.mark.parametrize("variant", ["2x2 strided", "4x4 same", "5x5 strided"])
 @pytest.mark.parametrize(("group", "inside", "outside"), STEERABLE)
 def test_steerable_convolutions_and_their_gradients_commute_with_the_turns_of_the_grid(group, inside, outside, variant):
     options = VARIANTS[variant] | {"basis": "steerable"}
