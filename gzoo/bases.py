@@ -14,6 +14,8 @@ The steerable basis serves every group. Its parameters are the coefficients of w
 (Weiler & Cesa 2019, arXiv:1911.08251, section 2.5), functions that can be turned by any angle before they are sampled
 at the pixels. Rings, widths and band limits are those of ``escnn.nn.R2Conv``, so both span the same filters; a 3x3
 kernel keeps 6|G| parameters. Turns that fit the grid move the samples exactly, so on that subgroup it is exact, too.
+
+Kernels between quotient fields, G/H to G/K, are sums of either over K (`quotient_basis`).
 """
 
 import math
@@ -57,7 +59,7 @@ def lifting_basis(group: Group, size: int, name: BasisName | None = None) -> Bas
     Raises:
         ValueError: there is no such basis, or no pixel basis of this group.
     """
-    steerable = _is_steerable(group, size, name)
+    steerable = is_steerable(group, size, name)
     if size == 1:
         return Basis((1, 1), torch.zeros(group.order, 1, dtype=torch.long), None, 1)
     if not steerable:
@@ -75,7 +77,7 @@ def regular_basis(group: Group, size: int, name: BasisName | None = None) -> Bas
 
     Arguments and errors are those of `lifting_basis`.
     """
-    order, steerable = group.order, _is_steerable(group, size, name)
+    order, steerable = group.order, is_steerable(group, size, name)
     if size > 1 and not steerable:
         w = torch.arange(order * size * size).view(1, order, size, size)
         index = torch.stack([group.transform_features(w, g) for g in range(order)])
@@ -87,7 +89,69 @@ def regular_basis(group: Group, size: int, name: BasisName | None = None) -> Bas
     return Basis((order, 1, 1) if samples is None else (order, slices), index.flatten(1), samples, size)
 
 
-def _is_steerable(group: Group, size: int, name: BasisName | None) -> bool:
+@cache
+def quotient_basis(group: Group, size: int, inner: Group, outer: Group, name: BasisName | None = None) -> Basis:
+    """Kernels from fields of G/H to fields of G/K: ``parameters`` is (n,), or those of `regular_basis` if H = K = c1.
+
+    A function on G/H is one on G that does not change under H, so the kernel is a function w(xH, y) on G/H and the
+    plane, and the filter is filter[gK, xH](y) = w(g^-1 xH, g^-1 y). It is the same for all g of a coset if w is the
+    same as w(k xH, k y) for all k of K. A basis of these are pixels or harmonics of one xH, summed over K, where the
+    sums are independent; each has norm one. H = G is an image, K = G an invariant map.
+
+    Args:
+        group: any point group G.
+        size: k.
+        inner: H, a subgroup of G.
+        outer: K, a subgroup of G.
+        name: as in `lifting_basis`.
+
+    Raises:
+        ValueError: there is no such basis, or no pixel basis of this group; H or K is no subgroup.
+    """
+    if inner.order == outer.order == 1:
+        return regular_basis(group, size, name)
+    poses = _poses(group, size, name).double()
+    rows, columns = group.cosets(outer), group.cosets(inner)
+    column = {g: x for x, coset in enumerate(columns) for g in coset}
+    moved = [[column[group.multiply(s, coset[0])] for coset in columns] for s in range(group.order)]  # sxH, by s and xH
+    starts = [x for x in range(len(columns)) if x == min(moved[k][x] for k in rows[0])]  # one of each orbit under K
+    # Float32 numbers, summed in float64: exact, so that no turn of the grid rounds otherwise.
+    sums = poses.new_zeros(len(rows), len(starts), poses.shape[1], len(columns), size * size)
+    for row, coset in enumerate(rows):
+        for s in coset:
+            for i, x in enumerate(starts):
+                sums[row, i, :, moved[s][x]] += poses[s]
+    sums = sums.flatten(1, 2).flatten(2)  # (|G/K|, kernels, |G/H| * k * k)
+    kept = _independent(sums[0] / len(rows[0]))
+    samples = sums[:, kept]
+    count = len(kept)
+    samples = (samples / samples[0].norm(dim=1)[:, None]).float()
+    return Basis((count,), torch.arange(count).expand(len(rows), -1), samples, size)
+
+
+def _independent(vectors: Tensor) -> list[int]:
+    """The vectors, of norm one or less, that are no combination of those before them."""
+    kept, orthonormal = [], vectors.new_zeros(0, vectors.shape[1])
+    for i, vector in enumerate(vectors):
+        rest = vector - (orthonormal @ vector) @ orthonormal
+        if rest.norm() > 1e-4:  # far above the rounding of the samples, far below what a turn leaves of a harmonic
+            kept.append(i)
+            orthonormal = torch.cat([orthonormal, (rest / rest.norm()).unsqueeze(0)])
+    return kept
+
+
+def _poses(group: Group, size: int, name: BasisName | None) -> Tensor:
+    """The pixels, or the steerable functions, in all poses of the group: (|G|, functions, size * size)."""
+    if is_steerable(group, size, name):
+        return _harmonics(group, size)
+    if size == 1:
+        return torch.ones(group.order, 1, 1)
+    pixels = torch.eye(size * size).view(-1, size, size)
+    return torch.stack([group.transform_image(pixels, g) for g in range(group.order)]).flatten(2)
+
+
+def is_steerable(group: Group, size: int, name: BasisName | None) -> bool:
+    """Whether ``name`` means the steerable basis; errors are those of `lifting_basis`."""
     if name not in (None, "pixel", "steerable"):
         raise ValueError(f"basis is {name!r}; accepted are 'pixel', 'steerable' and None, which chooses by the group")
     if size == 1:

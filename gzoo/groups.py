@@ -6,6 +6,7 @@ degrees. The tests compare order, products and action with escnn's.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
@@ -17,6 +18,7 @@ from torch import Tensor
 from gzoo import _escnn
 
 if TYPE_CHECKING:
+    from escnn.group import Representation
     from escnn.gspaces import GSpace
     from escnn.nn import FieldType
 
@@ -126,14 +128,57 @@ class Group:
             return None
         return turn + self.rotations * (g >= other.rotations)
 
+    def elements_of(self, other: "Group") -> list[int] | None:
+        """All elements of another group as ones of this group, in its order; None if it is no subgroup."""
+        elements = [g for h in range(other.order) if (g := self.element(h, other)) is not None]
+        return elements if len(elements) == other.order else None
+
+    @property
+    def subgroups(self) -> list["Group"]:
+        """All with the same mirror axis, from c1 to the group itself."""
+        divisors = [m for m in range(1, self.rotations + 1) if self.rotations % m == 0]
+        return [Group(m, mirror) for mirror in (False, True)[: 1 + self.reflections] for m in divisors]
+
+    def cosets(self, subgroup: "Group") -> list[list[int]]:
+        """The left cosets xH of a subgroup H, xh at h, in the order of their first elements: escnn's order of G/H.
+
+        Raises:
+            ValueError: it is no subgroup.
+        """
+        elements = self.elements_of(subgroup)
+        if elements is None:
+            raise ValueError(
+                f"{subgroup.name} is no subgroup of {self.name}, so there are no {self.name}/{subgroup.name} fields; "
+                f"subgroups are {', '.join(known.name for known in self.subgroups)}"
+            )
+        cosets: list[list[int]] = []
+        for x in range(self.order):
+            if not any(x in coset for coset in cosets):
+                cosets.append([self.multiply(x, h) for h in elements])
+        return cosets
+
+    def stabilizers(self, fields: Mapping[str, int]) -> list[tuple["Group", int]]:
+        """What ``{"c1": 5, "c2": 2}`` stands for, five G/C1 fields and two G/C2 fields: each H with its number.
+
+        Raises:
+            ValueError: there is no such group, or it is no subgroup; a number is none; there are no fields.
+        """
+        for name, number in fields.items():
+            self.cosets(get(name))
+            if number < 1:
+                raise ValueError(f"{number} fields of {self.name}/{name}: a number is at least 1; leave {name!r} out")
+        if not fields:
+            raise ValueError(f"there are no fields; give some by subgroup, as in {{'c1': 4, '{self.name}': 8}}")
+        return [(get(name), number) for name, number in fields.items()]
+
     def restriction(self, subgroup: "Group") -> list[int]:
         """The order of a fibre in which it is regular fields of ``subgroup``: one for each right coset Hx, hx at h.
 
         Raises:
             ValueError: it is no subgroup.
         """
-        elements = [g for h in range(subgroup.order) if (g := self.element(h, subgroup)) is not None]
-        if len(elements) < subgroup.order:
+        elements = self.elements_of(subgroup)
+        if elements is None:
             raise ValueError(
                 f"{subgroup.name} is no subgroup of {self.name}: a network can lose symmetry on the way, from N "
                 "rotations to a divisor of N, from dN to cN, but not win it"
@@ -160,6 +205,23 @@ class Group:
     def image_type(self, channels: int) -> "FieldType":
         """The escnn type of an image: ``channels`` trivial fields."""
         return _escnn.load().nn.FieldType(self.gspace, channels * [self.gspace.trivial_repr])
+
+    def quotient_type(self, fields: Mapping[str, int]) -> "FieldType":
+        """The escnn type of quotient fields: H -> number of fields of G/H, in this order; see `gzoo.nn.QuotientConv2d`.
+
+        Raises:
+            ValueError: as `stabilizers`.
+        """
+        kinds = self.stabilizers(fields)
+        return _escnn.load().nn.FieldType(self.gspace, [self._quotient_repr(h) for h, n in kinds for _ in range(n)])
+
+    def _quotient_repr(self, subgroup: "Group") -> "Representation":
+        if subgroup.order == 1:  # escnn takes one law under two names for two laws
+            return self.gspace.regular_repr
+        if subgroup == self:
+            return self.gspace.trivial_repr
+        axis = 0 if subgroup.reflections else None
+        return self.gspace.quotient_repr((axis, subgroup.rotations) if self.reflections else subgroup.rotations)
 
 
 @cache

@@ -25,12 +25,16 @@ from gzoo.nn import (
     GroupConv2d,
     GroupPool,
     LiftingConv2d,
+    QuotientConv2d,
+    QuotientNorm,
+    QuotientPool,
     Restriction,
     Subset,
     SymmetricBlur2d,
     SymmetricPool2d,
     keep_original_strides,
 )
+from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.resample import Window, resample, square
 from gzoo.soft import residuals
 
@@ -129,11 +133,21 @@ def to_escnn(model: nn.Module) -> nn.Module:
     types = _types(model)
 
     def rule(path: str, module: nn.Module) -> nn.Module | None:
-        if isinstance(module, LiftingConv2d | GroupConv2d) and module.standardize is None:
+        if isinstance(module, QuotientConv2d) or (
+            isinstance(module, LiftingConv2d | GroupConv2d) and module.standardize is None
+        ):
             return EscnnLayer(_r2conv(path, module), module.window)
+        if isinstance(module, QuotientNorm):
+            kinds: Any = module.kinds
+            plain = all(type(kind.norm) is nn.BatchNorm2d for kind in kinds)
+            return _inner_batch_norm(list(kinds), module.group.quotient_type(module.fields)) if plain else module
+        if isinstance(module, QuotientPool) and module.pool == "max":
+            return EscnnLayer(_escnn.load().nn.GroupPooling(module.group.quotient_type(module.fields)))
         norm: Any = module.norm if isinstance(module, FibreNorm) else None
         if type(norm) in (nn.BatchNorm2d, BatchNormAct2d):
-            return _inner_batch_norm(norm, types.get(path) or group.field_type(norm.num_features))
+            new = _inner_batch_norm([module], types.get(path) or group.field_type(norm.num_features))
+            # What timm fuses into its batch norms runs after it.
+            return nn.Sequential(new, norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else new
         if isinstance(module, SymmetricPool2d) and path in types:
             return _pointwise_pool(module, types[path])
         if isinstance(module, GroupPool) and module.pool == "max" and path in types:
@@ -165,20 +179,25 @@ def _walk(module: nn.Module, rule: Rule, path: str, done: dict[nn.Module, nn.Mod
 def _types(model: nn.Module) -> "dict[str, FieldType]":
     """escnn's type of what each norm and pool gets, by path: images before the lifting, fields of a group after it."""
     types: dict[str, FieldType] = {}
-    watched = (SymmetricPool2d, GroupPool, FibreNorm, LiftingConv2d, Restriction)
+    watched = (SymmetricPool2d, GroupPool, FibreNorm, LiftingConv2d, GroupConv2d, QuotientConv2d, Restriction)
     modules = {path: module for path, module in model.named_modules() if isinstance(module, watched)}
-    lifting = next((module for module in modules.values() if isinstance(module, LiftingConv2d)), None)
+    lifting = next((module for module in modules.values() if isinstance(module, LiftingConv2d | QuotientConv2d)), None)
     if lifting is None:  # layers without the image that their fields come from
         return types
     images, group = lifting.group, None
+    mixture: FieldType | None = None
 
     def hook(path: str) -> Callable[..., None]:
         def record(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
-            nonlocal group
-            if isinstance(module, LiftingConv2d):
-                group = module.group
+            nonlocal group, mixture
+            if isinstance(module, LiftingConv2d | GroupConv2d):
+                group, mixture = module.group, None
+            elif isinstance(module, QuotientConv2d):
+                mixture = module.out_type
             elif isinstance(module, Restriction):
                 group = module.after
+            elif mixture is not None:
+                types[path] = mixture
             else:
                 channels = inputs[0].shape[1]
                 types[path] = group.field_type(channels // group.order) if group else images.image_type(channels)
@@ -198,39 +217,60 @@ def _types(model: nn.Module) -> "dict[str, FieldType]":
     return types
 
 
-def _r2conv(path: str, layer: LiftingConv2d | GroupConv2d) -> "R2Conv":
-    enn, k, window = _escnn.load().nn, layer.kernel_size, layer.window
-    rings = _pixel_rings(k) if layer.samples is None else bases.rings(k)
+def _r2conv(path: str, layer: LiftingConv2d | GroupConv2d | QuotientConv2d) -> "R2Conv":
+    enn, window = _escnn.load().nn, layer.window
+    rings = bases.rings(window.kernel) if layer.steerable else _pixel_rings(window.kernel)
 
     def highest_frequency(radius: float) -> int:
-        return min(rings, key=lambda ring: abs(ring[0] * layer.dilation - radius))[2]
+        return min(rings, key=lambda ring: abs(ring[0] * window.dilation - radius))[2]
 
+    filters = layer.filter().detach()
     new = enn.R2Conv(
-        *(layer.in_type, layer.out_type, k),
+        *(layer.in_type, layer.out_type, window.kernel),
         padding=(window.padding + 1) // 2,
-        stride=1 if window.extent == 1 and window.symmetric else layer.stride,  # then `resample` takes the steps
-        dilation=layer.dilation,
+        stride=1 if window.extent == 1 and window.symmetric else window.stride,  # then `resample` takes the steps
+        dilation=window.dilation,
         padding_mode=layer.padding_mode,
-        groups=layer.groups,
+        groups=1 if isinstance(layer, QuotientConv2d) else layer.groups,
         bias=layer.bias is not None,
-        sigma=[layer.dilation * width for _, width, _ in rings],
+        sigma=[window.dilation * width for _, width, _ in rings],
         frequencies_cutoff=highest_frequency,
-        rings=[layer.dilation * radius for radius, _, _ in rings],
-        recompute=layer.weight.dtype != torch.float32,
+        rings=[window.dilation * radius for radius, _, _ in rings],
+        recompute=filters.dtype != torch.float32,
         initialize=False,
     )
-    filters = layer.filter().detach()
-    (block,) = new.basisexpansion.children()
-    # The filter of the first pose, the identity, says all; the others are the same functions turned.
-    rows = filters.view(layer.out_fields, layer.group.order, -1, block.sampled_basis[0, 0].numel())[:, 0].double()
+    expansion, inside, outside = new.basisexpansion, _channels(layer.in_type), _channels(layer.out_type)
     with torch.no_grad():
-        coefficients = rows @ torch.linalg.pinv(block.sampled_basis[:, 0].flatten(1).double(), rtol=1e-6)
-        new.weights.copy_(coefficients.flatten())
-        if layer.bias is not None:
-            new.bias.copy_(layer.bias * layer.group.order / new.bias_expansion.sum(0))
+        for pair, (start, stop) in expansion._weights_ranges.items():
+            basis = getattr(expansion, f"block_expansion_{expansion._escape_pair(pair)}").sampled_basis
+            # The filter of the first pose, the identity, says all; the others are the same functions turned.
+            rows = _first_poses(filters[outside[pair[1]], inside[pair[0]]], *basis.shape[1:3]).double()
+            coefficients = rows @ torch.linalg.pinv(basis[:, 0].flatten(1).double(), rtol=1e-6)
+            new.weights[start:stop] = coefficients.flatten()
+        bias = layer.channel_bias()
+        if bias is not None:
+            columns = new.bias_expansion
+            new.bias.copy_(columns.T @ bias.to(columns) / columns.square().sum(0))
     new.to(filters)
     _require_same_filter(path, new.expand_parameters()[0], filters, "no R2Conv holds them; use another kernel size")
     return new.train()  # escnn's eval() expands the filter anew only after train()
+
+
+def _channels(field_type: "FieldType") -> dict[str, slice]:
+    """The channels of the fields of each kind, by the name of their representation; each kind in one run."""
+    found: dict[str, slice] = {}
+    start = 0
+    for representation in field_type.representations:
+        first = found.get(representation.name, slice(start, start)).start
+        start += representation.size
+        found[representation.name] = slice(first, start)
+    return found
+
+
+def _first_poses(filters: Tensor, out_size: int, in_size: int) -> Tensor:
+    """(fields out, fields in, in_size * k * k): of each field out, the filter to its first channel."""
+    rows = filters.flatten(2).unflatten(0, (-1, out_size))[:, 0]
+    return rows.unflatten(1, (-1, in_size)).flatten(2)
 
 
 def _pixel_rings(size: int) -> list[tuple[float, float, int]]:
@@ -248,13 +288,16 @@ def _require_same_filter(path: str, found: Tensor, expected: Tensor, advice: str
         raise ValueError(f"{path or 'the layer'}: the filters differ by {error:.1e} of the largest tap; {advice}")
 
 
-def _inner_batch_norm(norm: Any, field_type: "FieldType") -> nn.Module:
+def _inner_batch_norm(kinds: list[Any], field_type: "FieldType") -> EscnnLayer:
+    """The batch norms of the kinds of ``field_type``; escnn has one for all fields of a size."""
+    norm = kinds[0].norm
     new = _escnn.load().nn.InnerBatchNorm(field_type, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-    inner = getattr(new, f"batch_norm_[{field_type.representations[0].size}]")
-    inner.load_state_dict({name: norm.state_dict()[name] for name in inner.state_dict()})
-    layer = EscnnLayer(new.to(next(norm.parameters(), torch.empty(0))))
-    # What timm fuses into its batch norms runs after it.
-    return nn.Sequential(layer, norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else layer
+    for size in {kind.group_order for kind in kinds}:
+        inner = getattr(new, f"batch_norm_[{size}]")
+        states = [kind.norm.state_dict() for kind in kinds if kind.group_order == size]
+        for name, tensor in inner.state_dict().items():
+            tensor.copy_(torch.cat([state[name] for state in states]) if tensor.ndim else states[0][name])
+    return EscnnLayer(new.to(next(norm.parameters(), torch.empty(0))))
 
 
 def _pointwise_pool(module: SymmetricPool2d, field_type: "FieldType") -> nn.Module | None:
@@ -273,7 +316,7 @@ def _pointwise_pool(module: SymmetricPool2d, field_type: "FieldType") -> nn.Modu
 def from_escnn(model: nn.Module, basis: BasisName | None = None, strides: Strides = "symmetric") -> nn.Module:
     """A copy of a network of escnn modules with gzoo's layers in their place, with the same filters and statistics.
 
-    Known are ``R2Conv`` from trivial or regular to regular fields, ``InnerBatchNorm``, the pointwise nonlinearities,
+    Known are ``R2Conv`` between trivial, regular and quotient fields, ``InnerBatchNorm``, the pointwise nonlinearities,
     dropout and pools (antialiased ones, too), ``GroupPooling``, ``RestrictionModule`` with or without
     ``DisentangleModule``, and ``SequentialModule`` of these. Networks of the user's own classes keep their code: inside
     them each replaced module still takes and gives a ``GeometricTensor``. Regular fields that were restricted to a
@@ -336,12 +379,20 @@ def _gzoo_layer(path: str, module: Any, basis: BasisName | None, window: Window 
         return nn.Sequential(*(_gzoo_layer(f"{path}.{n}".strip("."), child, basis, None) for n, child in children))
     if type(module) is enn.R2Conv:
         return _gzoo_convolution(path, module, basis, window)
-    if type(module) is enn.InnerBatchNorm:
-        return _gzoo_norm(path, module)
-    if type(module) is enn.GroupPooling:
-        fibre = _law(path, module, module.in_type)[1]
-        return GroupPool(fibre.order, "max") if fibre else nn.Identity()
-    _law(path, module, module.in_type)  # any other acts on each channel alike, but an unknown type is better named here
+    group = _group(path, module, module.in_type)
+    fields = _mixture(group, module.in_type)
+    if fields and len(fields) > 1:
+        if type(module) is enn.GroupPooling:
+            return QuotientPool(group, fields, "max")
+        if type(module) is enn.InnerBatchNorm:
+            return _quotient_norm(module, group, fields)
+    else:  # any other acts on each channel alike, but an unknown type is better named here
+        regular = fields or _law(path, module, module.in_type)[1]
+        order = module.in_type.representations[0].size if regular else None
+        if type(module) is enn.GroupPooling:
+            return GroupPool(order, "max") if order else nn.Identity()
+        if type(module) is enn.InnerBatchNorm:
+            return _gzoo_norm(module, order)
     if type(module) is enn.DisentangleModule and _leaves_fields_whole(module):
         return nn.Identity()
     if type(module) in _pointwise():
@@ -392,9 +443,7 @@ def _blur(module: Any, padding: tuple[int, ...]) -> SymmetricBlur2d:
 
 
 def _gzoo_convolution(path: str, conv: Any, basis: BasisName | None, window: Window | None) -> nn.Module:
-    group, fibre = _law(path, conv, conv.in_type)
-    if _law(path, conv, conv.out_type)[1] != group:
-        raise ValueError(f"{_named(path, conv)} to {conv.out_type}; gzoo's convolutions give regular fields")
+    group = _group(path, conv, conv.in_type)
     padding, stride = square(conv.padding, "padding"), square(conv.stride, "stride")
     # What `to_escnn` made may leave steps and an odd padding to the resampling in front of it.
     taken = window or Window(conv.kernel_size, stride, 2 * padding, square(conv.dilation, "dilation"))
@@ -403,53 +452,123 @@ def _gzoo_convolution(path: str, conv: Any, basis: BasisName | None, window: Win
         "stride": taken.stride,
         "padding": "same" if taken.padding % 2 else taken.padding // 2,
         "dilation": taken.dilation,
-        "groups": conv.groups,
         "bias": conv.bias is not None,
         "padding_mode": conv.padding_mode,
         "basis": basis,
     }
+    inner, outer = _fields(group, conv.in_type), _fields(group, conv.out_type)
+    if inner and outer and (_mixture(group, conv.in_type) or outer.keys() != {"c1"}):
+        return _quotient_convolution(path, conv, QuotientConv2d(group, inner, outer, **options))
+    fibre = _law(path, conv, conv.in_type)[1]
+    if _law(path, conv, conv.out_type)[1] != group:
+        raise ValueError(f"{_named(path, conv)} to {conv.out_type}; of restricted fields gzoo makes regular ones only")
     inputs = conv.in_type.size // (group.order if fibre else 1)
-    new = (GroupConv2d if fibre else LiftingConv2d)(group, inputs, len(conv.out_type), **options)
+    kind = GroupConv2d if fibre else LiftingConv2d
+    new = kind(group, inputs, len(conv.out_type), groups=conv.groups, **options)
     with torch.no_grad():
         filters, bias = conv.expand_parameters()
         if fibre:
             filters = filters.unflatten(1, (-1, fibre.order))[:, :, fibre.restriction(group)].flatten(1, 2)
         new.to(filters)
-        rows = filters.view(new.out_fields, group.order, *new.weight.shape[1:3], -1)[:, 0]  # of the identity
-        if new.samples is not None:
-            rows = (rows.double() @ torch.linalg.pinv(new.samples[0].double())).to(filters)
-        new.weight.copy_(rows.view_as(new.weight))
+        _fill(new, filters)
         if bias is not None:
             assert new.bias is not None
             new.bias.copy_(bias[:: group.order])
-        advice = "this R2Conv has other rings or frequencies than escnn's default"
-        advice += "; use basis='pixel', which holds every filter" if group.on_grid else ", which gzoo does not have"
-        _require_same_filter(path, new.filter(), filters, advice)
+        _require_same_filter(path, new.filter(), filters, _other_rings(group))
     return new if fibre in (None, group) else nn.Sequential(Restriction(fibre, group), new)
 
 
-def _gzoo_norm(path: str, norm: Any) -> nn.Module:
-    fibre = _law(path, norm, norm.in_type)[1]
+def _quotient_convolution(path: str, conv: Any, new: QuotientConv2d) -> QuotientConv2d:
+    if conv.groups > 1:
+        raise ValueError(f"{_named(path, conv)} with groups={conv.groups}; QuotientConv2d has groups=1 only")
+    inside, outside = _channels(conv.in_type).values(), _channels(conv.out_type).values()
+    rows: Any = new.blocks
+    with torch.no_grad():
+        filters, bias = conv.expand_parameters()
+        new.to(filters)
+        for row, outputs in zip(rows, outside, strict=True):
+            for block, inputs in zip(row, inside, strict=True):
+                _fill(block, filters[outputs, inputs])
+        if bias is not None:
+            assert new.bias is not None
+            new.bias.copy_(bias[conv.out_type.fields_start.tolist()])
+        _require_same_filter(path, new.filter(), filters, _other_rings(new.group))
+    return new
+
+
+def _fill(layer: ExpandedLayer, filters: Tensor) -> None:
+    """Gives ``layer`` the kernels whose filters come closest to these."""
+    basis, order = layer.basis, len(layer.index)
+    # The filter of the first pose, the identity, says all.
+    first = basis._replace(source=basis.source[:1], samples=None if basis.samples is None else basis.samples[:1])
+    count = layer.weight[0, 0].numel()
+    units = torch.eye(count, dtype=torch.float64, device=filters.device).view(count, 1, *basis.parameters)
+    kernels = bases.expand(units, first)  # (parameters, |G/H|, k, k)
+    rows = _first_poses(filters, order, kernels.shape[1]).double()
+    layer.weight.copy_((rows @ torch.linalg.pinv(kernels.flatten(1))).view_as(layer.weight))
+
+
+def _other_rings(group: Group) -> str:
+    advice = "this R2Conv has other rings or frequencies than escnn's default"
+    return advice + ("; use basis='pixel', which holds every filter" if group.on_grid else ", which gzoo does not have")
+
+
+def _quotient_norm(norm: Any, group: Group, fields: dict[str, int]) -> QuotientNorm:
+    def empty(number: int) -> nn.Module:
+        return nn.BatchNorm2d(number, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+
+    new, taken = QuotientNorm(group, fields, empty), Counter[int]()
+    kinds: Any = new.kinds
+    for kind, number in zip(kinds, fields.values(), strict=True):
+        inner = getattr(norm, f"batch_norm_[{kind.group_order}]")  # of all fields of this size
+        own = slice(taken[kind.group_order], taken[kind.group_order] + number)
+        kind.norm.load_state_dict({name: t[own] if t.ndim else t for name, t in inner.state_dict().items()})
+        kind.norm.to(next(inner.parameters(), torch.empty(0)))
+        taken[kind.group_order] += number
+    return new
+
+
+def _gzoo_norm(norm: Any, order: int | None) -> nn.Module:
     new = nn.BatchNorm2d(len(norm.in_type), norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-    inner = getattr(norm, f"batch_norm_[{norm.in_type.representations[0].size}]")
+    inner = getattr(norm, f"batch_norm_[{order or 1}]")
     new.load_state_dict(inner.state_dict())
     new.to(next(inner.parameters(), torch.empty(0)))
-    return FibreNorm(new, fibre.order) if fibre else new
+    return FibreNorm(new, order) if order else new
+
+
+def _group(path: str, module: Any, field_type: "FieldType") -> Group:
+    """The group of a type."""
+    gspace = field_type.gspace
+    order = gspace.fibergroup.order()
+    candidates = [Group(order, False), Group(max(order // 2, 1), True)] if order > 0 else []
+    group = next((group for group in candidates if group.gspace == gspace), None)
+    if group is None:
+        raise ValueError(
+            f"{_named(path, module)} of type {field_type}: gzoo knows the gspaces rot2dOnR2(N), flipRot2dOnR2(N), "
+            "flip2dOnR2() and trivialOnR2() with their default axis"
+        )
+    return group
+
+
+def _fields(group: Group, field_type: "FieldType") -> dict[str, int] | None:
+    """Trivial, regular and quotient fields as `QuotientConv2d` has them; None if there are others, or one kind is in
+    several runs."""
+    laws = {subgroup.name: group.quotient_type({subgroup.name: 1}).representations[0] for subgroup in group.subgroups}
+    names = [next((name for name, law in laws.items() if own == law), "") for own in field_type.representations]
+    fields = Counter(names)
+    return None if "" in fields or list(fields.elements()) != names else dict(fields)
+
+
+def _mixture(group: Group, field_type: "FieldType") -> dict[str, int] | None:
+    """As `_fields`, but None if all are regular or all trivial."""
+    fields = _fields(group, field_type)
+    return None if fields is None or fields.keys() in ({"c1"}, {group.name}) else fields
 
 
 def _law(path: str, module: Any, field_type: "FieldType") -> tuple[Group, Group | None]:
     """The group of a type, and the one whose regular fields it has: the same, or a larger one that was restricted to
     it. None if all fields are trivial."""
-    gspace = field_type.gspace
-    order = gspace.fibergroup.order()
-    candidates = [Group(order, False), Group(max(order // 2, 1), True)] if order > 0 else []
-    group = next((group for group in candidates if group.gspace == gspace), None)
-    what = f"{_named(path, module)} of type {field_type}"
-    if group is None:
-        raise ValueError(
-            f"{what}: gzoo knows the gspaces rot2dOnR2(N), flipRot2dOnR2(N), flip2dOnR2() and trivialOnR2() with their "
-            "default axis"
-        )
+    group, gspace = _group(path, module, field_type), field_type.gspace
     for fibre, representation in ((group, gspace.regular_repr), (None, gspace.trivial_repr)):
         if all(own == representation for own in field_type.representations):
             return group, fibre
@@ -458,7 +577,8 @@ def _law(path: str, module: Any, field_type: "FieldType") -> tuple[Group, Group 
         if larger.order == size and all(_is_restricted(own, larger, group) for own in field_type.representations):
             return group, larger
     raise ValueError(
-        f"{what}: gzoo has layers for all trivial or all regular fields, for no irreps, quotients, mixtures"
+        f"{_named(path, module)} of type {field_type}: gzoo has layers for trivial, regular and quotient fields, each "
+        "kind in one run, by subgroups with the default axis; for no irreps"
     )
 
 

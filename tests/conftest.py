@@ -2,14 +2,18 @@
 
 import copy
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gzoo import groups
+from gzoo import groups, transform_features
 from gzoo.groups import Group
 from gzoo.registry import ENTRIES, Entry
+
+if TYPE_CHECKING:
+    from escnn.nn import FieldType
 
 PLAIN = {entry.backbone for entry in ENTRIES if entry.group is None}
 _STEERABLE_CORE = ("resnet20", "resnet44", "cnn7", "resnet18", "resnet50", "convnext_atto")
@@ -51,8 +55,10 @@ def random_image(channels: int, size: tuple[int, int] = (5, 5), batch: int = 2) 
     return torch.randn(batch, channels, *size, dtype=torch.float64)
 
 
-def act(group: Group, law: str, x: Tensor, g: int) -> Tensor:
-    """g.x for an "image", for regular "fields", for "channels last" fields, or for what is "invariant"."""
+def act(group: Group, law: "str | FieldType", x: Tensor, g: int) -> Tensor:
+    """g.x for an "image", for regular "fields", for "channels last" fields, for what is "invariant", or of a type."""
+    if not isinstance(law, str):
+        return transform_features(x, g, law)
     if law == "image":
         return group.transform_image(x, g)
     if law == "fields":
@@ -67,8 +73,8 @@ def worst_error(
     layer: nn.Module,
     group: str,
     x: Tensor,
-    law: str = "fields",
-    out_law: str | None = None,
+    law: "str | FieldType" = "fields",
+    out_law: "str | FieldType | None" = None,
     elements: Iterable[int] | None = None,
 ) -> float:
     """The largest relative error over ``elements``, by default all that fit the grid: of the value, of the gradient for

@@ -1,4 +1,5 @@
-"""The pixel basis, against the definition of Cohen & Welling 2016 as loops; the steerable one, against escnn's."""
+"""The pixel basis, against the definition of Cohen & Welling 2016 as loops; the steerable one, against escnn's; both
+between quotient fields."""
 
 import itertools
 from functools import partial
@@ -120,9 +121,12 @@ def steerable_filters(kind, group, size):
 def escnn_filters(kind, group, size):
     """The same of escnn's default basis."""
     G = groups.get(group)
-    in_type = G.image_type(1) if kind == "lifting" else G.field_type(1)
+    return escnns_filters(G.image_type(1) if kind == "lifting" else G.field_type(1), G.field_type(1), size)
+
+
+def escnns_filters(in_type, out_type, size):
     # recompute=True: escnn keeps one sampled basis per process, whose dtype another layer may have changed.
-    layer = _escnn.load().nn.R2Conv(in_type, G.field_type(1), size, bias=False, recompute=True)
+    layer = _escnn.load().nn.R2Conv(in_type, out_type, size, bias=False, recompute=True)
     with torch.no_grad():
         filters = [layer.basisexpansion(one).double().flatten() for one in torch.eye(layer.weights.numel())]
     return torch.nn.functional.normalize(torch.stack(filters), dim=1)
@@ -204,3 +208,100 @@ def test_the_gradient_of_the_expansion_is_that_of_finite_differences(group, size
     weight = torch.randn(2, 1, *basis.parameters, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda w: bases.expand(w, basis), weight, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(lambda w: bases.expand(w, basis), weight)
+
+
+# --- quotient fields ---
+
+
+def quotient_filters(group, size, inner, outer, name):
+    """The filters of one pair of fields, one for each parameter: (parameters, |G/K|, |G/H|, k, k)."""
+    G = groups.get(group)
+    basis = bases.quotient_basis(G, size, groups.get(inner), groups.get(outer), name)
+    count = torch.Size(basis.parameters).numel()
+    filters = bases.expand(torch.eye(count).view(-1, 1, *basis.parameters), basis)
+    return filters.view(count, -1, G.order // groups.get(inner).order, size, size).double()
+
+
+# Stabilizers of a coset that are rotations, reflections, both and neither, on normal subgroups and on others.
+QUOTIENTS = [
+    *(("p4", h, k) for h in ("c1", "c2", "p4") for k in ("c1", "c2", "p4")),
+    *(("c8", h, k) for h, k in (("c1", "c2"), ("c2", "c4"), ("c4", "c2"), ("c8", "c4"), ("c4", "c8"), ("c8", "c8"))),
+    *(("p4m", h, k) for h in ("c1", "d1", "c2", "d2", "p4m") for k in ("d1", "c4", "d2", "p4m")),
+    *(("d8", h, k) for h, k in (("c1", "d1"), ("d1", "d1"), ("d2", "d1"), ("c2", "d4"), ("d8", "d2"))),
+    *(("d6", h, k) for h, k in (("d1", "d3"), ("d2", "d1"), ("c3", "d2"))),
+    *(("c2", "c1", "c2"), ("c3", "c1", "c3"), ("d1", "c1", "d1"), ("d2", "d1", "d1"), ("d3", "d1", "d1")),
+]
+
+
+@pytest.mark.parametrize(("group", "inner", "outer"), QUOTIENTS)
+def test_steerable_filters_between_quotient_fields_are_as_many_as_escnns_and_span_them(group, inner, outer):
+    ours = torch.nn.functional.normalize(quotient_filters(group, 3, inner, outer, "steerable").flatten(1), dim=1)
+    G = groups.get(group)
+    theirs = escnns_filters(G.quotient_type({inner: 1}), G.quotient_type({outer: 1}), 3)
+    ranks = [
+        torch.linalg.matrix_rank(filters, rtol=1e-5).item() for filters in (ours, theirs, torch.cat([ours, theirs]))
+    ]
+    assert ranks == [len(ours)] * 3
+    assert len(theirs) == len(ours)
+
+
+def test_the_filters_to_another_quotient_of_the_same_order_span_something_else():
+    rotations, reflections = (quotient_filters("p4m", 3, "c1", outer, "steerable").flatten(1) for outer in ("c2", "d1"))
+    assert torch.linalg.matrix_rank(torch.cat([rotations, reflections]), rtol=1e-5) > len(rotations)
+
+
+def move_cosets(filters, group, inner, outer, g):
+    """The filters K(g^-1 rK, g^-1 xH, g^-1 y)."""
+    G = groups.get(group)
+    inverse = G.inverse(g)
+    for dim, subgroup in ((1, outer), (2, inner)):
+        cosets = G.cosets(groups.get(subgroup))
+        number = {h: i for i, coset in enumerate(cosets) for h in coset}
+        filters = filters.index_select(dim, torch.tensor([number[G.multiply(inverse, coset[0])] for coset in cosets]))
+    return G.transform_image(filters, g)
+
+
+@pytest.mark.parametrize(("group", "inner", "outer"), QUOTIENTS)
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_filters_between_quotient_fields_are_equivariant_to_the_last_bit(group, inner, outer, size):
+    for name in ("pixel", "steerable") if groups.get(group).on_grid else ("steerable",):
+        filters = quotient_filters(group, size, inner, outer, name)
+        assert len(filters) > 0
+        for g in groups.get(group).grid_elements:
+            assert move_cosets(filters, group, inner, outer, g).equal(filters)
+
+
+def test_a_quotient_filter_with_one_tap_changed_is_not_equivariant():
+    filters = quotient_filters("p4", 3, "c1", "c2", "pixel")
+    filters[0, 0, 0, 0, 0] += 1
+    assert not move_cosets(filters, "p4", "c1", "c2", 1).equal(filters)
+
+
+@pytest.mark.parametrize(("group", "inner", "outer"), [q for q in QUOTIENTS if groups.get(q[0]).on_grid])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_pixel_basis_between_quotient_fields_is_all_of_the_equivariant_filters(group, inner, outer, size):
+    # As for regular fields: the dimension of the fixed space is the mean trace.
+    filters = quotient_filters(group, size, inner, outer, "pixel")
+    index = torch.arange(filters[0].numel()).view(1, *filters.shape[1:])
+    traces = [(move_cosets(index, group, inner, outer, g) == index).sum().item() for g in elements(group)]
+    assert torch.linalg.matrix_rank(filters.flatten(1)) == len(filters) == sum(traces) / len(traces)
+
+
+@pytest.mark.parametrize(("group", "inner", "outer"), [("p4", "c2", "c2"), ("p4m", "c1", "d1"), ("p4m", "d2", "d2")])
+def test_filters_between_quotient_fields_are_those_between_regular_fields_averaged_over_cosets(group, inner, outer):
+    G = groups.get(group)
+    regular = bases.expand(torch.eye(9 * G.order).view(-1, 1, G.order, 3, 3), bases.regular_basis(G, 3))
+    regular = regular.view(9 * G.order, G.order, G.order, 3, 3).double()
+    averaged = regular[:, G.cosets(groups.get(outer))].mean(2)[:, :, G.cosets(groups.get(inner))].mean(3).flatten(1)
+    ours = quotient_filters(group, 3, inner, outer, "pixel").flatten(1)
+    ranks = [torch.linalg.matrix_rank(filters).item() for filters in (ours, averaged, torch.cat([ours, averaged]))]
+    assert ranks == [len(ours)] * 3
+
+
+def test_between_regular_fields_the_basis_is_the_regular_one():
+    G, e = groups.get("c8"), groups.get("c1")
+    assert bases.quotient_basis(G, 3, e, e) is bases.regular_basis(G, 3, None)
+    with pytest.raises(ValueError, match=r"c8 .* has no pixel basis"):
+        bases.quotient_basis(G, 3, groups.get("c2"), e, "pixel")
+    with pytest.raises(ValueError, match="c3 is no subgroup of p4"):
+        bases.quotient_basis(groups.get("p4"), 3, groups.get("c3"), e)

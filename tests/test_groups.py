@@ -139,3 +139,41 @@ def test_field_types_hold_regular_and_trivial_fields(group):
 
 def test_the_gspace_of_equal_groups_is_one_object():
     assert groups.get("d4").gspace is groups.get("p4m").gspace
+
+
+@pytest.mark.parametrize("group", ALL_GROUPS)
+def test_every_element_moves_cosets_as_escnns_quotient_representation(group):
+    G, theirs = groups.get(group), escnn_elements(group)
+    for subgroup in G.subgroups:
+        cosets = [set(coset) for coset in G.cosets(subgroup)]
+        (representation,) = G.quotient_type({subgroup.name: 1}).representations
+        assert len(cosets) == representation.size
+        for g in elements(group):
+            moved = [cosets.index({G.multiply(g, h) for h in coset}) for coset in cosets]
+            expected = torch.eye(len(cosets))[moved].T  # e_xH goes to e_gxH
+            assert torch.allclose(torch.tensor(representation(theirs[g]), dtype=torch.float32), expected, atol=1e-6)
+
+
+def test_quotients_by_the_trivial_and_the_whole_group_are_regular_and_trivial_fields():
+    for name in ("c1", "d1", "p4", "d8"):
+        G = groups.get(name)
+        assert G.quotient_type({"c1": 3}) == G.field_type(3)
+        if G.order > 1:
+            assert G.quotient_type({name: 3}) == G.image_type(3)
+
+
+def test_a_quotient_by_what_is_no_subgroup_is_refused():
+    for group, other in (("p4", "c3"), ("p4", "d1"), ("p4", "c8"), ("p4", "p4m")):
+        with pytest.raises(ValueError, match=rf"{other} is no subgroup of p4, .*; subgroups are c1, c2, p4$"):
+            groups.get(group).cosets(groups.get(other))
+    with pytest.raises(ValueError, match=r"so there are no p4m/c3 fields; subgroups are c1, c2, p4, d1, d2, p4m$"):
+        groups.get("p4m").quotient_type({"c1": 2, "c3": 1})
+
+
+def test_fields_that_are_none_are_refused():
+    with pytest.raises(ValueError, match=r"there are no fields; give some by subgroup, as in {'c1': 4, 'p4': 8}"):
+        groups.get("p4").stabilizers({})
+    with pytest.raises(ValueError, match=r"0 fields of p4/c2: a number is at least 1; leave 'c2' out"):
+        groups.get("p4").stabilizers({"c1": 1, "c2": 0})
+    with pytest.raises(ValueError, match="unknown group 'c'"):
+        groups.get("p4").stabilizers({"c": 1})

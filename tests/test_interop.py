@@ -16,6 +16,9 @@ from gzoo.nn import (
     GroupConv2d,
     GroupPool,
     LiftingConv2d,
+    QuotientConv2d,
+    QuotientNorm,
+    QuotientPool,
     Restriction,
     SymmetricBlur2d,
     SymmetricPool2d,
@@ -54,6 +57,15 @@ def d16_c16():
     return model
 
 
+def mixture():
+    """Regular, quotient and trivial fields."""
+    c8, fields = groups.get("c8"), {"c1": 2, "c2": 1, "c4": 1, "c8": 2}
+    layers = [QuotientConv2d(c8, {"c8": 3}, fields, 5, padding=2), QuotientNorm(c8, fields), nn.ReLU()]
+    layers += [SymmetricPool2d(nn.MaxPool2d(2)), QuotientConv2d(c8, fields, {"c2": 3}, 3, stride=2, padding=1)]
+    layers += [FibreNorm(nn.BatchNorm2d(3), 4), nn.ReLU(), QuotientConv2d(c8, {"c2": 3}, {"c4": 1, "c1": 1}, 1)]
+    return nn.Sequential(*layers, QuotientPool(c8, {"c4": 1, "c1": 1}, "max"))
+
+
 NETWORKS = {
     "p4_cnn7": (lambda: timm.create_model("p4_cnn7"), 1, (28, 29, 36)),
     "p4m_resnet20": (lambda: timm.create_model("p4m_resnet20"), 3, (32, 33, 18)),
@@ -63,6 +75,7 @@ NETWORKS = {
     "d8:d4:d1": (lambda: by_stage("d8:d4:d1"), 3, (16, 17)),
     "d4:c4:c1": (lambda: by_stage("d4:c4:c1"), 3, (16, 17)),
     "d16:c16": (d16_c16, 1, (9, 10)),
+    "mixture": (mixture, 3, (11, 12)),
 }
 
 
@@ -99,9 +112,10 @@ def test_batch_norms_train_alike(pair):
 
 def test_the_twin_is_made_of_escnns_modules(pair):
     model, twin, _ = pair
-    assert not modules(twin, LiftingConv2d, GroupConv2d, FibreNorm, SymmetricPool2d)
-    assert len(modules(twin, enn().R2Conv)) == len(modules(model, LiftingConv2d, GroupConv2d))
-    assert len(modules(twin, enn().InnerBatchNorm)) == len(modules(model, FibreNorm))
+    convolutions = (LiftingConv2d, GroupConv2d, QuotientConv2d)
+    assert not modules(twin, *convolutions, FibreNorm, SymmetricPool2d, QuotientPool)
+    assert len(modules(twin, enn().R2Conv)) == len(modules(model, *convolutions))
+    assert len(modules(twin, nn.BatchNorm3d)) == len(modules(model, FibreNorm))
     pools = modules(twin, enn().PointwiseMaxPool2D, enn().PointwiseAvgPool2D)
     assert len(pools) == len(modules(model, SymmetricPool2d))
 
@@ -152,6 +166,38 @@ def test_every_kind_of_window_is_equal_at_every_size_and_comes_back(group, basis
                 assert relative(twin(image), ours(image)) < 1e-5
                 assert back(image).shape == ours(image).shape
                 assert relative(back(image), ours(image)) < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["1x1", "2x2 strided", "3x3 strided", "4x4 same, dilated"])
+@pytest.mark.parametrize(("group", "basis"), [("p4m", "pixel"), ("p4m", "steerable"), ("d6", "steerable")])
+def test_convolutions_of_quotient_fields_are_equal_at_every_size_and_come_back(group, basis, variant):
+    inside, outside = {"c1": 1, "d1": 2, "c2": 1, group: 1}, {"d2": 1, "c1": 1, group: 2}
+    ours = QuotientConv2d(groups.get(group), inside, outside, **VARIANTS[variant], basis=basis)
+    ours = with_random_statistics(ours).float()
+    twin = to_escnn(ours)
+    back = from_escnn(twin, basis)
+    assert (back.in_fields, back.out_fields) == (inside, outside)
+    assert all(relative(a, b) < 1e-4 for a, b in zip(back.parameters(), ours.parameters(), strict=True))
+    for size in [(7, 7), (8, 8), (5, 8)]:
+        x = random_image(ours.in_channels, size).float()
+        with torch.no_grad():
+            assert relative(twin(x), ours(x)) < 1e-5
+            assert relative(back(x), ours(x)) < 1e-5
+
+
+def test_norms_of_kinds_of_one_size_share_a_batch_norm_of_escnn():
+    G, fields = groups.get("p4m"), {"c2": 2, "p4m": 1, "d1": 3, "c1": 1}
+    ours = with_random_statistics(QuotientNorm(G, fields)).float().eval()
+    twin, x = to_escnn(ours), random_image(G.quotient_type(fields).size).float()
+    back = from_escnn(twin)
+    assert [norm.num_features for norm in modules(twin, nn.BatchNorm3d)] == [5, 1, 1]
+    assert relative(twin(x), ours(x)) < 1e-5
+    assert all(tensor.equal(back.state_dict()[key]) for key, tensor in ours.state_dict().items())
+
+
+def test_a_norm_of_quotient_fields_that_escnn_does_not_have_stays_gzoos_own():
+    ours = QuotientNorm(groups.get("p4"), {"c2": 2}, lambda fields: nn.GroupNorm(1, fields))
+    assert not modules(to_escnn(ours), EscnnLayer)
 
 
 def test_same_padding_of_an_even_kernel_is_equal_on_a_single_pixel():
@@ -273,6 +319,27 @@ def test_a_sequential_module_becomes_a_sequential_of_plain_tensors(group, basis)
         with torch.no_grad():
             assert relative(original(x), run(theirs, x)) < 1e-5
             assert (relative(symmetric(x), run(theirs, x)) < 1e-5) == fits
+
+
+@pytest.mark.parametrize("group", ["p4", "d1", "c6"])
+def test_a_network_of_regular_quotient_and_trivial_fields_becomes_one_of_plain_tensors(group):
+    G = groups.get(group)
+    half = G.subgroups[1].name  # d1 has none between
+    image, mixed, out = (G.quotient_type(f) for f in ({group: 3}, {half: 2, "c1": 1}, {group: 2, "c1": 1}))
+    theirs = with_random_numbers(
+        enn().SequentialModule(
+            *(enn().R2Conv(image, mixed, 5), enn().InnerBatchNorm(mixed), enn().ReLU(mixed)),
+            *(enn().PointwiseMaxPool(mixed, 2), enn().R2Conv(mixed, out, 3, stride=2), enn().InnerBatchNorm(out)),
+            *(enn().ELU(out), enn().R2Conv(out, G.field_type(1), 1), enn().GroupPooling(G.field_type(1))),
+        )
+    )
+    ours = from_escnn(theirs)
+    assert not modules(ours, enn().EquivariantModule)
+    assert [type(layer) for layer in modules(ours, QuotientNorm, GroupConv2d)] == [QuotientNorm, QuotientNorm]
+    x = torch.randn(2, 3, 18, 18)  # 18 -> 14 -> 7 -> 3
+    with torch.no_grad():
+        assert relative(ours(x), run(theirs, x)) < 1e-5
+    assert check(nn.Sequential(ours, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 17).worst < 1e-12
 
 
 @pytest.mark.parametrize("group", ["p4", "p4m"])
@@ -416,20 +483,23 @@ def unknown():
     G = groups.get("p4")
     gspace, fields = G.gspace, G.field_type(2)
     irreps = enn().FieldType(gspace, [gspace.irrep(1)])
-    quotient = enn().FieldType(gspace, [gspace.quotient_repr(2)])
-    mixed = enn().FieldType(gspace, [gspace.regular_repr, gspace.trivial_repr])
+    p4m = groups.get("p4m").gspace
+    diagonal = enn().FieldType(p4m, [p4m.quotient_repr((1, 1))])
+    scattered = enn().FieldType(gspace, [gspace.regular_repr, gspace.trivial_repr, gspace.regular_repr])
+    restricted = enn().RestrictionModule(groups.get("p4m").field_type(1), (None, 4)).out_type
     so2 = _escnn.load().gspaces.rot2dOnR2(-1, maximum_frequency=1)
     tilted = _escnn.load().gspaces.flipRot2dOnR2(4, axis=0.3)
     return {
-        "irreps": (enn().R2Conv(fields, irreps, 3), "is an escnn R2Conv of type .* no irreps, quotients, mixtures"),
-        "quotient": (
-            enn().InnerBatchNorm(quotient),
-            "is an escnn InnerBatchNorm of type .* no irreps, quotients, mixtures",
+        "irreps": (enn().R2Conv(fields, irreps, 3), "is an escnn R2Conv of type .* each kind in one run, .* no irreps"),
+        "axis of a quotient": (enn().InnerBatchNorm(diagonal), "InnerBatchNorm of type .* with the default axis"),
+        "scattered": (enn().ReLU(scattered), "is an escnn ReLU of type .* each kind in one run"),
+        "restricted": (
+            enn().R2Conv(restricted, G.image_type(2), 1),
+            "R2Conv to .*; of restricted fields gzoo makes regular ones only",
         ),
-        "mixed": (enn().ReLU(mixed), "is an escnn ReLU of type .* no irreps, quotients, mixtures"),
-        "to trivial": (
-            enn().R2Conv(fields, G.image_type(2), 1),
-            "R2Conv to .*; gzoo's convolutions give regular fields",
+        "groups": (
+            enn().R2Conv(G.quotient_type({"c2": 2}), G.quotient_type({"c2": 2}), 3, groups=2),
+            "R2Conv with groups=2; QuotientConv2d has groups=1 only",
         ),
         "norm pool": (enn().NormMaxPool(fields, 2), "is an escnn NormMaxPool of type .* no layer for; it has .*R2Conv"),
         "SO(2)": (
@@ -440,7 +510,9 @@ def unknown():
     }
 
 
-@pytest.mark.parametrize("case", ["irreps", "quotient", "mixed", "to trivial", "norm pool", "SO(2)", "axis"])
+@pytest.mark.parametrize(
+    "case", ["irreps", "axis of a quotient", "scattered", "restricted", "groups", "norm pool", "SO(2)", "axis"]
+)
 def test_a_module_without_a_counterpart_is_named(case):
     module, message = unknown()[case]
     with pytest.raises(ValueError, match=f"the network .*{message}|the network {message}"):

@@ -6,6 +6,7 @@ from gzoo.nn.eca import GroupEca
 from gzoo.nn.element import PerElement
 from gzoo.nn.linear import GroupLinear, GroupPool, InvariantConv2d, InvariantLinear, PoseLinear
 from gzoo.nn.norm import FibreNorm
+from gzoo.nn.quotient import QuotientConv2d, QuotientNorm, QuotientPool
 from gzoo.nn.resample import SymmetricBlur2d, SymmetricPool2d, keep_original_strides
 from gzoo.nn.restrict import Restriction, restrict_output
 from gzoo.nn.standardize import WeightStandardization
@@ -25,6 +26,9 @@ __all__ = [
     "LiftingConv2d",
     "PerElement",
     "PoseLinear",
+    "QuotientConv2d",
+    "QuotientNorm",
+    "QuotientPool",
     "Restriction",
     "Subset",
     "SymmetricBlur2d",

@@ -39,8 +39,7 @@ class _GroupConv2d(ExpandedLayer):
         self.group = group
         self.out_fields = out_fields
         self.stride, self.dilation, self.groups = stride, dilation, groups
-        total = dilation * (self.kernel_size - 1) if padding == "same" else 2 * padding
-        self.window = Window(self.kernel_size, stride, total, dilation)
+        self.window = window_of(self.kernel_size, stride, padding, dilation)
         self.padding_mode = padding_mode
         self.bias = nn.Parameter(torch.empty(self.out_fields)) if bias else None
         self.standardize: nn.Module | None = None  # of `WeightStandardization`
@@ -64,15 +63,20 @@ class _GroupConv2d(ExpandedLayer):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    @property
+    def steerable(self) -> bool:
+        """Whether the kernels are in the steerable basis."""
+        return self.samples is not None
+
+    def channel_bias(self) -> Tensor | None:
+        """The bias of each channel out."""
+        return None if self.bias is None else self.bias.repeat_interleave(self.group.order)
+
     def _convolve(self, x: Tensor) -> Tensor:
-        x, padding, stride = resample(x, self.window)
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, 4 * (padding,), mode=self.padding_mode), 0
-        bias = None if self.bias is None else self.bias.repeat_interleave(self.group.order)
         filters = self.filter() if self.standardize is None else self.standardize(self.filter())
         if self.residual is not None:
             filters = filters + self.residual
-        y = F.conv2d(x, filters, bias, stride, padding, self.dilation, self.groups)
+        y = convolve(x, filters, self.channel_bias(), self.window, self.padding_mode, self.groups)
         return y if self.subset is None else self.subset(y)
 
     @property
@@ -206,6 +210,22 @@ class GroupConv2d(_GroupConv2d):
     def forward(self, x: Tensor) -> Tensor:
         require_fields(x, 1, self.in_fields, self.group)
         return self._convolve(x)
+
+
+def window_of(kernel_size: int, stride: int, padding: int | Literal["same"], dilation: int) -> Window:
+    """The window of a convolution, whose padding may be given as in ``nn.Conv2d``."""
+    total = dilation * (kernel_size - 1) if padding == "same" else 2 * padding
+    return Window(kernel_size, stride, total, dilation)
+
+
+def convolve(
+    x: Tensor, filters: Tensor, bias: Tensor | None, window: Window, padding_mode: PaddingMode, groups: int = 1
+) -> Tensor:
+    """The one conv2d of a layer, behind the symmetric resampling."""
+    x, padding, stride = resample(x, window)
+    if padding_mode != "zeros":
+        x, padding = F.pad(x, 4 * (padding,), mode=padding_mode), 0
+    return F.conv2d(x, filters, bias, stride, padding, window.dilation, groups)
 
 
 def require_fields(x: Tensor, dim: int, fields: int, group: Group) -> None:
