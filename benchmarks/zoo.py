@@ -18,6 +18,7 @@ from low_data import add, read
 from gzoo import registry
 from gzoo.check import check, in_channels
 from gzoo.convert import calibrate, randomized
+from gzoo.nn.continuous import Arc
 
 HERE = Path(__file__).parent
 SIZES = ((33, 48), (65, 96), (129, 192), (64, 96))
@@ -35,6 +36,9 @@ def one_row(name: str) -> dict[str, object]:
     torch.manual_seed(0)
     model = timm.create_model(name)
     probe, _ = randomized(model)
+    for path, module in model.named_modules():
+        if isinstance(module, Arc):  # how much of the group it keeps: all of it
+            probe.get_submodule(path).load_state_dict(module.state_dict())
     for size in SIZES:
         try:
             calibrate(probe, torch.randn(4, in_channels(probe), *size, dtype=torch.float64))

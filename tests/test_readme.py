@@ -8,10 +8,12 @@ import runpy
 from pathlib import Path
 
 import pytest
+import timm
 
 from gzoo import coverage, mnist6
 from gzoo.bench import table
 from gzoo.card import leaderboard
+from gzoo.registry import ENTRIES
 
 README = Path(__file__).parent.parent / "README.md"
 BENCHMARKS = README.parent / "benchmarks"
@@ -102,6 +104,16 @@ def test_readme_shows_the_coverage_as_measured():
     shown = re.search(r"<!-- coverage -->\n```\n(.*?)\n```\n<!-- /coverage -->", README.read_text(), re.DOTALL)
     assert shown is not None
     assert shown[1] == coverage.table(coverage.read(BENCHMARKS / "coverage.csv"))
+
+
+def test_readme_shows_how_exact_the_whole_zoo_is():
+    with (BENCHMARKS / "zoo.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    plain = {entry.name for entry in ENTRIES if entry.group is None}
+    assert {row["model"] for row in rows} == set(timm.list_models(module="registry")) - plain
+    worst = {dtype: max(float(row[dtype]) for row in rows) for dtype in ("float64", "float32")}
+    said = f"{len(rows)} models: at most {worst['float64']:.0e} in float64 and {worst['float32']:.0e} in float32"
+    assert said in " ".join(README.read_text().split())
 
 
 def test_readme_shows_the_errors_with_few_images():
