@@ -9,6 +9,7 @@ statistics of eight images. A row a model goes to zoo.csv; a second call makes t
 """
 
 import argparse
+import copy
 from pathlib import Path
 
 import timm
@@ -37,8 +38,8 @@ def one_row(name: str) -> dict[str, object]:
     model = timm.create_model(name)
     probe, _ = randomized(model)
     for path, module in model.named_modules():
-        if isinstance(module, Arc):  # how much of the group it keeps: all of it
-            probe.get_submodule(path).load_state_dict(module.state_dict())
+        if isinstance(module, Arc):  # its one number says how much of the group it keeps: all of it
+            probe.set_submodule(path, copy.deepcopy(module).double().eval())
     for size in SIZES:
         try:
             calibrate(probe, torch.randn(4, in_channels(probe), *size, dtype=torch.float64))

@@ -106,13 +106,13 @@ def test_readme_shows_the_coverage_as_measured():
     assert shown[1] == coverage.table(coverage.read(BENCHMARKS / "coverage.csv"))
 
 
-def test_readme_shows_how_exact_the_whole_zoo_is():
+def test_readme_shows_how_exact_the_zoo_is():
     with (BENCHMARKS / "zoo.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    plain = {entry.name for entry in ENTRIES if entry.group is None}
-    assert {row["model"] for row in rows} == set(timm.list_models(module="registry")) - plain
+    models = set(timm.list_models(module="registry")) - {entry.name for entry in ENTRIES if entry.group is None}
+    assert {row["model"] for row in rows} <= models
     worst = {dtype: max(float(row[dtype]) for row in rows) for dtype in ("float64", "float32")}
-    said = f"{len(rows)} models: at most {worst['float64']:.0e} in float64 and {worst['float32']:.0e} in float32"
+    said = f"{len(rows)} of its {len(models)} models: at most {worst['float64']:.0e} in float64 and {worst['float32']:.0e}"
     assert said in " ".join(README.read_text().split())
 
 
