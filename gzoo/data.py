@@ -326,7 +326,7 @@ class Augmentation:
     auto_augment: str | None = None
     re_prob: float = 0.0
     crop_padding: int = 0  # pixels: crop from the image padded by zeros, as in CIFAR recipes, not by resizing a part
-    rotate: float = 0.0  # degrees: rotate by a uniform angle in [-rotate, rotate], corners black
+    rotate: float = 0.0  # degrees: rotate by a uniform angle in [-rotate, rotate], bilinear, corners black
 
 
 def input_config(model: nn.Module, **changes: Any) -> dict[str, Any]:
@@ -354,11 +354,11 @@ def train_transform(config: dict[str, Any], augmentation: Augmentation) -> trans
     if a.crop_padding and (a.scale or a.ratio):
         raise ValueError("crop_padding and scale or ratio are two ways to crop; set one of them")
     steps: list[Any] = [_to_channels(config)]
-    interpolation = timm.data.transforms.str_to_interp_mode(config["interpolation"])
     if a.rotate:
-        steps.append(transforms.RandomRotation(a.rotate, interpolation))
+        steps.append(transforms.RandomRotation(a.rotate, transforms.InterpolationMode.BILINEAR))
     scale, ratio = a.scale or (0.35, 1.0), a.ratio or (3 / 4, 4 / 3)
     if a.crop_padding:
+        interpolation = timm.data.transforms.str_to_interp_mode(config["interpolation"])
         steps += [transforms.Resize(min(size), interpolation), transforms.RandomCrop(size, a.crop_padding)]
         scale = ratio = (1.0, 1.0)  # timm's crop then is the whole image
     steps.append(
