@@ -366,8 +366,8 @@ def costs(names: Sequence[str], batch_size: int = 64, threads: int = 2, device: 
     torch.set_num_threads(threads)
     found = {}
     for name in names:
-        config: Any = timm.create_model(name).pretrained_cfg
-        step = (name, config["input_size"][-1], batch_size, threads, device)
+        config: Any = timm.models.get_pretrained_cfg(name)
+        step = (name, config.input_size[-1], batch_size, threads, device)
         taken = _in_fresh_process(_CALL.format("evaluation_ms"), *step, environment=_KEEP_MEMORY)
         measured = device == "cuda" or _STATUS.exists()
         memory = _in_fresh_process(_CALL.format("peak_memory_mb"), "gzoo", *step) if measured else None

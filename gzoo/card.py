@@ -194,16 +194,13 @@ def _threads(machine: dict[str, Any]) -> str:
 
 
 def _cards(folder: Path | None) -> list[dict[str, Any]]:
-    """The results of all cards, sorted by data set, then test error."""
-    cards = [json.loads(path.read_text()) for path in (folder or card_folder()).glob("*/results.json")]
+    """The results of all cards, sorted by data set, then test error; ``cost`` is speed and memory, if measured."""
+    folder = folder or card_folder()
+    cards = [json.loads(path.read_text()) for path in folder.glob("*/results.json")]
+    measured = json.loads((folder / COSTS).read_text())["models"] if (folder / COSTS).is_file() else {}
+    for card in cards:
+        card["cost"] = measured.get(card["name"].rsplit(".", 1)[0], {})
     return sorted(cards, key=lambda card: (card["name"].rsplit(".", 1)[1], 100 - card["test"]["top1"]))
-
-
-def _cost(card: dict[str, Any], folder: Path | None) -> dict[str, float]:
-    """Speed and memory of a card's model, if they were measured."""
-    path = (folder or card_folder()) / COSTS
-    models = json.loads(path.read_text())["models"] if path.is_file() else {}
-    return models.get(card["name"].rsplit(".", 1)[0], {})
 
 
 def leaderboard(folder: Path | None = None) -> str:
@@ -211,7 +208,7 @@ def leaderboard(folder: Path | None = None) -> str:
     columns = "weight, data, test error, turned and flipped, parameters, multiply-adds, images/s, memory, training"
     lines = [f"| {columns.replace(',', ' |')} |", "|---" * len(columns.split(",")) + "|"]
     for card in _cards(folder):
-        test, training, cost = card["test"], card["training"], _cost(card, folder)
+        test, training, cost = card["test"], card["training"], card["cost"]
         machine = training["machine"]["gpu"] or f"CPU, {_threads(training['machine'])}"
         earlier = " after earlier runs" if training["config"]["pretrained"] else ""
         cells = (
@@ -234,7 +231,7 @@ def results_csv(folder: Path | None = None) -> str:
     rows = []
     for card in _cards(folder):
         test, training = card["test"], card["training"]
-        machine, cost = training["machine"], _cost(card, folder)
+        machine, cost = training["machine"], card["cost"]
         rows.append(
             {
                 "name": card["name"],
