@@ -47,7 +47,8 @@ class Window(NamedTuple):
 def resample(x: Tensor, window: Window) -> tuple[Tensor, int, int]:
     """The samples of x that ``window`` reads if it is put in the middle, the padding for either side, and the stride.
 
-    Where the window is one pixel, what comes back are only the pixels that it reads, and the stride is 1.
+    Where the window is one pixel, what comes back are only the pixels that it reads, and the stride is 1. It is 1 as
+    well where the window fits once.
 
     Args:
         x: (B, C, H, W).
@@ -74,7 +75,8 @@ def resample(x: Tensor, window: Window) -> tuple[Tensor, int, int]:
         )
     if window.extent == 1 and not padding:
         return _centre(x, size, window.stride), 0, 1
-    return _centre(x, size), padding, window.stride
+    # torch's strided convolutions in bfloat16 leave part of a weight's gradient unwritten where a CPU gives them 1 pixel.
+    return _centre(x, size), padding, window.stride if max(counts) > 1 else 1
 
 
 def _centre(x: Tensor, size: list[int], step: int = 1) -> Tensor:

@@ -163,6 +163,18 @@ def test_windows_stand_in_the_middle_one_stride_apart(window):
         assert (padding, stride) == (0, 1 if window.extent == 1 else window.stride)
 
 
+def test_a_convolution_that_fits_once_in_bfloat16_has_its_whole_gradient():
+    """torch leaves parts of it as they were in memory if the convolution has a stride."""
+    conv = nn.Conv2d(128, 256, 3, stride=2, padding=1, bias=False).bfloat16()
+    for _ in range(20):
+        used = [torch.full((2**n,), float("nan")) for n in range(6, 23) for _ in range(2)]
+        del used
+        x, padding, stride = resample(torch.randn(1, 128, 2, 2).bfloat16(), Window(3, 2, 2))
+        F.conv2d(x, conv.weight, None, stride, padding).float().sum().backward()
+        assert conv.weight.grad is not None and conv.weight.grad.isfinite().all()
+        conv.weight.grad = None
+
+
 def test_a_map_smaller_than_the_window_is_refused():
     with pytest.raises(ValueError, match="a map of 2x7 pixels is too small for a window of 3 pixels with 0 pixels"):
         SymmetricPool2d(nn.MaxPool2d(3))(random_image(1, (2, 7)))
