@@ -92,6 +92,7 @@ _OWN = (
     _own("wrn16_8", functools.partial(backbones.wide_resnet, 16, 8)),
     _own("wrn28_10", functools.partial(backbones.wide_resnet, 28, 10)),
     _own("allcnnc", backbones.allcnnc, first_conv="stages.0.0"),
+    _own("cnn6", backbones.cnn6, input_size=(1, 28, 28)),
     _own("cnn7", backbones.cnn7, input_size=(1, 28, 28)),
     _own("cnn13", backbones.cnn13),
     _own("sfcnn", backbones.sfcnn, input_size=(1, 28, 28)),
@@ -118,11 +119,11 @@ GROUPS = ("p4", "p4m", "c8", "d8")
 
 # Networks over finer groups, and those that give up symmetry from stage to stage (Weiler & Cesa 2019).
 _FURTHER = {
-    "c16": ("cnn7", "sfcnn", "sfcnn_tiny"),
-    "d16": ("cnn7", "sfcnn", "sfcnn_tiny"),
+    "c16": ("cnn6", "cnn7", "sfcnn", "sfcnn_tiny"),
+    "d16": ("cnn6", "cnn7", "sfcnn", "sfcnn_tiny"),
     "d8:d4:d1": ("wrn16_8", "wrn28_10", "resnet20", "resnet44"),
     "d4:c4:c1": ("resnet20", "resnet18"),
-    "d16:c16": ("cnn7", "sfcnn", "sfcnn_tiny"),
+    "d16:c16": ("cnn6", "cnn7", "sfcnn", "sfcnn_tiny"),
 }
 
 
@@ -207,6 +208,8 @@ _DETAILS: dict[str, dict[str, Any]] = {
     "allcnnc": {"paper": "arXiv:1412.6806"},
     "p4_allcnnc": {"paper": _COHEN_WELLING},
     "p4m_allcnnc": {"widths": {96: 32, 192: 64}, "paper": _COHEN_WELLING},
+    "cnn6": {"paper": "arXiv:1911.08251"},
+    **{f"{group}_cnn6": _SFCNN for group in (*GROUPS, "c16", "d16", "d16:c16")},
     "cnn7": {"weights": ("rotmnist",), "paper": _COHEN_WELLING},
     "p4_cnn7": {"group_pool": "max", "weights": ("rotmnist",), "paper": _COHEN_WELLING},
     "p4m_cnn7": {"group_pool": "max", "weights": ("rotmnist",)},

@@ -13,6 +13,7 @@ from tests.conftest import core_entries, with_random_statistics
 # not square.
 SLOW = ("resnet56", "resnet110", "resnet26_cifar", "wrn16_8", "resnet18", "resnet50", "unet")
 SIZES = {
+    "cnn6": (28, 33, (24, 27)),
     "cnn7": (28, 31, (33, 36)),
     "cnn13": ((13, 16),),
     "sfcnn_tiny": (28, (29, 34)),
@@ -125,9 +126,15 @@ def test_sfcnn_has_the_fields_of_weiler_and_cesa_and_restricts_before_its_last_l
     assert groups == 5 * ["d16"] + ["c16"]
 
 
-def test_a_base_width_that_is_no_multiple_of_6_is_refused():
-    with pytest.raises(ValueError, match=r"base_width is 20; .* give a multiple of 6"):
-        backbones.sfcnn(base_width=20)
+def test_cnn6_has_the_fields_of_weiler_and_cesa_as_channels():
+    widths = [m.out_channels for m in backbones.cnn6().modules() if isinstance(m, torch.nn.Conv2d)]
+    assert widths == [16, 24, 32, 32, 48, 64]
+
+
+@pytest.mark.parametrize(("network", "width", "multiple"), [(backbones.sfcnn, 20, 6), (backbones.cnn6, 15, 2)])
+def test_a_base_width_that_the_layers_do_not_divide_is_refused(network, width, multiple):
+    with pytest.raises(ValueError, match=rf"base_width is {width}; .* give a multiple of {multiple}"):
+        network(base_width=width)
 
 
 def test_base_width_16_gives_the_resnet_20_of_he():

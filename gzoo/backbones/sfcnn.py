@@ -1,9 +1,7 @@
-"""SFCNN: six large kernels for rotated MNIST, as over steerable filters.
+"""SFCNN and CNN6: six layers of large kernels for rotated MNIST, 28x28 pixels, as over steerable filters.
 
-Source: Weiler, Hamprecht & Storath 2018, arXiv:1711.07289, and Weiler & Cesa 2019, arXiv:1911.08251: kernels of 9, 7,
-7, 7, 7 and 5 pixels, max pooling after the second and the fourth layer; 24, 32, 36, 36, 64 and 96 fields. Weiler & Cesa
-restrict theirs from D16 to C16 after the fifth layer, where our first stage ends. Ours differs in one place: a linear
-classifier follows the pooling, where theirs has two hidden layers.
+Both have max pooling after the second and the fourth layer. Ours differ in two places: a linear classifier follows the
+pooling, where theirs have one or two hidden layers, and all activations are ReLUs.
 """
 
 from torch import nn
@@ -18,7 +16,11 @@ def sfcnn(
     drop_rate: float = 0.0,
     base_width: int = 96,
 ) -> StagedCNN:
-    """The six-layer network; images of at least 28x28 pixels. Larger ones are averaged over the remaining pixels.
+    """Kernels of 9, 7, 7, 7, 7 and 5 pixels; images of at least 28x28, of which larger ones are averaged at the end.
+
+    Source: Weiler, Hamprecht & Storath 2018, arXiv:1711.07289, and Weiler & Cesa 2019, arXiv:1911.08251, with 24, 32,
+    36, 36, 64 and 96 fields. Weiler & Cesa restrict theirs from D16 to C16 after the fifth layer, where our first stage
+    ends.
 
     Args:
         in_chans: channels of the image.
@@ -30,12 +32,57 @@ def sfcnn(
     Raises:
         ValueError: base_width is no multiple of 6.
     """
-    if base_width % 6:
-        raise ValueError(f"base_width is {base_width}; the layers have 6 to 24 sixths of it, so give a multiple of 6")
-    widths = [base_width // 6 * sixths for sixths in (6, 8, 9, 9, 16, 24)]
+    widths = _widths(base_width, (6, 8, 9, 9, 16, 24))
+    return _network(widths, (9, 7, 7, 7, 7, 5), (0, 3, 3, 3, 3, 0), in_chans, num_classes, global_pool, drop_rate)
+
+
+def cnn6(
+    in_chans: int = 1,
+    num_classes: int = 10,
+    global_pool: str = "avg",
+    drop_rate: float = 0.0,
+    base_width: int = 16,
+) -> StagedCNN:
+    """Kernels of 7, 5, 5, 5, 5 and 5 pixels; images of at least 24x24.
+
+    Source: the network that Weiler & Cesa 2019, arXiv:1911.08251, compare groups with on MNIST, with 16, 24, 32, 32, 48
+    and 64 fields.
+
+    Args:
+        in_chans: channels of the image.
+        num_classes: logits; 0 for none.
+        global_pool: spatial pooling, timm's names.
+        drop_rate: dropout before the classifier.
+        base_width: channels of the first layer, an even number. The paper has as many fields.
+
+    Raises:
+        ValueError: base_width is odd.
+    """
+    widths = _widths(base_width, (2, 3, 4, 4, 6, 8))
+    return _network(widths, (7, 5, 5, 5, 5, 5), (1, 2, 2, 2, 2, 0), in_chans, num_classes, global_pool, drop_rate)
+
+
+def _widths(base_width: int, parts: tuple[int, ...]) -> list[int]:
+    first = parts[0]
+    if base_width % first:
+        raise ValueError(
+            f"base_width is {base_width}; the layers are {', '.join(map(str, parts))} parts of {first} wide, so give a "
+            f"multiple of {first}"
+        )
+    return [base_width // first * part for part in parts]
+
+
+def _network(
+    widths: list[int],
+    kernels: tuple[int, ...],
+    paddings: tuple[int, ...],
+    in_chans: int,
+    num_classes: int,
+    global_pool: str,
+    drop_rate: float,
+) -> StagedCNN:
     layers, width = [], in_chans
-    for i, (out, kernel) in enumerate(zip(widths, (9, 7, 7, 7, 7, 5), strict=True)):
-        padding = 3 if kernel == 7 else 0
+    for i, (out, kernel, padding) in enumerate(zip(widths, kernels, paddings, strict=True)):
         layer = [nn.Conv2d(width, out, kernel, padding=padding, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
         layers.append(nn.Sequential(*layer, *([nn.MaxPool2d(2, 2)] if i in (1, 3) else [])))
         width = out

@@ -75,7 +75,7 @@ def resample(x: Tensor, window: Window) -> tuple[Tensor, int, int]:
         )
     if window.extent == 1 and not padding:
         return _centre(x, size, window.stride), 0, 1
-    # torch's strided convolutions in bfloat16 leave part of a weight's gradient unwritten where a CPU gives them 1 pixel.
+    # torch's strided convolution of 1 pixel in bfloat16 leaves part of the gradient of its weight unwritten on a CPU.
     return _centre(x, size), padding, window.stride if max(counts) > 1 else 1
 
 
