@@ -96,7 +96,6 @@ _OWN = (
     _own("cnn7", backbones.cnn7, input_size=(1, 28, 28)),
     _own("cnn13", backbones.cnn13),
     _own("sfcnn", backbones.sfcnn, input_size=(1, 28, 28)),
-    _own("sfcnn_tiny", functools.partial(backbones.sfcnn, base_width=18), input_size=(1, 28, 28)),
     _own("unet", backbones.UNet, "encoder.0.0", (3, 256, 256), classifier="head", num_classes=2),
 )
 
@@ -119,11 +118,11 @@ GROUPS = ("p4", "p4m", "c8", "d8")
 
 # Networks over finer groups, and those that give up symmetry from stage to stage (Weiler & Cesa 2019).
 _FURTHER = {
-    "c16": ("cnn6", "cnn7", "sfcnn", "sfcnn_tiny"),
-    "d16": ("cnn6", "cnn7", "sfcnn", "sfcnn_tiny"),
+    "c16": ("cnn6", "cnn7", "sfcnn"),
+    "d16": ("cnn6", "cnn7", "sfcnn"),
     "d8:d4:d1": ("wrn16_8", "wrn28_10", "resnet20", "resnet44"),
     "d4:c4:c1": ("resnet20", "resnet18"),
-    "d16:c16": ("cnn6", "cnn7", "sfcnn", "sfcnn_tiny"),
+    "d16:c16": ("cnn6", "cnn7", "sfcnn"),
 }
 
 
@@ -220,9 +219,6 @@ _DETAILS: dict[str, dict[str, Any]] = {
     "c8_sfcnn": _SFCNN,
     "c16_sfcnn": _SFCNN | {"widths": _SFCNN_FIELDS},
     "d16:c16_sfcnn": _SFCNN | {"widths": _SFCNN_FIELDS},
-    "c8_sfcnn_tiny": _SFCNN,
-    "c16_sfcnn_tiny": _SFCNN,
-    "d16:c16_sfcnn_tiny": _SFCNN,
 }
 
 

@@ -16,7 +16,6 @@ SIZES = {
     "cnn6": (28, 33, (24, 27)),
     "cnn7": (28, 31, (33, 36)),
     "cnn13": ((13, 16),),
-    "sfcnn_tiny": (28, (29, 34)),
     "convnext_atto": (32, 33, (36, 49)),
     **dict.fromkeys(SLOW, ((9, 12),)),
 }
@@ -118,10 +117,13 @@ def test_a_depth_that_is_not_6n_plus_4_is_refused():
         backbones.wide_resnet(18, 2)
 
 
-def test_sfcnn_has_the_fields_of_weiler_and_cesa_and_restricts_before_its_last_layer():
+def test_sfcnn_has_the_fields_of_weiler_and_cesa():
     fields = [layer.out_fields for layer in BY_NAME["c16_sfcnn"].build().modules() if hasattr(layer, "out_fields")]
     assert fields == [24, 32, 36, 36, 64, 96]
-    restricted = BY_NAME["d16c16_sfcnn_tiny"].build()
+
+
+def test_its_sister_restricts_before_the_last_layer():
+    restricted = BY_NAME["d16c16_cnn6"].build()
     groups = [layer.group.name for layer in restricted.modules() if hasattr(layer, "out_fields")]
     assert groups == 5 * ["d16"] + ["c16"]
 
