@@ -15,12 +15,16 @@ The steerable basis serves every group. Its parameters are the coefficients of w
 at the pixels. Rings, widths and band limits are those of ``escnn.nn.R2Conv``, so both span the same filters; a 3x3
 kernel keeps 6|G| parameters. Turns that fit the grid move the samples exactly, so on that subgroup it is exact, too.
 
+The basis "steerable_3r" has the same rings, with frequencies up to 3r on the ring of radius r: the band limit of the
+experiments of Weiler & Cesa 2019 and of ReDet (Han et al. 2021, arXiv:2103.07733), which write it as
+``R2Conv(..., frequencies_cutoff=lambda r: 3 * r)``. A 3x3 kernel keeps 8|G| parameters.
+
 Kernels between quotient fields, G/H to G/K, are sums of either over K (`quotient_basis`).
 """
 
 import math
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +32,9 @@ from torch import Tensor
 
 from gzoo.groups import Group
 
-BasisName = Literal["pixel", "steerable"]
+BasisName = Literal["pixel", "steerable", "steerable_3r"]
+
+NAMES: tuple[BasisName, ...] = get_args(BasisName)  # checkpoints know a basis by its place here
 
 
 class Basis(NamedTuple):
@@ -39,12 +45,14 @@ class Basis(NamedTuple):
         source: for each number of a filter, or each coefficient of one, the parameter it comes from: (|G|, ...).
         samples: the steerable functions in all poses, (|G|, functions, k * k); None for the pixel basis.
         size: k, the side of the filter in pixels.
+        name: which basis it is; of a single pixel, where all are one, "pixel".
     """
 
     parameters: tuple[int, ...]
     source: Tensor
     samples: Tensor | None
     size: int
+    name: BasisName
 
 
 @cache
@@ -53,22 +61,22 @@ def lifting_basis(group: Group, size: int, name: BasisName | None = None) -> Bas
 
     Args:
         group: any point group.
-        size: k. A single pixel has nothing to turn: there the two bases are one, exact for every group.
-        name: which basis; None for the pixel basis where the group is on the grid, else the steerable one.
+        size: k. A single pixel has nothing to turn: there all bases are one, exact for every group.
+        name: which basis; None for "pixel" where the group is on the grid, else "steerable".
 
     Raises:
         ValueError: there is no such basis, or no pixel basis of this group.
     """
-    steerable = is_steerable(group, size, name)
+    name = choose(group, size, name)
     if size == 1:
-        return Basis((1, 1), torch.zeros(group.order, 1, dtype=torch.long), None, 1)
-    if not steerable:
+        return Basis((1, 1), torch.zeros(group.order, 1, dtype=torch.long), None, 1, name)
+    if name == "pixel":
         w = torch.arange(size * size).view(1, size, size)
         index = torch.stack([group.transform_image(w, g) for g in range(group.order)])
-        return Basis((size, size), index.flatten(1), None, size)
-    samples = _harmonics(group, size)
+        return Basis((size, size), index.flatten(1), None, size, name)
+    samples = _harmonics(group, size, name)
     functions = samples.shape[1]
-    return Basis((1, functions), torch.arange(functions).expand(group.order, -1), samples, size)
+    return Basis((1, functions), torch.arange(functions).expand(group.order, -1), samples, size, name)
 
 
 @cache
@@ -77,16 +85,16 @@ def regular_basis(group: Group, size: int, name: BasisName | None = None) -> Bas
 
     Arguments and errors are those of `lifting_basis`.
     """
-    order, steerable = group.order, is_steerable(group, size, name)
-    if size > 1 and not steerable:
+    order, name = group.order, choose(group, size, name)
+    if size > 1 and name == "pixel":
         w = torch.arange(order * size * size).view(1, order, size, size)
         index = torch.stack([group.transform_features(w, g) for g in range(order)])
-        return Basis((order, size, size), index.flatten(1), None, size)
-    samples = _harmonics(group, size) if steerable else None
+        return Basis((order, size, size), index.flatten(1), None, size, name)
+    samples = None if name == "pixel" else _harmonics(group, size, name)
     slices = 1 if samples is None else samples.shape[1]
     rows = [[group.multiply(group.inverse(g), h) for h in range(order)] for g in range(order)]
     index = torch.tensor(rows).unsqueeze(2) * slices + torch.arange(slices)  # (|G|, |G|, slices)
-    return Basis((order, 1, 1) if samples is None else (order, slices), index.flatten(1), samples, size)
+    return Basis((order, 1, 1) if samples is None else (order, slices), index.flatten(1), samples, size, name)
 
 
 @cache
@@ -110,6 +118,7 @@ def quotient_basis(group: Group, size: int, inner: Group, outer: Group, name: Ba
     """
     if inner.order == outer.order == 1:
         return regular_basis(group, size, name)
+    name = choose(group, size, name)
     poses = _poses(group, size, name).double()
     rows, columns = group.cosets(outer), group.cosets(inner)
     column = {g: x for x, coset in enumerate(columns) for g in coset}
@@ -126,7 +135,7 @@ def quotient_basis(group: Group, size: int, inner: Group, outer: Group, name: Ba
     samples = sums[:, kept]
     count = len(kept)
     samples = (samples / samples[0].norm(dim=1)[:, None]).float()
-    return Basis((count,), torch.arange(count).expand(len(rows), -1), samples, size)
+    return Basis((count,), torch.arange(count).expand(len(rows), -1), samples, size, name)
 
 
 def _independent(vectors: Tensor) -> list[int]:
@@ -140,36 +149,37 @@ def _independent(vectors: Tensor) -> list[int]:
     return kept
 
 
-def _poses(group: Group, size: int, name: BasisName | None) -> Tensor:
+def _poses(group: Group, size: int, name: BasisName) -> Tensor:
     """The pixels, or the steerable functions, in all poses of the group: (|G|, functions, size * size)."""
-    if is_steerable(group, size, name):
-        return _harmonics(group, size)
+    if name != "pixel":
+        return _harmonics(group, size, name)
     if size == 1:
         return torch.ones(group.order, 1, 1)
     pixels = torch.eye(size * size).view(-1, size, size)
     return torch.stack([group.transform_image(pixels, g) for g in range(group.order)]).flatten(2)
 
 
-def is_steerable(group: Group, size: int, name: BasisName | None) -> bool:
-    """Whether ``name`` means the steerable basis; errors are those of `lifting_basis`."""
-    if name not in (None, "pixel", "steerable"):
-        raise ValueError(f"basis is {name!r}; accepted are 'pixel', 'steerable' and None, which chooses by the group")
+def choose(group: Group, size: int, name: BasisName | None) -> BasisName:
+    """The basis that ``name`` means; arguments and errors are those of `lifting_basis`."""
+    if name is not None and name not in NAMES:
+        accepted = ", ".join(map(repr, NAMES))
+        raise ValueError(f"basis is {name!r}; accepted are {accepted} and None, which chooses by the group")
     if size == 1:
-        return False
+        return "pixel"
     if name == "pixel" and not group.on_grid:
         raise ValueError(
             f"{group.name} turns kernels of {size}x{size} pixels between the pixels, so it has no pixel basis; use "
             "basis='steerable'"
         )
-    return name == "steerable" or not group.on_grid
+    return name or ("pixel" if group.on_grid else "steerable")
 
 
-def _harmonics(group: Group, size: int) -> Tensor:
+def _harmonics(group: Group, size: int, name: BasisName) -> Tensor:
     """Circular harmonics on rings, of norm one, sampled in all poses of the group: (|G|, functions, size * size)."""
     poses: list[Tensor | None] = [None] * group.order
     for g in range(group.order):
         if poses[g] is None:
-            pose = _pose(group, size, g)
+            pose = _pose(group, size, g, name)
             # Poses that differ by a turn or reflection of the grid are moved, not computed, so that rounding is alike.
             for u in group.grid_elements:
                 poses[group.multiply(u, g)] = group.transform_image(pose, u)
@@ -194,36 +204,38 @@ def balance(basis: Basis) -> Tensor:
     return torch.where(shared, variance, rest).sqrt()
 
 
-def _pose(group: Group, size: int, g: int) -> Tensor:
+def _pose(group: Group, size: int, g: int, name: BasisName) -> Tensor:
     """The functions at g^-1 y for all pixels y: (functions, size, size), float64."""
     angle = torch.tensor([2 * math.pi * (g % group.rotations) / group.rotations], dtype=torch.float64)
-    return circular_harmonics(size, angle, torch.tensor([g >= group.rotations]))[0].unflatten(1, (size, size))
+    mirrored = torch.tensor([g >= group.rotations])
+    return circular_harmonics(size, angle, mirrored, name)[0].unflatten(1, (size, size))
 
 
-def circular_harmonics(size: int, angles: Tensor, mirrored: Tensor) -> Tensor:
+def circular_harmonics(size: int, angles: Tensor, mirrored: Tensor, name: BasisName = "steerable") -> Tensor:
     """The steerable functions at u^-1 y for all pixels y and each pose u; differentiable in the angles.
 
     Args:
         size: k, the side of the filter in pixels.
         angles: of the poses, (n,).
         mirrored: which poses reflect the width axis first, (n,), bool.
+        name: whose band limits: "steerable" or "steerable_3r".
 
     Shape:
         (n, functions, size * size), dtype and device of ``angles``.
     """
-    theta, profile, frequency, phase = (table.to(angles) for table in _polar(size))
+    theta, profile, frequency, phase = (table.to(angles) for table in _polar(size, name))
     turned = theta - angles.unsqueeze(1)  # (n, k * k)
     turned = torch.where(mirrored.unsqueeze(1), math.pi - turned, turned)
     return profile * torch.cos(frequency * turned.unsqueeze(1) - phase)
 
 
 @cache
-def _polar(size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _polar(size: int, name: BasisName) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Angles of the pixels (k * k,), and of the functions profile (functions, k * k), frequency and phase, float64."""
     axis = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
     x, y = axis.repeat(size), -axis.repeat_interleave(size)  # y points up
     radius, rows = torch.hypot(x, y), []
-    for ring, width, highest in rings(size):
+    for ring, width, highest in rings(size, name):
         profile = torch.exp(-((radius - ring) ** 2) / (2 * width**2))
         turning = torch.where(radius > 1e-9, profile, 0.0)  # the centre has no direction
         rows.append((profile, 0, 0.0))
@@ -233,8 +245,8 @@ def _polar(size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.atan2(y, x), torch.stack(profiles), frequency, phase
 
 
-def rings(size: int) -> list[tuple[float, float, int]]:
-    """Radius and width in pixels and highest frequency of each ring, as escnn chooses them."""
+def rings(size: int, name: BasisName) -> list[tuple[float, float, int]]:
+    """Radius and width in pixels, as escnn chooses them, and highest frequency of each ring."""
     count = math.ceil(size / 2)
     radii = torch.linspace(0, (size - 1) // 2, count).tolist()
     chosen = []
@@ -244,6 +256,8 @@ def rings(size: int) -> list[tuple[float, float, int]]:
             width = 0.005  # the central pixel alone; an even size has none
         outermost = radius == size // 2
         highest = min(2 * radius, 2 if outermost else 2 * radius - (radius + 1) % 2) if radius else 0
+        if name == "steerable_3r":
+            highest = 3 * radius
         chosen.append((radius, width, int(highest)))
     return chosen
 

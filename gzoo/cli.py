@@ -64,7 +64,9 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.set_defaults(run=_plan)
     command.add_argument("model", help="a plain model of timm or of ours, such as resnext50_32x4d")
     command.add_argument("--group", required=True, help="such as p4m or c8, or by stage: d8:d4:d1")
-    command.add_argument("--basis", choices=("pixel", "steerable"), help="of the kernels, default: by the group")
+    command.add_argument(
+        "--basis", choices=("pixel", "steerable", "steerable_3r"), help="of the kernels, default: by the group"
+    )
 
     command = commands.add_parser("coverage", help="convert, train a step and check timm's convolutional networks")
     command.set_defaults(run=_coverage)

@@ -63,7 +63,8 @@ def convert(
             ``weights`` need: "params" for fresh ones, "width" for "transfer", "flops" for "project".
         widths: plain channels -> fields, where they differ from ``match``; for fresh weights only.
         group_pool: how the classifier pools a fibre, "mean" or "max"; "mean" with ``weights``.
-        basis: of the kernels, "pixel" or "steerable" (band-limited, as escnn's); None: pixel for groups on the grid.
+        basis: of the kernels: "pixel", "steerable" (band-limited, as escnn's) or "steerable_3r" (frequencies up to 3r
+            on the ring of radius r); None: pixel for groups on the grid, else steerable.
         classifier: path of the layer that makes the logits; "" if none does, and the output stays regular fields. By
             default it is timm's classifier, or else the last layer with parameters, if that is linear, a convolution
             whose map is pooled to a vector, or a 1x1 convolution whose map is the output itself (segmentation), which
@@ -192,7 +193,7 @@ def _require_agreement(
             "or leave weights out for fresh ones"
         )
     group = chain[0]
-    if weights == "transfer" and (basis == "steerable" or not group.on_grid):
+    if weights == "transfer" and (basis not in (None, "pixel") or not group.on_grid):
         raise ValueError(
             f"steerable kernels of {group.name} are turned between the pixels, where a plain one does not say how it "
             "goes on; transfer to p4 or p4m in the pixel basis, or take weights='project'"

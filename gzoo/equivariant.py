@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from gzoo import groups
+from gzoo.bases import NAMES
 from gzoo.groups import Group
 from gzoo.nn import GroupPool, InvariantConv2d, InvariantLinear, PoseLinear
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.front import Front, put_in_front
 from gzoo.nn.linear import Pooling
-
-# The kernel bases that a state_dict can be made for, by the number in its signature.
-_BASES = ("pixel", "steerable")
 
 _SIGNATURE = "group_signature"
 
@@ -44,8 +42,9 @@ def sign(model: nn.Module, chain: tuple[Group, ...]) -> None:
 
     A checkpoint of another group can have tensors of the same shapes (p4 and d2).
     """
-    steerable = any(isinstance(layer, ExpandedLayer) and layer.samples is not None for layer in model.modules())
-    basis = _BASES.index("steerable" if steerable or not all(group.on_grid for group in chain) else "pixel")
+    found = [NAMES.index(layer.basis_name) for layer in model.modules() if isinstance(layer, ExpandedLayer)]
+    # Off the grid a network says "steerable" even if all of its kernels are single pixels.
+    basis = max([*found, NAMES.index("pixel" if all(group.on_grid for group in chain) else "steerable")])
     (rotations, reflections), *others = ((group.rotations, int(group.reflections)) for group in chain)
     model.register_buffer(_SIGNATURE, torch.tensor([rotations, reflections, basis, *flatten.from_iterable(others)]))
 
@@ -135,7 +134,7 @@ def _kind(signature: list[int] | None) -> str:
         return "a network of a newer gzoo"
     basis = signature.pop(2)
     chain = tuple(Group(n, bool(reflections)) for n, reflections in zip(signature[::2], signature[1::2], strict=True))
-    kernels = f"the {_BASES[basis]} basis" if 0 <= basis < len(_BASES) else f"basis {basis}, of a newer gzoo"
+    kernels = f"the {NAMES[basis]} basis" if 0 <= basis < len(NAMES) else f"basis {basis}, of a newer gzoo"
     return f"a {groups.spell(chain)} network in {kernels}"
 
 

@@ -219,7 +219,8 @@ def _types(model: nn.Module) -> "dict[str, FieldType]":
 
 def _r2conv(path: str, layer: LiftingConv2d | GroupConv2d | QuotientConv2d) -> "R2Conv":
     enn, window = _escnn.load().nn, layer.window
-    rings = bases.rings(window.kernel) if layer.steerable else _pixel_rings(window.kernel)
+    name = layer.basis_name
+    rings = _pixel_rings(window.kernel) if name == "pixel" else bases.rings(window.kernel, name)
 
     def highest_frequency(radius: float) -> int:
         return min(rings, key=lambda ring: abs(ring[0] * window.dilation - radius))[2]
@@ -326,7 +327,8 @@ def from_escnn(model: nn.Module, basis: BasisName | None = None, strides: Stride
     Args:
         model: a network of escnn modules, or one that `to_escnn` made; it stays as it is.
         basis: of the kernels; None for pixel where the group is on the grid, else steerable. What escnn learned with
-            its default rings is held by the steerable basis with as many numbers.
+            its default rings is held by the steerable basis with as many numbers, and by "steerable_3r" what it learned
+            with frequencies_cutoff=lambda r: 3 * r.
         strides: "symmetric" puts every stride behind `gzoo.nn.resample`: exactly equivariant at every image size, and
             equal to ``model`` where its windows fit. "original" equals ``model`` at every size, and is no more
             equivariant than that. What `to_escnn` made is resampled already, and equal at every size with "symmetric".
@@ -509,8 +511,11 @@ def _fill(layer: ExpandedLayer, filters: Tensor) -> None:
 
 
 def _other_rings(group: Group) -> str:
-    advice = "this R2Conv has other rings or frequencies than escnn's default"
-    return advice + ("; use basis='pixel', which holds every filter" if group.on_grid else ", which gzoo does not have")
+    advice = (
+        "this R2Conv has other rings or frequencies than that basis; gzoo has basis='steerable' for escnn's default, "
+        "basis='steerable_3r' for frequencies_cutoff=lambda r: 3 * r"
+    )
+    return advice + (", and basis='pixel', which holds every filter" if group.on_grid else "")
 
 
 def _quotient_norm(norm: Any, group: Group, fields: dict[str, int]) -> QuotientNorm:

@@ -273,7 +273,7 @@ def plan(
         match: what to keep of the plain network: its "params", its "flops" (multiply-adds), or its "width".
         widths: plain channels -> fields, where they differ from ``match``.
         scale: fields for each plain channel, in place of the one that ``match`` leads to.
-        basis: of the kernels, "pixel" or "steerable"; None chooses by the group.
+        basis: of the kernels, "pixel", "steerable" or "steerable_3r"; None chooses by the group.
         classifier: path of the layer that makes the logits, "" for none; by default found as `gzoo.convert` says.
         fit: whether widths may give way, to keep what ``match`` says of the whole network; else ``match`` holds for
             each width, and where C / |G| is no whole number, `Plan.fields` is an error.

@@ -111,22 +111,22 @@ ALL_GROUPS = [
 ]
 
 
-def steerable_filters(kind, group, size):
+def steerable_filters(kind, group, size, name="steerable"):
     """The filters of one pair of fields, one for each parameter: (parameters, all numbers of a filter)."""
-    basis = STEERABLE[kind](groups.get(group), size, "steerable")
+    basis = STEERABLE[kind](groups.get(group), size, name)
     count = torch.Size(basis.parameters).numel()
     return bases.expand(torch.eye(count).view(-1, 1, *basis.parameters), basis).view(count, -1).double()
 
 
-def escnn_filters(kind, group, size):
-    """The same of escnn's default basis."""
+def escnn_filters(kind, group, size, **options):
+    """The same of escnn's default basis, or of another."""
     G = groups.get(group)
-    return escnns_filters(G.image_type(1) if kind == "lifting" else G.field_type(1), G.field_type(1), size)
+    return escnns_filters(G.image_type(1) if kind == "lifting" else G.field_type(1), G.field_type(1), size, **options)
 
 
-def escnns_filters(in_type, out_type, size):
+def escnns_filters(in_type, out_type, size, **options):
     # recompute=True: escnn keeps one sampled basis per process, whose dtype another layer may have changed.
-    layer = _escnn.load().nn.R2Conv(in_type, out_type, size, bias=False, recompute=True)
+    layer = _escnn.load().nn.R2Conv(in_type, out_type, size, bias=False, recompute=True, **options)
     with torch.no_grad():
         filters = [layer.basisexpansion(one).double().flatten() for one in torch.eye(layer.weights.numel())]
     return torch.nn.functional.normalize(torch.stack(filters), dim=1)
@@ -142,6 +142,34 @@ def test_steerable_filters_span_those_of_escnn(group, kind, size):
     ]
     assert ranks == [len(ours)] * 3
     assert len(theirs) == len(ours)
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "size"),
+    [
+        *((kind, group, 3) for kind in STEERABLE for group in ("c1", "c3", "p4m", "c8", "c16")),
+        *(("regular", "c8", 5), ("lifting", "c8", 5), ("lifting", "c8", 7), ("lifting", "c5", 9), ("lifting", "d8", 3)),
+    ],
+)
+def test_steerable_3r_filters_span_those_of_escnn_with_that_cutoff(kind, group, size):
+    ours = steerable_filters(kind, group, size, "steerable_3r")
+    theirs = escnn_filters(kind, group, size, frequencies_cutoff=lambda r: 3 * r)
+    ranks = [
+        torch.linalg.matrix_rank(filters, rtol=1e-5).item() for filters in (ours, theirs, torch.cat([ours, theirs]))
+    ]
+    assert ranks == [len(ours)] * 3
+    assert len(theirs) == len(ours)
+
+
+@pytest.mark.parametrize(("size", "functions"), [(2, 1), (3, 8), (4, 8), (5, 21), (7, 40), (9, 65)])
+def test_steerable_3r_functions_are_independent_on_the_pixels_and_more_than_escnns_default(size, functions):
+    basis, default = (bases.lifting_basis(groups.get("c16"), size, name) for name in ("steerable_3r", "steerable"))
+    assert basis.parameters == (1, functions)
+    for pose, fewer in zip(basis.samples, default.samples, strict=True):
+        assert (
+            torch.linalg.matrix_rank(pose, rtol=1e-2) == torch.linalg.matrix_rank(torch.cat([pose, fewer])) == functions
+        )
+    assert functions > default.parameters[1] or size == 2
 
 
 @pytest.mark.parametrize("kind", STEERABLE)
@@ -170,7 +198,9 @@ def test_a_pixel_basis_off_the_grid_is_refused_unless_the_kernel_is_one_pixel():
 
 
 def test_an_unknown_basis_is_refused():
-    with pytest.raises(ValueError, match="basis is 'pixels'; accepted are 'pixel', 'steerable' and None"):
+    with pytest.raises(
+        ValueError, match="basis is 'pixels'; accepted are 'pixel', 'steerable', 'steerable_3r' and None"
+    ):
         bases.lifting_basis(groups.get("p4"), 1, "pixels")
 
 

@@ -452,6 +452,29 @@ def test_checkpoints_of_the_two_bases_are_told_apart():
         gzoo.convert(small(), "p4m").load_state_dict(gzoo.convert(small(), "c8").state_dict())
 
 
+@pytest.mark.parametrize("group", ["p4m", "c8", "d8", "c16"])
+def test_a_network_in_the_steerable_3r_basis_trains_and_stays_exact_on_the_turns_that_fit_the_grid(group):
+    model = gzoo.convert(small(), group, basis="steerable_3r")
+    kernels = [layer for layer in model.modules() if isinstance(layer, LiftingConv2d | GroupConv2d)]
+    assert [layer.weight.shape[-1] for layer in kernels] == [8, 8]
+    before = [layer.weight.detach().clone() for layer in kernels]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    F.cross_entropy(model(torch.randn(4, 3, 9, 9)), torch.tensor([0, 1, 2, 3])).backward()
+    optimizer.step()
+    assert not any(layer.weight.equal(old) for layer, old in zip(kernels, before, strict=True))
+    model = with_random_statistics(model).eval()
+    for size in [(7, 7), (8, 8), (6, 9)]:
+        assert worst_error(model, group, image(size), "image", "invariant") < 1e-12
+
+
+def test_the_checkpoint_of_another_band_limit_is_refused_where_all_shapes_are_the_same():
+    plain = nn.Sequential(conv(3, 8, 2, padding=0), nn.ReLU(), *head(8))  # 2x2 kernels have one function in both
+    default, finer = (gzoo.convert(plain, "c8", basis=basis) for basis in ("steerable", "steerable_3r"))
+    assert [v.shape for v in default.state_dict().values()] == [v.shape for v in finer.state_dict().values()]
+    with pytest.raises(ValueError, match="a c8 network in the steerable_3r basis, but the model is a c8 network in"):
+        default.load_state_dict(finer.state_dict())
+
+
 def test_a_refused_network_is_left_as_it_was():
     plain = nn.Sequential(conv(3, 16), nn.BatchNorm2d(16), nn.PReLU(), *head(16))
     before = repr(plain)

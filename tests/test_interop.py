@@ -1,5 +1,7 @@
 """Networks keep their function on the way to escnn's modules and back, at every image size."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -149,7 +151,8 @@ def test_what_escnn_learns_comes_back(pair):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
-    ("group", "basis"), [("p4", "pixel"), ("p4", "steerable"), ("d1", "pixel"), ("c8", "steerable")]
+    ("group", "basis"),
+    [("p4", "pixel"), ("p4", "steerable"), ("d1", "pixel"), ("c8", "steerable"), ("c8", "steerable_3r")],
 )
 def test_every_kind_of_window_is_equal_at_every_size_and_comes_back(group, basis, variant):
     layers = (LiftingConv2d, random_image(4, (8, 8))), (GroupConv2d, random_fields(group, 4, (8, 8)))
@@ -169,7 +172,7 @@ def test_every_kind_of_window_is_equal_at_every_size_and_comes_back(group, basis
 
 
 @pytest.mark.parametrize("variant", ["1x1", "2x2 strided", "3x3 strided", "4x4 same, dilated"])
-@pytest.mark.parametrize(("group", "basis"), [("p4m", "pixel"), ("p4m", "steerable"), ("d6", "steerable")])
+@pytest.mark.parametrize(("group", "basis"), [("p4m", "pixel"), ("p4m", "steerable"), ("d6", "steerable_3r")])
 def test_convolutions_of_quotient_fields_are_equal_at_every_size_and_come_back(group, basis, variant):
     inside, outside = {"c1": 1, "d1": 2, "c2": 1, group: 1}, {"d2": 1, "c1": 1, group: 2}
     ours = QuotientConv2d(groups.get(group), inside, outside, **VARIANTS[variant], basis=basis)
@@ -214,7 +217,7 @@ def test_an_r2conv_can_hold_every_pixel_filter(size):
 
 
 def test_an_r2conv_with_escnns_default_rings_holds_no_pixel_filter(monkeypatch):
-    monkeypatch.setattr("gzoo.interop._pixel_rings", gzoo.bases.rings)
+    monkeypatch.setattr("gzoo.interop._pixel_rings", partial(gzoo.bases.rings, name="steerable"))
     with pytest.raises(ValueError, match=r"the filters differ by \S+ of the largest tap; no R2Conv holds them"):
         to_escnn(GroupConv2d(groups.get("p4"), 2, 2, 3))
 
@@ -263,6 +266,7 @@ def test_the_signature_follows_the_basis():
     model = nn.Sequential(LiftingConv2d(groups.get("p4"), 1, 2, 3, basis="steerable"))
     make_equivariant(model, (groups.get("p4"),), "mean")
     assert from_escnn(to_escnn(model), "steerable").state_dict()["group_signature"].tolist() == [4, 0, 1]
+    assert from_escnn(to_escnn(model), "steerable_3r").state_dict()["group_signature"].tolist() == [4, 0, 2]
     assert from_escnn(to_escnn(model)).state_dict()["group_signature"].tolist() == [4, 0, 0]
 
 
@@ -472,9 +476,9 @@ def test_a_filter_beyond_the_default_band_is_held_by_pixels_and_refused_elsewher
     theirs = enn().SequentialModule(enn().R2Conv(p4.image_type(1), p4.field_type(2), 3, **options))
     x = random_image(1).float()
     assert relative(from_escnn(theirs)(x), run(theirs, x)) < 1e-5
-    with pytest.raises(ValueError, match=r"0: the filters differ by .* than escnn's default; use basis='pixel'"):
+    with pytest.raises(ValueError, match=r"0: the filters differ by .* than that basis; .* and basis='pixel'"):
         from_escnn(theirs, "steerable")
-    with pytest.raises(ValueError, match="than escnn's default, which gzoo does not have"):
+    with pytest.raises(ValueError, match=r"than that basis; .* basis='steerable_3r' for \S+ r: 3 \* r$"):
         from_escnn(enn().R2Conv(c8.image_type(1), c8.field_type(2), 3, **options))
 
 

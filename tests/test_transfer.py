@@ -297,6 +297,12 @@ ERRORS = {
         {"weights": "transfer"},
         r"steerable kernels of c8 are turned between the pixels, .* p4 or p4m",
     ),
+    "between the pixels of the grid": (
+        small,
+        "p4",
+        {"weights": "transfer", "basis": "steerable_3r"},
+        r"steerable kernels of p4 are turned between the pixels",
+    ),
     "width that |G| does not divide": (
         lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 12, 3), *head(12)),
         "p4m",

@@ -369,26 +369,27 @@ def test_a_group_with_the_same_shapes_is_refused():
 
 
 @pytest.mark.parametrize("group", ["p4", "p4m"])
-def test_the_other_kernel_basis_is_refused_by_name(group):
+@pytest.mark.parametrize("other", ["steerable", "steerable_3r"])
+def test_the_other_kernel_basis_is_refused_by_name(group, other):
     def network(basis):
         model = nn.Sequential(LiftingConv2d(groups.get(group), 1, 2, 3, basis=basis))
         make_equivariant(model, (groups.get(group),), "mean")
         return model
 
-    pixel, steerable = network("pixel"), network("steerable")
-    message = f"of a {group} network in the steerable basis, but the model is a {group} network in the pixel basis"
+    pixel, steerable = network("pixel"), network(other)
+    message = f"of a {group} network in the {other} basis, but the model is a {group} network in the pixel basis"
     with pytest.raises(ValueError, match=message):
         pixel.load_state_dict(steerable.state_dict())
-    with pytest.raises(ValueError, match=r"in the pixel basis, but the model is a .* in the steerable basis"):
+    with pytest.raises(ValueError, match=rf"in the pixel basis, but the model is a .* in the {other} basis"):
         steerable.load_state_dict(pixel.state_dict())
-    assert steerable.load_state_dict(network("steerable").state_dict()).missing_keys == []
+    assert steerable.load_state_dict(network(other).state_dict()).missing_keys == []
 
 
 def test_a_kernel_basis_of_a_newer_gzoo_is_refused():
     model = timm.create_model(NAME)
-    state = {**model.state_dict(), "group_signature": torch.tensor([4, 0, 2])}
+    state = {**model.state_dict(), "group_signature": torch.tensor([4, 0, 3])}
     with pytest.raises(
-        ValueError, match="p4 network in basis 2, of a newer gzoo, but the model is a p4 network in the"
+        ValueError, match="p4 network in basis 3, of a newer gzoo, but the model is a p4 network in the"
     ):
         model.load_state_dict(state)
 

@@ -63,11 +63,6 @@ class _GroupConv2d(ExpandedLayer):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    @property
-    def steerable(self) -> bool:
-        """Whether the kernels are in the steerable basis."""
-        return self.samples is not None
-
     def channel_bias(self) -> Tensor | None:
         """The bias of each channel out."""
         return None if self.bias is None else self.bias.repeat_interleave(self.group.order)
@@ -111,8 +106,8 @@ class LiftingConv2d(_GroupConv2d):
         groups: as in ``nn.Conv2d``; divides in_channels and out_fields.
         bias: whether each field has one.
         padding_mode: as in ``nn.Conv2d``.
-        basis: of the kernels, "pixel" or "steerable" (the band-limited filters of ``escnn.nn.R2Conv``); None for pixel
-            where the group is on the grid, else steerable. See `gzoo.bases`.
+        basis: of the kernels: "pixel", "steerable" (the band-limited filters of ``escnn.nn.R2Conv``) or "steerable_3r"
+            (a higher band limit); None for pixel where the group is on the grid, else steerable. See `gzoo.bases`.
 
     Shape:
         x: (B, in_channels, H, W); result: (B, out_fields * |G|, H', W') with H', W' as of ``nn.Conv2d``.

@@ -24,7 +24,7 @@ class ExpandedLayer(nn.Module):
     def __init__(self, out_fields: int, in_fields: int, basis: Basis) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_fields, in_fields, *basis.parameters))
-        self.kernel_size = basis.size
+        self.kernel_size, self.basis_name = basis.size, basis.name
         # Not in the state_dict: they follow from the group and the kernel size.
         self.register_buffer("index", basis.source, persistent=False)
         self.register_buffer("samples", basis.samples, persistent=False)
@@ -46,7 +46,7 @@ class ExpandedLayer(nn.Module):
     @property
     def basis(self) -> Basis:
         """How the weight expands, on the weight's device."""
-        return Basis(tuple(self.weight.shape[2:]), self.index, self.samples, self.kernel_size)
+        return Basis(tuple(self.weight.shape[2:]), self.index, self.samples, self.kernel_size, self.basis_name)
 
     def train(self, mode: bool = True) -> "ExpandedLayer":
         self._cached = None

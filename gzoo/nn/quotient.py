@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gzoo.bases import BasisName, balance, is_steerable, quotient_basis
+from gzoo.bases import BasisName, balance, choose, quotient_basis
 from gzoo.groups import Group
 from gzoo.nn.conv import PaddingMode, convolve, window_of
 from gzoo.nn.expand import ExpandedLayer
@@ -87,7 +87,7 @@ class QuotientConv2d(nn.Module):
         super().__init__()
         self.group, self.in_fields, self.out_fields = group, dict(in_fields), dict(out_fields)
         self.window = window_of(kernel_size, stride, padding, dilation)
-        self.padding_mode, self.steerable = padding_mode, is_steerable(group, kernel_size, basis)
+        self.padding_mode, self.basis_name = padding_mode, choose(group, kernel_size, basis)
         inner, outer = group.stabilizers(in_fields), group.stabilizers(out_fields)
         self.in_channels = sum(_sizes(group, in_fields))
         self.fibres = [group.order // k.order for k, _ in outer]  # channels of one field of each kind
