@@ -21,6 +21,7 @@ from timm.models._pretrained import PretrainedCfg
 from torch import nn
 
 from gzoo import backbones, equivision, groups, weights
+from gzoo.bases import BasisName
 from gzoo.continuous import ContinuousResNet
 from gzoo.convert import convert_in_place
 from gzoo.nn.linear import Head, Pooling
@@ -116,13 +117,13 @@ _BACKBONES = {backbone.name: backbone for backbone in (*_OWN, *map(_timm, _TIMM)
 
 GROUPS = ("p4", "p4m", "c8", "d8")
 
+_SIXTEEN = ("c16", "d16", "d16:c16")
+
 # Networks over finer groups, and those that give up symmetry from stage to stage (Weiler & Cesa 2019).
 _FURTHER = {
-    "c16": ("cnn6", "cnn7", "sfcnn"),
-    "d16": ("cnn6", "cnn7", "sfcnn"),
+    **dict.fromkeys(_SIXTEEN, ("cnn6", "cnn7", "sfcnn")),
     "d8:d4:d1": ("wrn16_8", "wrn28_10", "resnet20", "resnet44"),
     "d4:c4:c1": ("resnet20", "resnet18"),
-    "d16:c16": ("cnn6", "cnn7", "sfcnn"),
 }
 
 
@@ -135,6 +136,7 @@ class Entry:
         backbone: a key of the backbones above, and the name of the plain twin.
         widths: plain channels -> fields, where a paper's differ from C / sqrt|G|.
         group_pool: how the classifier pools a fibre.
+        basis: of the kernels; None for pixel where the group is on the grid, else steerable.
         weights: tags of pretrained weights, the default first.
         paper: where this network was published.
     """
@@ -143,6 +145,7 @@ class Entry:
     backbone: str
     widths: Mapping[int, int] = field(default_factory=dict, hash=False)
     group_pool: Pooling = "mean"
+    basis: BasisName | None = None
     weights: tuple[str, ...] = ()
     paper: str = ""
 
@@ -173,6 +176,7 @@ class Entry:
             self.group,
             widths=self.widths,
             group_pool="mean" if partial else self.group_pool,
+            basis=self.basis,
             scale=_scale(self),
             head=head,
             partial=partial,
@@ -187,12 +191,14 @@ def _scale(entry: Entry) -> float:
     assert entry.group is not None
     with torch.device("meta"):
         published = _BACKBONES[entry.backbone].plain()
-    return plan(published, groups.chain(entry.group), widths=entry.widths).scale
+    return plan(published, groups.chain(entry.group), widths=entry.widths, basis=entry.basis).scale
 
 
 _COHEN_WELLING = "arXiv:1602.07576"
 _RONNEBERGER = "arXiv:1505.04597"
-_SFCNN: dict[str, Any] = {"group_pool": "max", "paper": "arXiv:1911.08251"}  # Weiler & Cesa 2019
+# Weiler & Cesa 2019; the band limit of their kernels matters where there are sixteen rotations.
+_STEERABLE: dict[str, Any] = {"group_pool": "max", "paper": "arXiv:1911.08251"}
+_STEERABLE_16 = _STEERABLE | {"basis": "steerable_3r"}
 _SFCNN_FIELDS = {96: 24, 128: 32, 144: 36, 256: 64, 384: 96}
 
 # What the rows of some networks say beyond group and backbone.
@@ -208,7 +214,8 @@ _DETAILS: dict[str, dict[str, Any]] = {
     "p4_allcnnc": {"paper": _COHEN_WELLING},
     "p4m_allcnnc": {"widths": {96: 32, 192: 64}, "paper": _COHEN_WELLING},
     "cnn6": {"paper": "arXiv:1911.08251"},
-    **{f"{group}_cnn6": _SFCNN for group in (*GROUPS, "c16", "d16", "d16:c16")},
+    **{f"{group}_cnn6": _STEERABLE for group in GROUPS},
+    **{f"{group}_cnn6": _STEERABLE_16 for group in _SIXTEEN},
     "cnn7": {"weights": ("rotmnist",), "paper": _COHEN_WELLING},
     "p4_cnn7": {"group_pool": "max", "weights": ("rotmnist",), "paper": _COHEN_WELLING},
     "p4m_cnn7": {"group_pool": "max", "weights": ("rotmnist",)},
@@ -216,9 +223,9 @@ _DETAILS: dict[str, dict[str, Any]] = {
     "d8_cnn7": {"group_pool": "max"},
     "cnn13": {"paper": "arXiv:1610.02242"},
     "sfcnn": {"paper": "arXiv:1711.07289"},
-    "c8_sfcnn": _SFCNN,
-    "c16_sfcnn": _SFCNN | {"widths": _SFCNN_FIELDS},
-    "d16:c16_sfcnn": _SFCNN | {"widths": _SFCNN_FIELDS},
+    "c8_sfcnn": _STEERABLE,
+    "d16_sfcnn": _STEERABLE_16,
+    **{f"{group}_sfcnn": _STEERABLE_16 | {"widths": _SFCNN_FIELDS} for group in ("c16", "d16:c16")},
 }
 
 
