@@ -196,9 +196,8 @@ def _scale(entry: Entry) -> float:
 
 _COHEN_WELLING = "arXiv:1602.07576"
 _RONNEBERGER = "arXiv:1505.04597"
-# Weiler & Cesa 2019; the band limit of their kernels matters where there are sixteen rotations.
-_STEERABLE: dict[str, Any] = {"group_pool": "max", "paper": "arXiv:1911.08251"}
-_STEERABLE_16 = _STEERABLE | {"basis": "steerable_3r"}
+_WEILER_CESA: dict[str, Any] = {"group_pool": "max", "paper": "arXiv:1911.08251"}
+_STEERABLE = _WEILER_CESA | {"basis": "steerable_3r"}  # their band limit
 _SFCNN_FIELDS = {96: 24, 128: 32, 144: 36, 256: 64, 384: 96}
 
 # What the rows of some networks say beyond group and backbone.
@@ -214,8 +213,8 @@ _DETAILS: dict[str, dict[str, Any]] = {
     "p4_allcnnc": {"paper": _COHEN_WELLING},
     "p4m_allcnnc": {"widths": {96: 32, 192: 64}, "paper": _COHEN_WELLING},
     "cnn6": {"paper": "arXiv:1911.08251"},
-    **{f"{group}_cnn6": _STEERABLE for group in GROUPS},
-    **{f"{group}_cnn6": _STEERABLE_16 for group in _SIXTEEN},
+    **{f"{group}_cnn6": _WEILER_CESA for group in ("p4", "p4m")},
+    **{f"{group}_cnn6": _STEERABLE for group in ("c8", "d8", *_SIXTEEN)},
     "cnn7": {"weights": ("rotmnist",), "paper": _COHEN_WELLING},
     "p4_cnn7": {"group_pool": "max", "weights": ("rotmnist",), "paper": _COHEN_WELLING},
     "p4m_cnn7": {"group_pool": "max", "weights": ("rotmnist",)},
@@ -224,8 +223,8 @@ _DETAILS: dict[str, dict[str, Any]] = {
     "cnn13": {"paper": "arXiv:1610.02242"},
     "sfcnn": {"paper": "arXiv:1711.07289"},
     "c8_sfcnn": _STEERABLE,
-    "d16_sfcnn": _STEERABLE_16,
-    **{f"{group}_sfcnn": _STEERABLE_16 | {"widths": _SFCNN_FIELDS} for group in ("c16", "d16:c16")},
+    "d16_sfcnn": _STEERABLE,
+    **{f"{group}_sfcnn": _STEERABLE | {"widths": _SFCNN_FIELDS} for group in ("c16", "d16:c16")},
 }
 
 

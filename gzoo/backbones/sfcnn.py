@@ -41,7 +41,8 @@ def cnn6(
     num_classes: int = 10,
     global_pool: str = "avg",
     drop_rate: float = 0.0,
-    base_width: int = 16,
+    block_drop_rate: float = 0.0,
+    base_width: int = 32,
 ) -> StagedCNN:
     """Kernels of 7, 5, 5, 5, 5 and 5 pixels; images of at least 24x24.
 
@@ -53,13 +54,15 @@ def cnn6(
         num_classes: logits; 0 for none.
         global_pool: spatial pooling, timm's names.
         drop_rate: dropout before the classifier.
-        base_width: channels of the first layer, an even number. The paper has as many fields.
+        block_drop_rate: dropout after the layers three to five.
+        base_width: channels of the first layer, an even number. The paper has 16 fields.
 
     Raises:
         ValueError: base_width is odd.
     """
     widths = _widths(base_width, (2, 3, 4, 4, 6, 8))
-    return _network(widths, (7, 5, 5, 5, 5, 5), (1, 2, 2, 2, 2, 0), in_chans, num_classes, global_pool, drop_rate)
+    kernels, paddings = (7, 5, 5, 5, 5, 5), (1, 2, 2, 2, 2, 0)
+    return _network(widths, kernels, paddings, in_chans, num_classes, global_pool, drop_rate, block_drop_rate)
 
 
 def _widths(base_width: int, parts: tuple[int, ...]) -> list[int]:
@@ -80,11 +83,14 @@ def _network(
     num_classes: int,
     global_pool: str,
     drop_rate: float,
+    block_drop_rate: float = 0.0,
 ) -> StagedCNN:
     layers, width = [], in_chans
     for i, (out, kernel, padding) in enumerate(zip(widths, kernels, paddings, strict=True)):
         layer = [nn.Conv2d(width, out, kernel, padding=padding, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
-        layers.append(nn.Sequential(*layer, *([nn.MaxPool2d(2, 2)] if i in (1, 3) else [])))
+        pool = [nn.MaxPool2d(2, 2)] if i in (1, 3) else []
+        drop = [nn.Dropout(block_drop_rate)] if block_drop_rate and 2 <= i < 5 else []
+        layers.append(nn.Sequential(*layer, *pool, *drop))
         width = out
     stem, *middle, last = layers
     stages = [Stage(nn.Sequential(*middle), widths[4], 4), Stage(nn.Sequential(last), widths[5], 4)]
