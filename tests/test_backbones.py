@@ -128,8 +128,8 @@ def test_its_sister_restricts_before_the_last_layer():
     assert groups == 5 * ["d16"] + ["c16"]
 
 
-def test_cnn6_has_the_fields_of_weiler_and_cesa_as_channels():
-    widths = [m.out_channels for m in backbones.cnn6().modules() if isinstance(m, torch.nn.Conv2d)]
+def test_cnn6_of_width_16_has_the_fields_of_weiler_and_cesa_as_channels():
+    widths = [m.out_channels for m in backbones.cnn6(base_width=16).modules() if isinstance(m, torch.nn.Conv2d)]
     assert widths == [16, 24, 32, 32, 48, 64]
 
 
