@@ -8,7 +8,6 @@ and its sampling is not PIL's, hence the three operations below. Source: Pillow'
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -138,9 +137,7 @@ class BatchTransform:
         if a.crop_padding:
             x = self._padded_crop(x, uniform(0, 1, 2))
         else:
-            scale, ratio = a.resized_crop
-            areas, log_ratios = uniform(*scale, _TRIES), uniform(math.log(ratio[0]), math.log(ratio[1]), _TRIES)
-            boxes = crop_boxes(images.shape[2:], areas, log_ratios.exp(), ratio, uniform(0, 1, 2))
+            boxes = crop_boxes(images.shape[2:], *a.resized_crop, uniform(0, 1, 2 * _TRIES + 2))
             x = resized_crop(x, boxes, self.size, self.interpolation)
         for dim, probability in ((3, a.hflip), (2, a.vflip)):
             x = torch.where((uniform(0, 1) < probability)[:, None, None, None], x.flip(dim), x)
@@ -195,16 +192,14 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return functional.grid_sample(x, grid, padding_mode="border", align_corners=False) * inside
 
 
-def crop_boxes(
-    sides: Sequence[int], areas: Tensor, ratios: Tensor, limits: tuple[float, float], where: Tensor
-) -> Tensor:
-    """The first box of several tries that fits the image; if none does, the largest in the middle.
+def crop_boxes(sides: Sequence[int], scale: tuple[float, float], ratio: tuple[float, float], draws: Tensor) -> Tensor:
+    """Random boxes: for each image the first of ten tries that fits; if none does, the largest in the middle.
 
     Args:
         sides: height and width of the images.
-        areas, ratios: (tries, B), the share of the image and width / height of each try.
-        limits: of the ratio, for the box in the middle.
-        where: (2, B) between 0 and 1, top and left within what room there is.
+        scale: the range of the area, as a share of the image.
+        ratio: the range of width / height.
+        draws: (22, B), uniform between 0 and 1: ten areas, ten ratios, then top and left within what room there is.
 
     Shape:
         result: (4, B), whole numbers: top, left, height, width.
@@ -212,13 +207,15 @@ def crop_boxes(
     Source: `timm.data.transforms.RandomResizedCropAndInterpolation`.
     """
     height, width = sides
-    widths = (areas * height * width * ratios).sqrt().round()
-    heights = (areas * height * width / ratios).sqrt().round()
+    areas = height * width * (scale[0] + (scale[1] - scale[0]) * draws[:_TRIES])
+    ratios = ratio[0] * (ratio[1] / ratio[0]) ** draws[_TRIES:-2]  # their logarithm is uniform
+    widths = (areas * ratios).sqrt().round()
+    heights = (areas / ratios).sqrt().round()
     fits = (widths <= width) & (heights <= height)
     first = fits.int().argmax(0, keepdim=True)
-    middle = (min(height, round(width / limits[0])), min(width, round(height * limits[1])))
+    middle = (min(height, round(width / ratio[0])), min(width, round(height * ratio[1])))
     starts, extents = [], []
-    for tried, side, extent, u in zip((heights, widths), sides, middle, where, strict=True):
+    for tried, side, extent, u in zip((heights, widths), sides, middle, draws[-2:], strict=True):
         chosen = tried.gather(0, first)[0]
         starts.append(torch.where(fits.any(0), (u * (side - chosen + 1)).floor(), (side - extent) // 2))
         extents.append(torch.where(fits.any(0), chosen, extent))
