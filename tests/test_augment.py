@@ -193,6 +193,17 @@ def test_colour_changes_are_those_of_pil_in_any_order(shape):
         assert (jitter(x, only, torch.tensor(orders).T) - expected).abs().max() < 1.6
 
 
+def test_each_image_draws_the_factors_and_the_order_of_its_colour_changes(monkeypatch):
+    seen = []
+    monkeypatch.setattr("gzoo.augment.jitter", lambda x, *numbers: seen.extend(numbers) or x)
+    augmented(noise((3, 8, 8)), 3000, config(3, 8, 8), color_jitter=0.3)
+    factors, order = seen
+    assert (factors.min().item(), factors.max().item()) == pytest.approx((0.7, 1.3), abs=0.001)
+    permutation, count = order.T.unique(dim=0, return_counts=True)
+    assert permutation.tolist() == [list(p) for p in permutations(range(3))]
+    assert (count / 3000).tolist() == pytest.approx([1 / 6] * 6, abs=0.03)
+
+
 def test_random_erasing_is_timms():
     x = augmented(Image.new("RGB", (32, 32), (255,) * 3), 1000, config(3, 32, 32), re_prob=0.3, **NOTHING)
     white = torch.isclose(x, torch.tensor(255.0), atol=1e-3)
@@ -237,6 +248,8 @@ def test_batches_depend_on_seed_and_epoch_and_every_image_has_its_own_numbers():
     assert not torch.equal(first, epoch(1, 3))
     assert not torch.equal(first, epoch(2, 2))
     assert len({tuple(image.flatten().tolist()) for image in first}) == 8
+    same_order = [resident_loader(data, transform, 4, seed).dataset.__getitems__([2, 1])[0] for seed in (1, 2)]
+    assert not torch.equal(*same_order)
 
 
 def test_labels_stay_with_their_images():
