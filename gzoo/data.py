@@ -39,7 +39,7 @@ _SPLIT_NAMES: dict[str, tuple[str, ...]] = {
 }
 _LABEL_COLUMNS = ("label", "labels", "fine_label")  # in order of preference where several columns hold classes
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels of a model -> how PIL calls such an image
-_MEMORY_BUDGET = 2 << 30  # bytes of decoded images that are kept
+MEMORY_BUDGET = 2 << 30  # bytes of decoded images that are kept
 _ACCEPTED = (
     "accepted are a folder with train/<class>/* and optionally val/ and test/, a folder with <class>/*, a folder of "
     "parquet files in the Hub's format, and the name of a dataset on the Hugging Face Hub"
@@ -83,7 +83,7 @@ class _Rows:
     classes: list[str]
 
 
-def open_split(source: str, split: Split, memory_budget: int = _MEMORY_BUDGET) -> ImageData:
+def open_split(source: str, split: Split, memory_budget: int = MEMORY_BUDGET) -> ImageData:
     """Open one split of a data set. Unreadable images are left out and listed in `.skipped`.
 
     Args:
@@ -328,6 +328,15 @@ class Augmentation:
     crop_padding: int = 0  # pixels: crop from the image padded by zeros, as in CIFAR recipes, not by resizing a part
     rotate: float = 0.0  # degrees: rotate by a uniform angle in [-rotate, rotate], bilinear, corners black
 
+    def __post_init__(self) -> None:
+        if self.crop_padding and (self.scale or self.ratio):
+            raise ValueError("crop_padding and scale or ratio are two ways to crop; set one of them")
+
+    @property
+    def resized_crop(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Area and aspect ratio of the crop where there is no `crop_padding`."""
+        return self.scale or (0.35, 1.0), self.ratio or (3 / 4, 4 / 3)
+
 
 def input_config(model: nn.Module, **changes: Any) -> dict[str, Any]:
     """timm's data config of the model (input_size, mean, std, interpolation, crop_pct ...), with changes.
@@ -345,18 +354,18 @@ def input_config(model: nn.Module, **changes: Any) -> dict[str, Any]:
 
 def eval_transform(config: dict[str, Any]) -> transforms.Compose:
     """PIL image to a normalised tensor (C, H, W), for a data config of `input_config`."""
-    return transforms.Compose([_to_channels(config), timm.data.create_transform(**config, is_training=False)])
+    return transforms.Compose(
+        [to_channels(config["input_size"][0]), timm.data.create_transform(**config, is_training=False)]
+    )
 
 
 def train_transform(config: dict[str, Any], augmentation: Augmentation) -> transforms.Compose:
     """PIL image to a randomly changed, normalised tensor (C, H, W)."""
     a, size = augmentation, config["input_size"][1:]
-    if a.crop_padding and (a.scale or a.ratio):
-        raise ValueError("crop_padding and scale or ratio are two ways to crop; set one of them")
-    steps: list[Any] = [_to_channels(config)]
+    steps: list[Any] = [to_channels(config["input_size"][0])]
     if a.rotate:
         steps.append(transforms.RandomRotation(a.rotate, transforms.InterpolationMode.BILINEAR))
-    scale, ratio = a.scale or (0.35, 1.0), a.ratio or (3 / 4, 4 / 3)
+    scale, ratio = a.resized_crop
     if a.crop_padding:
         interpolation = timm.data.transforms.str_to_interp_mode(config["interpolation"])
         steps += [transforms.Resize(min(size), interpolation), transforms.RandomCrop(size, a.crop_padding)]
@@ -380,8 +389,8 @@ def train_transform(config: dict[str, Any], augmentation: Augmentation) -> trans
     return transforms.Compose(steps)
 
 
-def _to_channels(config: dict[str, Any]) -> partial:
-    channels = config["input_size"][0]
+def to_channels(channels: int) -> partial:
+    """A function that gives a PIL image the channels of a model."""
     if channels not in _MODES:
         raise ValueError(f"the model takes {channels} channels; images have {' or '.join(map(str, _MODES))}")
     return partial(_convert, mode=_MODES[channels])
@@ -431,14 +440,21 @@ def train_loader(
     data: ImageData, transform: transforms.Compose, batch_size: int, seed: int, workers: int, device: torch.device
 ) -> DataLoader:
     """Batches in random order; a last incomplete one is left out. Call `set_epoch` before each epoch."""
+    return shuffled(_Batches(data, transform, seed), batch_size, seed, workers, device.type == "cuda")
+
+
+def shuffled(
+    batches: Any, batch_size: int, seed: int, workers: int = 0, pin_memory: bool = False
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """A loader in random order of a data set that makes whole batches, as `_Batches` does."""
     return DataLoader(
-        _Batches(data, transform, seed),
-        min(batch_size, len(data)),
-        sampler=_Order(len(data), seed),
+        batches,
+        min(batch_size, len(batches)),
+        sampler=_Order(len(batches), seed),
         drop_last=True,
         num_workers=workers,
         collate_fn=_same,
-        pin_memory=device.type == "cuda",
+        pin_memory=pin_memory,
     )
 
 
@@ -461,10 +477,15 @@ def set_epoch(loader: DataLoader, epoch: int) -> None:
 
 def seed_everything(*numbers: int) -> None:
     """Seed Python's, numpy's and torch's generators from a few whole numbers."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    seed = mixed_seed(*numbers)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One seed from a few whole numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def _same(batch: Any) -> Any:

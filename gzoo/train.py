@@ -45,6 +45,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from gzoo.augment import BatchTransform, Resident, make_resident, resident_loader
 from gzoo.card import render_trained
 from gzoo.data import (
     Augmentation,
@@ -128,6 +129,11 @@ class TrainConfig:
     color_jitter: float = _option(0.0, "strength of brightness, contrast and saturation changes")
     auto_augment: str | None = _option(None, "timm's policies: rand-m9-mstd0.5, augmix-m3 ...")
     re_prob: float = _option(0.0, "probability of random erasing")
+    augment_batches: bool = _option(
+        False,
+        "keep the training images on the device and augment whole batches there: faster, for small images of one size; "
+        "without auto_augment",
+    )
     workers: int = _option(0, "processes that decode and augment; changes no result")
 
     def __post_init__(self) -> None:
@@ -228,7 +234,7 @@ class _Run:
     config: TrainConfig
     out: Path
     device: torch.device
-    train_data: ImageData
+    train_data: ImageData | Resident
     val_data: ImageData | None
     model: nn.Module
     input: dict[str, Any]  # timm's data config, of validation and of the saved model
@@ -292,6 +298,7 @@ def train(config: TrainConfig, resume: bool = False, command: str = "") -> dict[
 
 def _set_up(config: TrainConfig, out: Path, processes: PartialState, pretrained: bool) -> _Run:
     """Everything up to the first step. What cannot work fails here, before anything is written to `out`."""
+    train_data: ImageData | Resident
     train_data, val_data = _open_data(config)
     device = processes.device
     seed_everything(config.seed)
@@ -301,6 +308,9 @@ def _set_up(config: TrainConfig, out: Path, processes: PartialState, pretrained:
     if config.soft_penalty:
         penalty(model)  # raises if the model is not soft
     train_transform(data_config, _augmentation(config))
+    if config.augment_batches:
+        BatchTransform(data_config, _augmentation(config))
+        train_data = make_resident(train_data, data_config["input_size"][0], device)
     _freeze_backbone(model, config)
     if device.type == "cuda" and processes.num_processes > 1:
         model = convert_sync_batchnorm(model)
@@ -533,9 +543,13 @@ def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[flo
 
 def _epoch_loader(run: _Run, size: int) -> DataLoader:
     shape = (run.input["input_size"][0], size, size) if run.config.image_sizes else run.input["input_size"]
-    transform = train_transform({**run.input, "input_size": shape}, _augmentation(run.config))
-    config = run.config
-    loader = train_loader(run.train_data, transform, config.batch_size, config.seed, config.workers, run.device)
+    config, data = run.config, run.train_data
+    input_config, augmentation = {**run.input, "input_size": shape}, _augmentation(config)
+    if isinstance(data, Resident):
+        loader = resident_loader(data, BatchTransform(input_config, augmentation), config.batch_size, config.seed)
+    else:
+        transform = train_transform(input_config, augmentation)
+        loader = train_loader(data, transform, config.batch_size, config.seed, config.workers, run.device)
     set_epoch(loader, run.epoch)
     return loader
 

@@ -262,8 +262,11 @@ def test_layer_decay_gives_lower_layers_smaller_rates(settings):
     assert len(scales) > 2
 
 
-def test_every_option_of_augmentation_and_loss_trains(settings):
-    changes = {
+@pytest.mark.parametrize(
+    "path", [{"auto_augment": "rand-m5-mstd0.5"}, {"augment_batches": True, "grad_accum": 2, "workers": 2}]
+)
+def test_every_option_of_augmentation_and_loss_trains(path, settings):
+    changes = path | {
         "label_smoothing": 0.1,
         "mixup_alpha": 0.2,
         "cutmix_alpha": 0.5,
@@ -272,7 +275,6 @@ def test_every_option_of_augmentation_and_loss_trains(settings):
         "channels_last": True,
         "vflip": 0.5,
         "color_jitter": 0.2,
-        "auto_augment": "rand-m5-mstd0.5",
         "re_prob": 0.3,
         "rotate": 45.0,
         "crop_padding": 2,
@@ -301,6 +303,20 @@ def test_a_batch_in_parts_trains_as_the_whole_batch(settings, tmp_path, monkeypa
     assert all(torch.allclose(value, parts[key], atol=1e-5) for key, value in weights(settings["out"]).items())
 
 
+def test_augmenting_in_batches_changes_the_speed_and_not_the_images(settings, tmp_path):
+    """Without random changes both paths train on the same numbers."""
+    plain = settings | {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "hflip": 0.0}
+    train(TrainConfig(**plain))
+    batches = plain | {"augment_batches": True, "out": str(tmp_path / "batches")}
+    results = train(TrainConfig(**batches))
+    assert results["n_train"] == 18
+    assert_same_curve(log(plain["out"]), log(batches["out"]))
+    changed = {"augment_batches": True, "out": str(tmp_path / "changed"), "rotate": 90.0}
+    train(TrainConfig(**plain | changed))
+    losses = [float(log(run["out"])[0]["train_loss"]) for run in (plain, changed)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-2)
+
+
 def in_two_processes(arguments):
     """What `torchrun --nproc-per-node 2 -m gzoo.cli train` leaves behind and prints."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "gzoo.cli"]
@@ -310,9 +326,10 @@ def in_two_processes(arguments):
     return done.stdout + done.stderr
 
 
-def test_two_processes_train_as_one_does(settings, tmp_path):
+@pytest.mark.parametrize("path", [{}, pytest.param({"augment_batches": True}, marks=pytest.mark.slow)])
+def test_two_processes_train_as_one_does(path, settings, tmp_path):
     """Norm statistics would tell slices from the whole, so the backbone is frozen. Epoch 2 is a resumed one."""
-    changes = {"freeze_backbone": True, "mixup_alpha": 0.2, "rotate": 30.0, "ema_decay": 0.9}
+    changes = path | {"freeze_backbone": True, "mixup_alpha": 0.2, "rotate": 30.0, "ema_decay": 0.9}
     changes["schedule"] = {"name": "none"}  # a cosine over one epoch, then over two, is another curve
     changes["optimizer"] = {"name": "sgd", "lr": 0.5}
     train(TrainConfig(**settings | changes))
@@ -401,6 +418,13 @@ def test_skipped_images_are_listed_in_the_run_folder(settings, tmp_path):
         {"optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}},
         {"ema_decay": 0.9, "mixup_alpha": 0.2, "rotate": 30.0, "model_args": {"drop_rate": 0.3}},
         {"val_fraction": 0, "bf16": True, "image_sizes": [[1, 24], [2, 32]], "re_prob": 0.5},
+        {
+            "augment_batches": True,
+            "rotate": 30.0,
+            "mixup_alpha": 0.2,
+            "image_sizes": [[1, 24], [2, 32]],
+            "re_prob": 0.5,
+        },
     ],
 )
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(settings, tmp_path, monkeypatch, changes):
@@ -498,6 +522,8 @@ def test_a_wrong_setting_fails_before_anything_is_written(settings):
         ({"mixup_alpha": 0.2, "batch_size": 7}, "a batch of 7 images is odd"),
         ({"grad_accum": 9}, "grad_accum is 9; a batch of 8 images has 8 parts at most"),
         ({"data": settings["data"] + "/nowhere"}, "no such folder"),
+        ({"augment_batches": True, "auto_augment": "rand-m5"}, "leave it out, or augment_batches"),
+        ({"augment_batches": True, "model_args": {"in_chans": 4}}, "takes models of 1 or 3 channels, not 4"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             train(TrainConfig(**settings | change))
