@@ -415,7 +415,10 @@ class _Batches(Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         python, numpy_state = random.getstate(), np.random.get_state()
         with torch.random.fork_rng(devices=[]):
-            seed_everything(self.seed, self.epoch, indices[0])
+            seed = mixed_seed(self.seed, self.epoch, indices[0])
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed a GPU's, too, which dropout uses
             pairs = [self.data[i] for i in indices]
             images = torch.stack([self.transform(image) for image, _ in pairs])  # (B, C, H, W)
         random.setstate(python)
