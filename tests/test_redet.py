@@ -23,7 +23,7 @@ def _small(monkeypatch):
     monkeypatch.setattr(redet, "FIELDS", 1)
 
 
-def original(depth=50, cutoff=3.0, group="c8"):
+def original(depth=50, group="c8"):
     """A ReResNet: the same modules as equivision's, with other frequencies and without its head."""
     network = equivision._ResNet(groups.get(group), depth, 1)
     enn = _escnn.load().nn
@@ -31,7 +31,7 @@ def original(depth=50, cutoff=3.0, group="c8"):
         if isinstance(conv, enn.R2Conv):
             sizes = (conv.kernel_size, conv.padding, conv.stride)
             types = (conv.in_type, conv.out_type)
-            new = enn.R2Conv(*types, *sizes, bias=False, frequencies_cutoff=lambda r: cutoff * r, initialize=False)
+            new = enn.R2Conv(*types, *sizes, bias=False, frequencies_cutoff=lambda r: 3 * r, initialize=False)
             network.set_submodule(path, new)
     network.gpool, network.fc = None, nn.Linear(network.avgpool.in_type.size, 5)
     return randomized(Features(network))
@@ -146,24 +146,23 @@ def test_an_imported_network_is_exact_at_every_size_unless_it_keeps_the_original
 
 
 @pytest.mark.parametrize("classes", [0, 5])
-def test_timm_loads_the_folder_and_its_features(classes, checkpoint, tmp_path):
+def test_timm_loads_the_folder_and_its_features(classes, network, checkpoint, tmp_path):
     path, out = checkpoint("eval", prefixed if classes else detector), tmp_path / "out"
     assert main(["import", "redet", str(path), "--out", str(out), "--strides", "original"]) == 0
     config = json.loads((out / "config.json").read_text())
     assert (config["architecture"], config["pretrained_cfg"]["tag"]) == ("c8_resnet50", "redet")
     assert (config["num_classes"], config["gzoo"]) == (classes, {"group": "c8"})
-    model = import_checkpoint(path, tmp_path / "again", strides="original")
     loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     pyramid = timm.create_model(f"local-dir:{out}", pretrained=True, features_only=True, out_indices=(1, 4)).eval()
     other = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=3).eval()
     x = torch.randn(1, 3, 48, 48)
     with torch.no_grad():
-        assert loaded(x).equal(model(x))
-        assert loaded(x).shape == (1, classes or 32)
-        for found, expected in zip(pyramid(x), [all_maps(model, x)[0], all_maps(model, x)[3]], strict=True):
-            assert found.equal(expected)
-        assert other.forward_features(x).equal(model.forward_features(x))
-        assert other(x).shape == (1, 3)
+        first, *_, last, _ = network(x)
+        for found, expected in zip(pyramid(x), [first, last], strict=True):
+            assert relative_error(found, expected) < 1e-5
+        assert relative_error(loaded.forward_features(x), last) < 1e-5
+        assert relative_error(other.forward_features(x), last) < 1e-5
+        assert (loaded(x).shape, other(x).shape) == ((1, classes or 32), (1, 3))
 
 
 def test_the_depth_is_read_off_the_file(checkpoint, tmp_path):
@@ -242,10 +241,9 @@ def test_a_file_of_something_else_is_refused(what, checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("options", "message"), [({"group": "c4"}, r"conv1"), ({"cutoff": 5.0}, "conv1: the filters")])
-def test_a_network_of_another_group_or_band_is_refused(options, message, checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=rf"over C8: .*{message}"):
-        import_checkpoint(checkpoint("eval", network=original(**options)), tmp_path)
+def test_a_network_of_another_group_is_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"over C8: the filter of conv1 is \(4, 3, 7, 7\), not \(8, 3, 7, 7\)"):
+        import_checkpoint(checkpoint("eval", network=original(group="c4")), tmp_path)
 
 
 def test_a_file_that_holds_more_than_tensors_is_refused_with_what_to_do(tmp_path):
@@ -263,10 +261,9 @@ def test_the_name_of_a_network_is_refused_where_the_file_says_it(tmp_path, capsy
     assert "--model is 'resnet50', but a file of ReDet says itself" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("depth", redet.DEPTHS)
-def test_the_tag_gives_redets_widths_and_basis(depth, monkeypatch):
+def test_the_tag_gives_redets_widths_and_basis(monkeypatch):
     monkeypatch.undo()
-    model = timm.create_model(f"c8_resnet{depth}.redet", num_classes=7)
+    model = timm.create_model("c8_resnet50.redet", num_classes=7)
     widths = [level["num_chs"] for level in model.feature_info]
     assert widths == [64, 256, 512, 1024, 2048]  # as many channels as of the plain network: an eighth of the fields
     assert model.num_features == 2048
