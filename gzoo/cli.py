@@ -77,9 +77,14 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
 
     command = commands.add_parser("import", help="turn a checkpoint of another library into a folder of ours")
     command.set_defaults(run=_import)
-    command.add_argument("source", choices=("equivision",), help="https://github.com/dmklee/equivision")
+    command.add_argument(
+        "source",
+        choices=("equivision", "redet"),
+        help="equivision: https://github.com/dmklee/equivision; redet: a ReResNet of "
+        "https://github.com/csuhan/ReDet or of mmrotate",
+    )
     command.add_argument("checkpoint", help="the file")
-    command.add_argument("--model", required=True, help="which network it is of, such as d4resnet50")
+    command.add_argument("--model", help="which of equivision's networks it is of, such as d4resnet50")
     command.add_argument("--out", required=True, help="folder for model.safetensors and config.json")
     command.add_argument(
         "--strides",
@@ -263,9 +268,14 @@ def _coverage(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from gzoo.equivision import import_checkpoint
+    from gzoo import equivision, redet
 
-    import_checkpoint(args.checkpoint, args.model, args.out, args.strides)
+    if args.source == "equivision":
+        equivision.import_checkpoint(args.checkpoint, args.model, args.out, args.strides)
+    elif args.model:
+        raise ValueError(f"--model is {args.model!r}, but a file of ReDet says itself which depth it has; leave it out")
+    else:
+        redet.import_checkpoint(args.checkpoint, args.out, args.strides)
     print(f"{args.out}: load it with timm.create_model('local-dir:{args.out}', pretrained=True)")
     return 0
 

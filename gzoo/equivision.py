@@ -12,19 +12,12 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
-import timm
-import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models._hub import save_for_hf
 from torch import Tensor, nn
 
-from gzoo import _escnn, groups
-from gzoo.convert import convert_in_place
+from gzoo import _escnn, foreign, groups
 from gzoo.equivariant import require_same_shapes
 from gzoo.groups import Group
 from gzoo.interop import Strides, from_escnn
-from gzoo.nn import keep_original_strides
 
 TAG = "equivision_in1k"
 
@@ -41,20 +34,6 @@ class Architecture(NamedTuple):
         """The name of the entry without its tag, with the group as equivision spells it: c4_resnet50."""
         return f"{self.group}_resnet{self.depth}"
 
-
-# Of its `train.py`: 256 pixels on the short side, the central 224 of them, torchvision's bilinear interpolation.
-PREPROCESSING = {
-    "input_size": (3, 224, 224),
-    "crop_pct": 0.875,
-    "interpolation": "bilinear",
-    "mean": IMAGENET_DEFAULT_MEAN,
-    "std": IMAGENET_DEFAULT_STD,
-    "test_input_size": None,
-    "test_crop_pct": None,
-}
-
-# Blocks of each stage, by depth; 18 has basic blocks, the others bottlenecks.
-_BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 ARCHITECTURES = {
     f"{row.group}resnet{row.depth}": row
@@ -83,20 +62,15 @@ def create(name: str, strides: Strides = "symmetric", **kwargs: Any) -> nn.Modul
 
     Args:
         name: as equivision names it: "d4resnet50"; a key of `ARCHITECTURES`.
-        strides: "symmetric" for gzoo's exact strides; "original" for torch's own, which the checkpoints were trained
-            with: equivariant only where each window fits, at 32 n + 1 pixels.
+        strides: as in `gzoo.foreign.resnet`.
         **kwargs: of timm's ResNet.
 
     Raises:
         ValueError: there is no such model; the message lists the names.
     """
     row = _row(name)
-    group, widths = groups.get(row.group), {64 * 2**i: row.fields * 2**i for i in range(6)}
-    plain = timm.create_model(f"resnet{row.depth}", **kwargs)
-    model = convert_in_place(plain, group, widths=widths, group_pool="max", basis="steerable", scale=1.0)
-    config: Any = model.pretrained_cfg
-    model.pretrained_cfg = model.default_cfg = config | {"architecture": row.name, "tag": TAG} | PREPROCESSING
-    return keep_original_strides(model) if strides == "original" else model
+    group = groups.get(row.group)
+    return foreign.resnet(row.depth, group, row.fields, "steerable", "max", row.name, TAG, strides, **kwargs)
 
 
 def _row(name: str) -> Architecture:
@@ -123,7 +97,7 @@ def import_checkpoint(path: str | Path, name: str, out: str | Path, strides: Str
         ValueError: the name is unknown, or the file is truncated or of another model.
     """
     row, path = _row(name), Path(path)
-    state = _read(path)
+    state = foreign.read(path, "fetch a checkpoint that equivision's README links to")
     try:
         converted = _converted(row, state)
     except ValueError as error:
@@ -132,9 +106,7 @@ def import_checkpoint(path: str | Path, name: str, out: str | Path, strides: Str
     signature = {key: value for key, value in model.state_dict().items() if key == "group_signature"}
     # The layers inside equivision's own code are wrapped once; apart from that both networks name them alike.
     model.load_state_dict({key.replace(".layer.", "."): value for key, value in converted.items()} | signature)
-    model_args = {"strides": strides} if strides == "original" else {}
-    config = {"pretrained_cfg": {"tag": TAG}, "gzoo": {"group": groups.get(row.group).name}}
-    save_for_hf(model, str(out), model_config=config, model_args=model_args, safe_serialization=True)
+    foreign.write(model, out, strides)
     return model
 
 
@@ -152,25 +124,6 @@ def _converted(row: Architecture, state: dict[str, Tensor]) -> dict[str, Tensor]
     require_same_shapes(network, state, own)
     network.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
     return from_escnn(network, "steerable").state_dict()
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; fetch a checkpoint that equivision's README links to")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises what the zip reader, the unpickler or the tensor reader raise
-        raise ValueError(
-            f"{path}: the file is truncated or corrupt, or holds more than tensors ({type(error).__name__}); download "
-            "it again"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(
-            f"{path} holds a {type(state).__name__}, no state_dict; give the file that equivision publishes"
-        )
-    return state
 
 
 def escnn_network(row: Architecture) -> nn.Module:
@@ -228,7 +181,7 @@ class _ResNet(nn.Module):
             enn.PointwiseMaxPool2D(stem, 3, 2, 1),
         )
         in_fields = fields
-        for i, count in enumerate(_BLOCKS[depth]):
+        for i, count in enumerate(foreign.BLOCKS[depth]):
             blocks = []
             for j in range(count):
                 blocks.append(_Block(group, in_fields, fields * 2**i, 2 if i and not j else 1, bottleneck))

@@ -472,11 +472,10 @@ def _gzoo_convolution(path: str, conv: Any, basis: BasisName | None, window: Win
         if fibre:
             filters = filters.unflatten(1, (-1, fibre.order))[:, :, fibre.restriction(group)].flatten(1, 2)
         new.to(filters)
-        _fill(new, filters)
         if bias is not None:
             assert new.bias is not None
             new.bias.copy_(bias[:: group.order])
-        _require_same_filter(path, new.filter(), filters, _other_rings(group))
+        fit(path, new, filters, _other_rings(group))
     return new if fibre in (None, group) else nn.Sequential(Restriction(fibre, group), new)
 
 
@@ -496,6 +495,17 @@ def _quotient_convolution(path: str, conv: Any, new: QuotientConv2d) -> Quotient
             new.bias.copy_(bias[conv.out_type.fields_start.tolist()])
         _require_same_filter(path, new.filter(), filters, _other_rings(new.group))
     return new
+
+
+def fit(path: str, layer: ExpandedLayer, filters: Tensor, advice: str) -> None:
+    """Gives ``layer`` the kernels that expand to ``filters``.
+
+    Raises:
+        ValueError: there are none; says by how much the nearest differ, and ``advice``.
+    """
+    with torch.no_grad():
+        _fill(layer, filters)
+        _require_same_filter(path, layer.filter(), filters, advice)
 
 
 def _fill(layer: ExpandedLayer, filters: Tensor) -> None:

@@ -20,7 +20,7 @@ from timm.models import (
 from timm.models._pretrained import PretrainedCfg
 from torch import nn
 
-from gzoo import backbones, equivision, groups, weights
+from gzoo import backbones, equivision, foreign, groups, redet, weights
 from gzoo.bases import BasisName
 from gzoo.continuous import ContinuousResNet
 from gzoo.convert import convert_in_place
@@ -252,9 +252,13 @@ def _configs(entry: Entry) -> dict[str, dict[str, Any]]:
     return {f"{entry.name}.{tag}": base | weights.pretrained_cfg(entry.name, tag) for tag in entry.weights}
 
 
-# Names of equivision's ResNets, which have its widths where the tag says so. No weights are bundled or on the Hub:
-# `gzoo import equivision` makes a folder from a file that the user has.
+# Names of equivision's ResNets and ReDet's, which have their widths where the tag says so. No weights are bundled or on
+# the Hub: `gzoo import` makes a folder from a file that the user has.
 _EQUIVISION = {row.name: key for key, row in equivision.ARCHITECTURES.items()}
+_IMPORTED: dict[str, Callable[..., nn.Module]] = {
+    **{f"{name}.{equivision.TAG}": functools.partial(equivision.create, key) for name, key in _EQUIVISION.items()},
+    **{f"{redet.name(depth)}.{redet.TAG}": functools.partial(redet.create, depth) for depth in redet.DEPTHS},
+}
 
 
 # Networks over continuous groups, which no recipe makes from a plain one; t2 is the baseline of the other two.
@@ -277,10 +281,10 @@ def _factory(name: str, entry: Entry | None) -> Callable[..., nn.Module]:
         build: Callable[..., nn.Module]
         if name in _CONTINUOUS:
             build = _CONTINUOUS[name]
-        elif entry is None or config.tag == equivision.TAG:
-            build = functools.partial(equivision.create, _EQUIVISION[name])
+        elif entry is None:
+            build = _IMPORTED[f"{name}.{equivision.TAG}"]
         else:
-            build = entry.build
+            build = _IMPORTED.get(f"{name}.{config.tag}", entry.build)
         with weights.explained(config) if pretrained else nullcontext():
             if pretrained:
                 overlay |= weights.verified(config, kwargs.get("cache_dir"))
@@ -318,12 +322,8 @@ def _resolve(name: str, pretrained_cfg: Any, overlay: dict[str, Any]) -> Pretrai
 
 
 _CONFIGS: dict[str, Any] = {name: config for entry in ENTRIES for name, config in _configs(entry).items()}
-for _name in _EQUIVISION:
-    _CONFIGS[f"{_name}.{equivision.TAG}"] = {
-        **_BACKBONES["resnet50"].config,
-        **equivision.PREPROCESSING,
-        "pool_size": None,
-    }
+for _name in _IMPORTED:
+    _CONFIGS[_name] = {**_BACKBONES["resnet50"].config, **foreign.PREPROCESSING, "pool_size": None}
 for _name in _CONTINUOUS:
     _CONFIGS[_name] = {
         **_BACKBONES["cnn7"].config,

@@ -27,9 +27,9 @@ def _small(monkeypatch):
         monkeypatch.setitem(equivision.ARCHITECTURES, name, row)
 
 
-def random_network(row):
-    """escnn's network, in eval mode, whose maps stay of order one."""
-    network = escnn_network(row).train()
+def randomized(network):
+    """The network in eval mode, with random numbers with which its maps stay of order one."""
+    network.train()
     with torch.no_grad():
         for name, tensor in (*network.named_parameters(), *network.named_buffers()):
             if name.endswith("weights"):
@@ -50,7 +50,7 @@ def saved(tmp_path_factory):
         if name not in made:
             torch.manual_seed(0)
             path = tmp_path_factory.mktemp(name) / "checkpoint.pt"
-            network = random_network(SMALL[name])
+            network = randomized(escnn_network(SMALL[name]))
             torch.save(network.train().state_dict(), path)
             made[name] = network.eval(), path
         return made[name]
