@@ -1,6 +1,5 @@
 """The README's Python runs as printed, and its tables are those of the result files."""
 
-import csv
 import importlib.util
 import json
 import re
@@ -115,13 +114,13 @@ def test_readme_shows_how_exact_the_zoo_is(monkeypatch):
     assert said in " ".join(README.read_text().split())
 
 
-def test_readme_shows_the_errors_with_few_images():
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("low_data_*.csv")), ids=lambda path: path.stem)
+def test_readme_shows_the_errors_with_few_images(path):
     spec = importlib.util.spec_from_file_location("low_data", BENCHMARKS / "low_data.py")
     assert spec is not None
     low_data = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(low_data)
-    with (BENCHMARKS / "low_data.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    shown = re.search(r"<!-- low data -->\n(.*?)\n<!-- /low data -->", README.read_text(), re.DOTALL)
+    rows = low_data.read(path)
+    shown = re.search(rf"<!-- {path.stem} -->\n(.*?)\n<!-- /{path.stem} -->", README.read_text(), re.DOTALL)
     assert shown is not None
     assert shown[1] == low_data.table(rows)
