@@ -1,6 +1,7 @@
 """Layers whose filter is expanded from a smaller weight; in eval mode the filter is kept until the weight changes."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -38,8 +39,11 @@ class ExpandedLayer(nn.Module):
             return expand(weight, self.basis)
         version = weight._version
         if self._cached is None or self._cached[0] is not weight or self._cached[1] != version:
-            # A tensor made in inference mode could not serve a gradient with respect to x later.
-            with torch.inference_mode(False), torch.no_grad():
+            # A tensor made in inference mode could not serve a gradient with respect to x later, nor one of autocast's
+            # dtype a call without autocast.
+            device = weight.device.type
+            full = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+            with torch.inference_mode(False), torch.no_grad(), full:
                 self._cached = weight, version, expand(weight, self.basis)
         return self._cached[2]
 

@@ -170,6 +170,21 @@ def test_a_layer_that_ran_in_inference_mode_passes_gradients_afterwards(layer):
     assert x.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("basis", ["pixel", "steerable"])
+def test_a_layer_that_ran_under_autocast_has_a_filter_of_full_precision_afterwards(basis):
+    layer, x = LiftingConv2d(P4, 1, 2, 3, basis=basis).eval(), torch.randn(1, 1, 5, 5)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        assert layer(x).equal(copy.deepcopy(layer)(x))
+
+
+def test_a_layer_runs_on_the_meta_device():
+    layer = LiftingConv2d(P4, 1, 2, 3, basis="steerable").eval().to("meta")
+    with torch.no_grad():
+        assert layer(torch.empty(1, 1, 5, 5, device="meta")).shape == (1, 8, 3, 3)
+
+
 def test_a_layer_made_in_inference_mode_runs_and_sees_its_edits():
     with torch.inference_mode():
         layer = GroupConv2d(P4, 2, 2, 3).eval()
