@@ -415,10 +415,7 @@ class _Batches(Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         python, numpy_state = random.getstate(), np.random.get_state()
         with torch.random.fork_rng(devices=[]):
-            seed = mixed_seed(self.seed, self.epoch, indices[0])
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed a GPU's, too, which dropout uses
+            _seed_cpu(self.seed, self.epoch, indices[0])  # a GPU's generator is dropout's
             pairs = [self.data[i] for i in indices]
             images = torch.stack([self.transform(image) for image, _ in pairs])  # (B, C, H, W)
         random.setstate(python)
@@ -480,10 +477,16 @@ def set_epoch(loader: DataLoader, epoch: int) -> None:
 
 def seed_everything(*numbers: int) -> None:
     """Seed Python's, numpy's and torch's generators from a few whole numbers."""
+    torch.manual_seed(_seed_cpu(*numbers))
+
+
+def _seed_cpu(*numbers: int) -> int:
+    """Seed what draws on the CPU, and no GPU's generator; the one seed that the numbers make."""
     seed = mixed_seed(*numbers)
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    return seed
 
 
 def mixed_seed(*numbers: int) -> int:
