@@ -66,26 +66,25 @@ def test_lifting_convolution_and_its_gradients_commute_with_the_group(group, var
         assert worst_error(layer, group, random_image(4, size, batch=1), "image", "fields") < 1e-12
 
 
+def assert_commute(group, fewer, more, options):
+    """A lifting convolution from as many channels to as many fields, and one of these fields back."""
+    lifting = with_random_statistics(LiftingConv2d(groups.get(group), fewer, more, **options))
+    regular = with_random_statistics(GroupConv2d(groups.get(group), more, fewer, **options))
+    for size in SIZES:
+        assert worst_error(lifting, group, random_image(fewer, size, batch=1), "image", "fields") < 1e-12
+        assert worst_error(regular, group, random_fields(group, more, size, batch=1)) < 1e-12
+
+
 @pytest.mark.parametrize("variant", ["2x2 strided", "3x3 strided", "3x3 depthwise", "4x4 same", "5x5 same"])
 @pytest.mark.parametrize("group", [*GRID_GROUPS, "c8", "d8", "d6", "c3"])
 def test_steerable_convolutions_and_their_gradients_commute_with_the_turns_of_the_grid(group, variant):
-    options = VARIANTS[variant] | {"basis": "steerable"}
-    lifting = with_random_statistics(LiftingConv2d(groups.get(group), 4, 4, **options))
-    regular = with_random_statistics(GroupConv2d(groups.get(group), 4, 4, **options))
-    for size in SIZES:
-        assert worst_error(lifting, group, random_image(4, size, batch=1), "image", "fields") < 1e-12
-        assert worst_error(regular, group, random_fields(group, 4, size, batch=1)) < 1e-12
+    assert_commute(group, 4, 4, VARIANTS[variant] | {"basis": "steerable"})
 
 
 @pytest.mark.parametrize("variant", ["3x3 strided", "4x4 same", "5x5 same"])
 @pytest.mark.parametrize("group", ["p4m", "c8", "d8", "c16", "c3"])
 def test_steerable_3r_convolutions_and_their_gradients_commute_with_the_turns_of_the_grid(group, variant):
-    options = VARIANTS[variant] | {"basis": "steerable_3r"}
-    lifting = with_random_statistics(LiftingConv2d(groups.get(group), 1, 2, **options))
-    regular = with_random_statistics(GroupConv2d(groups.get(group), 2, 1, **options))
-    for size in SIZES:
-        assert worst_error(lifting, group, random_image(1, size, batch=1), "image", "fields") < 1e-12
-        assert worst_error(regular, group, random_fields(group, 2, size, batch=1)) < 1e-12
+    assert_commute(group, 1, 2, VARIANTS[variant] | {"basis": "steerable_3r"})
 
 
 @pytest.mark.parametrize(("group", "g"), [("c8", 1), ("d8", 3), ("d8", 9), ("c16", 1), ("d6", 1)])
