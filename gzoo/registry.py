@@ -196,8 +196,8 @@ def _scale(entry: Entry) -> float:
 
 _COHEN_WELLING = "arXiv:1602.07576"
 _RONNEBERGER = "arXiv:1505.04597"
-_WEILER_CESA: dict[str, Any] = {"group_pool": "max", "paper": "arXiv:1911.08251"}
-_STEERABLE = _WEILER_CESA | {"basis": "steerable_3r"}  # their band limit
+_WEILER_CESA = "arXiv:1911.08251"
+_STEERABLE: dict[str, Any] = {"group_pool": "max", "basis": "steerable_3r", "paper": _WEILER_CESA}  # their band limit
 _SFCNN_FIELDS = {96: 24, 128: 32, 144: 36, 256: 64, 384: 96}
 
 # What the rows of some networks say beyond group and backbone.
@@ -212,8 +212,8 @@ _DETAILS: dict[str, dict[str, Any]] = {
     "allcnnc": {"paper": "arXiv:1412.6806"},
     "p4_allcnnc": {"paper": _COHEN_WELLING},
     "p4m_allcnnc": {"widths": {96: 32, 192: 64}, "paper": _COHEN_WELLING},
-    "cnn6": {"weights": ("rotmnist",), "paper": "arXiv:1911.08251"},
-    **{f"{group}_cnn6": _WEILER_CESA for group in ("p4", "p4m")},
+    "cnn6": {"weights": ("rotmnist",), "paper": _WEILER_CESA},
+    **{f"{group}_cnn6": {"group_pool": "max", "paper": _WEILER_CESA} for group in ("p4", "p4m")},
     "c8_cnn6": _STEERABLE | {"weights": ("rotmnist",)},
     **{f"{group}_cnn6": _STEERABLE for group in ("d8", *_SIXTEEN)},
     "cnn7": {"weights": ("rotmnist",), "paper": _COHEN_WELLING},
