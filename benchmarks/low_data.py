@@ -39,7 +39,6 @@ _SMALL = {
     "model_args": {"base_width": 16},
     "image_sizes": None,
     "image_size": 16,
-    "crop_padding": 2,
     "augment_batches": True,
 }
 SERIES = {
