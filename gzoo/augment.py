@@ -133,7 +133,7 @@ class BatchTransform:
 
         x = images.float()
         if a.rotate:
-            x = rotate(x, uniform(-a.rotate, a.rotate).deg2rad())
+            x = rotate(x, uniform(-a.rotate, a.rotate).deg2rad(), self.interpolation)
         if a.crop_padding:
             x = self._padded_crop(x, uniform(0, 1, 2))
         else:
@@ -173,23 +173,44 @@ class BatchTransform:
         return x[image, :, rows, columns].movedim(3, 1).contiguous()
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate each image about its centre, counterclockwise and bilinearly; what comes from outside is black.
+def rotate(x: Tensor, angles: Tensor, interpolation: str) -> Tensor:
+    """Rotate each image about its centre, counterclockwise; what comes from outside is black.
 
     Args:
         angles: (B,), in radians.
+        interpolation: "bilinear" or "bicubic".
 
     Shape:
-        x and result: (B, C, H, W).
+        x and result: (B, C, H, W), 0 to 255.
     """
     height, width = x.shape[2:]
     down = (torch.arange(height, device=x.device) + 0.5 - height / 2)[:, None]  # of pixel centres, from the middle
     right = torch.arange(width, device=x.device) + 0.5 - width / 2
     cos, sin = angles.cos()[:, None, None], angles.sin()[:, None, None]
-    # Where each pixel comes from; for grid_sample, -1 and 1 are the edges of the image.
-    grid = torch.stack([2 / width * (cos * right - sin * down), 2 / height * (sin * right + cos * down)], 3)
-    inside = (grid.abs() <= 1).all(3)[:, None]  # PIL blends with black nowhere: it is the image or black
-    return functional.grid_sample(x, grid, padding_mode="border", align_corners=False) * inside
+    row, column = sin * right + cos * down + height / 2, cos * right - sin * down + width / 2  # where each comes from
+    inside = (row >= 0) & (row <= height) & (column >= 0) & (column <= width)
+    if interpolation == "bilinear":
+        grid = torch.stack([2 * column / width - 1, 2 * row / height - 1], 3)  # -1 and 1 are the edges of the image
+        turned = functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    else:
+        turned = _bicubic(x, row - 0.5, column - 0.5)
+    return turned * inside[:, None]  # PIL blends with black nowhere: it is the image or black
+
+
+def _bicubic(x: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """x (B, C, H, W) at `row` and `column` (B, H', W'), counted from the first pixel's centre, as PIL rotates.
+
+    PIL has Keys' kernel with a = -1 here, and a = -1/2 where it resizes; `grid_sample` has -3/4.
+    """
+    x, image = x.movedim(1, 3), torch.arange(len(x), device=x.device)[:, None, None]
+    first = [position.floor() for position in (row, column)]
+    total = torch.zeros(())
+    for i in range(-1, 3):
+        for j in range(-1, 3):
+            at = [(f + k).clamp(0, n - 1).long() for f, k, n in zip(first, (i, j), x.shape[1:3], strict=True)]
+            weight = _keys(row - first[0] - i, -1) * _keys(column - first[1] - j, -1)
+            total = total + weight[..., None] * x[image, at[0], at[1]]
+    return total.movedim(3, 1).clamp(0, 255)
 
 
 def crop_boxes(sides: Sequence[int], scale: tuple[float, float], ratio: tuple[float, float], draws: Tensor) -> Tensor:
@@ -253,11 +274,15 @@ def _linear(x: Tensor) -> Tensor:
     return (1 - x.abs()).clamp(min=0)
 
 
-def _cubic(x: Tensor) -> Tensor:
-    """Keys' kernel with a = -1/2, PIL's; `grid_sample` has -3/4."""
+def _keys(x: Tensor, a: float) -> Tensor:
+    """Source: Keys 1981, equation 15 with any a, as PIL has it."""
     x = x.abs()
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, torch.where(x < 2, far, 0))
+    near, far = ((a + 2) * x - (a + 3)) * x * x + 1, ((x - 5) * x + 8) * x - 4
+    return torch.where(x < 1, near, torch.where(x < 2, a * far, 0))
+
+
+def _cubic(x: Tensor) -> Tensor:
+    return _keys(x, -0.5)
 
 
 _KERNELS: dict[str, Callable[[Tensor], Tensor]] = {"bilinear": _linear, "bicubic": _cubic}

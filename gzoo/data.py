@@ -326,7 +326,7 @@ class Augmentation:
     auto_augment: str | None = None
     re_prob: float = 0.0
     crop_padding: int = 0  # pixels: crop from the image padded by zeros, as in CIFAR recipes, not by resizing a part
-    rotate: float = 0.0  # degrees: rotate by a uniform angle in [-rotate, rotate], bilinear, corners black
+    rotate: float = 0.0  # degrees: rotate by a uniform angle in [-rotate, rotate], corners black
 
     def __post_init__(self) -> None:
         if self.crop_padding and (self.scale or self.ratio):
@@ -364,7 +364,9 @@ def train_transform(config: dict[str, Any], augmentation: Augmentation) -> trans
     a, size = augmentation, config["input_size"][1:]
     steps: list[Any] = [to_channels(config["input_size"][0])]
     if a.rotate:
-        steps.append(transforms.RandomRotation(a.rotate, transforms.InterpolationMode.BILINEAR))
+        modes = transforms.InterpolationMode  # PIL rotates by no other two; the blur of a bilinear one is felt
+        mode = modes.BILINEAR if config["interpolation"] == "bilinear" else modes.BICUBIC
+        steps.append(transforms.RandomRotation(a.rotate, mode))
     scale, ratio = a.resized_crop
     if a.crop_padding:
         interpolation = timm.data.transforms.str_to_interp_mode(config["interpolation"])

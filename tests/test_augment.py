@@ -74,19 +74,21 @@ def test_images_get_the_channels_of_the_model():
     assert torch.equal(make_resident(of([grey]), 3, CPU).images[0].float(), tensor(grey).expand(3, -1, -1))
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_rotation_is_that_of_pil(shape):
+def test_a_rotation_is_that_of_pil(shape, interpolation):
     image, angles = noise(shape), np.random.default_rng(1).uniform(-180, 180, 30)
-    found = rotate(tensor(image).expand(30, -1, -1, -1), torch.tensor(angles).float().deg2rad())
+    found = rotate(tensor(image).expand(30, -1, -1, -1), torch.tensor(angles).float().deg2rad(), interpolation)
     for x, angle in zip(found, angles.tolist(), strict=True):
-        assert (x - tensor(pil.rotate(image, angle, InterpolationMode.BILINEAR))).abs().max() < LEVEL
+        assert (x - tensor(pil.rotate(image, angle, InterpolationMode(interpolation)))).abs().max() < LEVEL
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [28, 29])
-def test_a_quarter_turn_moves_pixels_without_blending(size):
+def test_a_quarter_turn_moves_pixels_without_blending(size, interpolation):
     x = torch.rand(1, 2, size, size, dtype=torch.float64)
     for quarters in range(-2, 4):
-        turned = rotate(x, torch.tensor([quarters * torch.pi / 2], dtype=torch.float64))
+        turned = rotate(x, torch.tensor([quarters * torch.pi / 2], dtype=torch.float64), interpolation)
         torch.testing.assert_close(turned, x.rot90(quarters, (2, 3)), atol=1e-12, rtol=0)
 
 

@@ -1,6 +1,7 @@
 """Opening image folders, parquet folders and Hub names; splits, transforms, loaders; rotated MNIST."""
 
 import io
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from timm import create_model
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
 
 from gzoo.data import (
     Augmentation,
@@ -369,6 +372,17 @@ def test_evaluation_sees_every_image_once_and_in_order(tmp_path):
     batches = list(eval_loader(data, eval_transform(config()), 4, 0, CPU))
     assert [len(labels) for _, labels in batches] == [4, 4, 2]
     assert torch.cat([labels for _, labels in batches]).tolist() == data.labels
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_rotation_interpolates_as_the_config_says(interpolation):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9), np.uint8))
+    whole = Augmentation(rotate=90, scale=(1, 1), ratio=(1, 1), hflip=0)
+    torch.manual_seed(0)
+    found = train_transform(config(9, 1) | {"interpolation": interpolation}, whole)(image)
+    torch.manual_seed(0)
+    turned = transforms.RandomRotation(90, InterpolationMode(interpolation))(image)
+    assert torch.equal(found, train_transform(config(9, 1), replace(whole, rotate=0))(turned))
 
 
 # --- rotated MNIST
