@@ -243,8 +243,8 @@ def first_broken_layer(
 ) -> str | None:
     """The name of the first leaf module whose output does not transform with x; None if all do.
 
-    A leaf's own law is not known here: its output may be an image, regular fields with channels first or last, or a
-    vector. A leaf is blamed only if no law that fits its shape holds. Where no leaf is to blame, but the network's own
+    A leaf's own law is not known here: its output may be an image, regular fields with channels first or last, both in
+    one, or a vector. A leaf is blamed only if no law that fits its shape holds. Where no leaf is to blame, but the network's own
     output does not follow, the name is "", the network's.
 
     Args:
@@ -261,7 +261,8 @@ def first_broken_layer(
     for g in group.grid_elements if elements is None else elements:
         outputs = _recorded_outputs(model, group.transform_image(x, g))
         for name in ran[first:end]:
-            if min(relative_error(outputs[name], moved) for moved in _possible(group, expected[name], g)) > tolerance:
+            found = outputs[name]
+            if min(relative_error(found, moved) for moved in _possible(group, expected[name], g, found)) > tolerance:
                 return name
     return None
 
@@ -273,8 +274,9 @@ def _recorded_outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return outputs | {"": output} if isinstance(output, Tensor) else outputs
 
 
-def _possible(group: Group, y: Tensor, g: int) -> Iterator[Tensor]:
-    """y transformed by g under every law that its shape allows."""
+def _possible(group: Group, y: Tensor, g: int, found: Tensor) -> Iterator[Tensor]:
+    """y transformed by g under every law that its shape allows; the last is the channels' permutation nearest to
+    ``found``."""
     yield y
     if _is_pose(y, group):
         yield _move_pose(group, y, g)
@@ -287,6 +289,11 @@ def _possible(group: Group, y: Tensor, g: int) -> Iterator[Tensor]:
             yield group.transform_features(y, g)
         if y.shape[-1] % group.order == 0:
             yield group.transform_features(y.permute(0, 3, 1, 2), g).permute(0, 2, 3, 1)
+        moved = group.transform_image(y, g)
+        if moved.shape == found.shape:
+            weights = torch.rand(y.shape[2:], generator=torch.Generator().manual_seed(0)).to(y)
+            old, new = ((x * weights).sum((0, 2, 3)).argsort() for x in (moved, found))  # alike in their order
+            yield moved[:, old[new.argsort()]]
 
 
 def _is_pose(y: Tensor, group: Group) -> bool:

@@ -205,7 +205,7 @@ class Plan:
             return Row(name, plain_out, own, 0, fields_out, own / plain_in * fields_in, 0)
         group, pixels = self.group_at(name), self.trace.pixels[name]
         order = group.order
-        lifts = any(segment.image for segment in inputs)
+        lifts = all(segment.image for segment in inputs)
         if isinstance(module, nn.Linear):
             taps, free, groups = 1, 1 if lifts else order, 1
         else:

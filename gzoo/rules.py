@@ -4,6 +4,7 @@ A rule gets the plain module, whose children are converted already, and a `Recip
 passes unchanged. What no rule knows is an error of `gzoo.convert`.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -39,9 +40,13 @@ from gzoo.nn import (
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.fibre import share_along_fibre
 from gzoo.nn.linear import Head, Pooling
+from gzoo.nn.mixed import PoolSomeFibres, RepeatAlongFibre, Run
 from gzoo.nn.resample import Window, square
 from gzoo.plan import REDUCTIONS, Plan
-from gzoo.trace import Segments
+from gzoo.trace import Segments, flat
+
+
+_WITHOUT_FIBRE = "channels that have no fibre (of the image, a mean over channels, an attention map)"
 
 
 @dataclass(frozen=True)
@@ -70,18 +75,34 @@ class Recipe:
 
     @property
     def in_fields(self) -> int:
-        """Regular fields that the module is given."""
-        return self.plan.fields(self._seen(self.plan.trace.inputs), self.path)
+        """Regular fields that the module is given; of channels that have no fibre, their own number."""
+        runs = self.in_runs
+        if len(runs) > 1:
+            raise ValueError(f"it is given {_WITHOUT_FIBRE} beside feature maps, which only a convolution can take")
+        return runs[0].size
 
     @property
     def out_fields(self) -> int:
         """Regular fields that the module gives."""
-        return self.plan.fields(self._seen(self.plan.trace.outputs), self.path)
+        runs = self.out_runs
+        if not all(run.regular for run in runs):
+            raise ValueError(f"it gives {_WITHOUT_FIBRE}, which only a convolution can")
+        return runs[0].size
 
     @property
     def lifts(self) -> bool:
-        """Whether the module is given channels of the image."""
-        return any(segment.image for segment in self._seen(self.plan.trace.inputs))
+        """Whether all that the module is given has no fibre: channels of the image."""
+        return not any(run.regular for run in self.in_runs)
+
+    @property
+    def in_runs(self) -> list[Run]:
+        """What the module is given."""
+        return self._runs(self.plan.trace.inputs)
+
+    @property
+    def out_runs(self) -> list[Run]:
+        """What the module gives."""
+        return self._runs(self.plan.trace.outputs)
 
     @property
     def folded(self) -> int:
@@ -96,6 +117,10 @@ class Recipe:
     def at(self, path: str) -> "Recipe":
         """This recipe for the module called ``path``."""
         return replace(self, path=path)
+
+    def _runs(self, known: dict[str, Segments]) -> list[Run]:
+        alike = itertools.groupby(flat(self._seen(known)), lambda segment: segment.image)
+        return [Run(self.plan.fields(tuple(segments), self.path), not image) for image, segments in alike]
 
     def _seen(self, known: dict[str, Segments]) -> Segments:
         if self.path in known:
@@ -131,13 +156,21 @@ def rule(*types: type[nn.Module]) -> Callable[[Rule], Rule]:
 
 @rule(nn.Conv2d, tl.Conv2dSame)
 def _conv(plain: nn.Conv2d, recipe: Recipe) -> nn.Module:
-    if recipe.is_classifier and not recipe.lifts and plain.kernel_size == plain.stride == (1, 1):
+    order, given = recipe.group.order, recipe.in_runs
+    gives = [Run(plain.out_channels, True)] if recipe.is_classifier else recipe.out_runs  # pooled in its own way
+    mixed, pools = len(given) > 1, not all(run.regular for run in gives)
+    if recipe.is_classifier and not (mixed or recipe.lifts) and plain.kernel_size == plain.stride == (1, 1):
         last = InvariantConv2d(
             recipe.group, recipe.in_fields, plain.out_channels, plain.bias is not None, recipe.group_pool
         )
         _initialize_like(last, plain, plain.in_channels, last.in_channels)
         return last
-    out_fields = plain.out_channels if recipe.is_classifier else recipe.out_fields
+    if recipe.per_element and (mixed or pools):
+        raise ValueError(
+            f"{_WITHOUT_FIBRE} are the same for all poses here, and each pose's own in the plain network"
+        )
+    in_fields = sum(run.size for run in given)
+    out_fields = sum(run.size for run in gives)
     padding: int | Literal["same"]
     if isinstance(plain, tl.Conv2dSame | StdConv2dSame | ScaledStdConv2dSame) or plain.padding == "same":
         padding = "same"  # TensorFlow pads one side more where it must; here both alike, behind the resampling rule
@@ -152,7 +185,6 @@ def _conv(plain: nn.Conv2d, recipe: Recipe) -> nn.Module:
         "bias": plain.bias is not None,
         "padding_mode": plain.padding_mode,
     }
-    in_fields = recipe.in_fields
     groups = recipe.plan.groups_of(plain, in_fields, out_fields)
     kind = LiftingConv2d if recipe.lifts else GroupConv2d
     if recipe.folded > 1:  # behind a space-to-depth, which a quarter turn would scramble: the same pixels, unfolded
@@ -161,7 +193,12 @@ def _conv(plain: nn.Conv2d, recipe: Recipe) -> nn.Module:
             options[name] *= recipe.folded
     new = kind(recipe.group, in_fields, out_fields, groups=groups, basis=recipe.plan.basis, **options)
     _initialize_like(new, plain, plain.weight[0].numel(), new.fan_in)
-    return nn.Sequential(new, GroupPool(recipe.group.order, recipe.group_pool)) if recipe.is_classifier else new
+    layers: list[nn.Module] = [RepeatAlongFibre(order, given), new] if mixed else [new]
+    if pools:
+        layers.append(PoolSomeFibres(order, gives))
+    if recipe.is_classifier:
+        layers.append(GroupPool(order, recipe.group_pool))
+    return nn.Sequential(*layers) if len(layers) > 1 else new
 
 
 def _square_padding(plain: nn.Conv2d) -> int:
@@ -182,6 +219,11 @@ def _standardized_conv(plain: Any, recipe: Recipe) -> nn.Module:
     if recipe.is_classifier:
         raise ValueError("it makes the logits with standardized weights; use a plain convolution there")
     new: Any = _conv(plain, recipe)
+    if isinstance(new, nn.Sequential):
+        raise ValueError(
+            "it makes or reads channels that have no fibre, such as an attention map, with standardized weights; use a "
+            "plain convolution there"
+        )
     gain = getattr(plain, "gain", None)
     scale = getattr(plain, "scale", 1.0) * math.sqrt(plain.weight[0].numel() / new.fan_in)  # it is of one input
     new.standardize = WeightStandardization(new.out_fields, recipe.group.order, plain.eps, gain, scale)

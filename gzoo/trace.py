@@ -25,7 +25,8 @@ class Segment:
 
     Attributes:
         size: plain channels.
-        image: whether they are channels of the image, which have no fibre.
+        image: whether they have no fibre, as the channels of the image: or a mean over all channels, or one channel that
+            is multiplied with all others.
         groups: of the grouped convolutions that read or write them.
         folded: side of the squares of pixels that are folded into them; 1 if none are.
     """
@@ -267,10 +268,12 @@ class _Follow(TorchFunctionMode):
         found = False
         known = [(x.ndim, channels) for x in inputs if (channels := _channels(x))]
         for out in outputs:
-            mine = None
+            mine, single = None, []
             for ndim, (dim, segments) in known:
                 place = dim - ndim  # from the right, as broadcasting aligns
                 if -place > out.ndim or out.shape[place] != _total(segments):
+                    if -place <= out.ndim and _total(segments) == 1:
+                        single.append((place + out.ndim, segments))
                     place = dim  # from the left, as reductions of pixels leave it
                     if place >= out.ndim or out.shape[place] != _total(segments):
                         continue
@@ -282,6 +285,9 @@ class _Follow(TorchFunctionMode):
             if mine:
                 _mark(out, *mine)
                 found = True
+                for place, segments in single:  # an attention map, say: it goes to every channel of a fibre alike
+                    for segment in flat(segments) if place == mine[0] else ():
+                        segment.image = True
         return found
 
     def _cat(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
@@ -386,7 +392,9 @@ class _Follow(TorchFunctionMode):
             return False
         reduced = {d % x.ndim for d in ([dims] if isinstance(dims, int) else dims)}
         if channels.dim in reduced:
-            return False
+            for out in outputs if outputs[0].ndim == x.ndim else ():
+                _mark(out, channels.dim, (Segment(1, image=True),))
+            return outputs[0].ndim == x.ndim
         dropped = 0 if outputs[0].ndim == x.ndim else sum(d < channels.dim for d in reduced)
         for out in outputs:
             _mark(out, channels.dim - dropped, channels.segments)

@@ -302,7 +302,115 @@ class Position(nn.Module):
         return x + self.embedding
 
 
+class SpatialAttention(nn.Module):
+    """Where to look, from the mean and the maximum over channels (CBAM)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Sequential(conv(2, 1, 5, bias=False), nn.BatchNorm2d(1), nn.Sigmoid())
+
+    def forward(self, x):
+        return x * self.conv(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1))
+
+
+class Gated(nn.Module):
+    """Half of the channels, weighted by the last ones, one after the other, as in focal modulation."""
+
+    def __init__(self, channels, gates):
+        super().__init__()
+        self.split = [channels, gates]
+        self.conv = conv(channels, channels + gates)
+
+    def forward(self, x):
+        y, gates = self.conv(x).split(self.split, 1)
+        return sum(y * gates[:, i : i + 1].sigmoid() for i in range(self.split[1]))
+
+
+# Channels that have no fibre, inside of a network.
+FIBRELESS = {
+    "spatial attention": lambda: nn.Sequential(conv(3, 12), nn.ReLU(), SpatialAttention(), conv(12, 8), *head(8)),
+    "attention gate": lambda: Network(
+        lambda self, x: self.head(self.a(x) * self.gate(self.a(x))),
+        a=nn.Sequential(conv(3, 12), nn.ReLU()),
+        gate=nn.Sequential(conv(12, 1, 1), nn.BatchNorm2d(1), nn.Sigmoid()),
+        head=nn.Sequential(conv(12, 8), nn.ReLU(), *head(8)),
+    ),
+    "several gates": lambda: nn.Sequential(conv(3, 12), nn.ReLU(), Gated(12, 3), conv(12, 8), *head(8)),
+    "the image again": lambda: Network(
+        lambda self, x: self.head(self.b(torch.cat([x, self.a(x), x.amax(1, keepdim=True)], 1))),
+        a=nn.Sequential(conv(3, 12), nn.BatchNorm2d(12), nn.ReLU()),
+        b=nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), conv(16, 8)),
+        head=nn.Sequential(*head(8)),
+    ),
+    "the image again, before a mask": lambda: Network(
+        lambda self, x: self.mask(torch.cat([self.a(x), x], 1)), a=conv(3, 12), mask=conv(15, 2, 1)
+    ),
+    "less the mean over channels": lambda: Network(
+        lambda self, x: self.head(self.a(x) - self.a(x).mean(1, keepdim=True)),
+        a=conv(3, 12),
+        head=nn.Sequential(nn.ReLU(), conv(12, 8), *head(8)),
+    ),
+}
+
+
+@pytest.mark.parametrize("group", GRID_GROUPS)
+@pytest.mark.parametrize("name", FIBRELESS)
+def test_channels_without_a_fibre_move_as_the_image_does(name, group):
+    model = with_random_statistics(gzoo.convert(FIBRELESS[name](), group)).eval()
+    output = "image" if "mask" in name else "invariant"
+    for size in ((9, 9), (8, 8), (8, 11)):
+        assert worst_error(model, group, image(size), "image", output) < 1e-12
+
+
+@pytest.mark.parametrize("name", FIBRELESS)
+def test_channels_without_a_fibre_are_as_exact_over_finer_groups(name):
+    model = with_random_statistics(gzoo.convert(FIBRELESS[name](), "c8")).eval()
+    assert gzoo.check(model, 9).worst < 1e-12
+
+
+def test_gates_hold_the_parameters_of_the_plain_network():
+    plain = nn.Sequential(conv(3, 64), nn.ReLU(), Gated(64, 3), conv(64, 64), *head(64))
+    model = gzoo.convert(plain, "p4")
+    sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in (plain, model)]
+    assert 0.9 < sizes[1] / sizes[0] < 1.1
+    assert model[2].split == [4 * model[3].in_fields, 3]
+
+
+@pytest.mark.parametrize("name", ["spatial attention", "attention gate", "several gates", "the image again"])
+def test_channels_without_a_fibre_are_not_those_of_each_pose(name):
+    with pytest.raises(ValueError, match="channels that have no fibre .* are the same for all poses here"):
+        gzoo.convert(FIBRELESS[name](), "p4", weights="transfer")
+
+
 REFUSED = {
+    "norm of features beside the image": (
+        lambda: Network(
+            lambda self, x: self.head(self.norm(torch.cat([self.a(x), x], 1))),
+            a=conv(3, 13),
+            norm=nn.BatchNorm2d(16),
+            head=nn.Sequential(conv(16, 8), *head(8)),
+        ),
+        "^norm: it is given channels that have no fibre .* beside feature maps, which only a convolution can take",
+    ),
+    "gate of a transposed convolution": (
+        lambda: Network(
+            lambda self, x: self.head(self.a(x) * self.gate(self.b(x))),
+            a=conv(3, 12),
+            b=conv(3, 12, 2, stride=2, padding=0),
+            gate=nn.ConvTranspose2d(12, 1, 2, stride=2),
+            head=nn.Sequential(conv(12, 8), *head(8)),
+        ),
+        "^gate: it gives channels that have no fibre",
+    ),
+    "gate of a standardized convolution": (
+        lambda: Network(
+            lambda self, x: self.head(self.a(x) * self.gate(x)),
+            a=conv(3, 12),
+            gate=timm.layers.StdConv2d(3, 1, 3, padding=1),
+            head=nn.Sequential(conv(12, 8), *head(8)),
+        ),
+        "^gate: it makes or reads channels that have no fibre",
+    ),
     "unknown module": (
         lambda: nn.Sequential(conv(3, 16), nn.PReLU(), *head(16)),
         r"^1 is a torch\.nn\.modules\.activation\.PReLU with parameters of its own \(weight\), .* gzoo.convert.rule",
@@ -559,6 +667,7 @@ blocks = st.lists(
             "residual": st.booleans(),
             "depthwise": st.booleans(),
             "pool": st.sampled_from((None, nn.MaxPool2d, nn.AvgPool2d)),
+            "attention": st.booleans(),
         }
     ),
     min_size=1,
@@ -588,6 +697,8 @@ def random_network(blocks):
             layers.append(
                 Residual(nn.Sequential(conv(width, width, groups=width if block["depthwise"] else 1), nn.ReLU()))
             )
+        if block["attention"]:
+            layers.append(SpatialAttention())
         if block["pool"] and i == 0:
             layers.append(block["pool"](2))
     network = nn.Sequential(*layers, *head(width))

@@ -162,7 +162,7 @@ def test_views_are_followed(how):
 
 LOST = {
     "flattened pixels": (lambda y: y.flatten(1)[:, :, None, None], "flatten"),
-    "mean of channels": (lambda y: y.mean(1, keepdim=True), "mean"),
+    "mean of channels that leaves a map": (lambda y: y.mean(1).unsqueeze(1), "mean"),
     "every second channel": (lambda y: y[:, ::2], "__getitem__"),
     "product over pixels": (lambda y: torch.einsum("bchw,bdhw->bcd", y, y).unsqueeze(3), "einsum"),
 }
@@ -173,6 +173,36 @@ def test_what_mixes_channels_is_lost_by_name(how):
     step, name = LOST[how]
     found = seen(lambda self, x: self.c(step(self.a(x))), a=conv(3, 9), c=nn.LazyConv2d(2, 1))
     assert found.lost == {"c": name}
+
+
+def without_fibre(found, path):
+    return [(segment.size, segment.image) for segment in flat(found.outputs[path])]
+
+
+def test_a_mean_over_channels_has_no_fibre():
+    found = seen(
+        lambda self, x: self.c(torch.cat([self.a(x).mean(1, keepdim=True), self.a(x).amax(1, keepdim=True)], 1)),
+        a=conv(3, 9),
+        c=conv(2, 4),
+    )
+    assert [(segment.size, segment.image) for segment in flat(found.inputs["c"])] == [(1, True), (1, True)]
+    assert without_fibre(found, "c") == [(4, False)]
+
+
+def test_one_channel_that_is_multiplied_with_all_has_no_fibre():
+    found = seen(lambda self, x: self.b(self.a(x) * self.gate(x).sigmoid()), a=conv(3, 9), gate=conv(3, 1), b=conv(9, 2))
+    assert without_fibre(found, "gate") == [(1, True)]
+    assert without_fibre(found, "a") == [(9, False)]
+
+
+def test_one_channel_among_others_that_is_multiplied_with_all_has_no_fibre():
+    found = seen(lambda self, x: (lambda y: self.b(y[:, :8] * y[:, 8:]))(self.a(x)), a=conv(3, 9), b=conv(8, 2))
+    assert without_fibre(found, "a") == [(8, False), (1, True)]
+
+
+def test_one_channel_that_meets_one_channel_keeps_its_fibre():
+    found = seen(lambda self, x: self.b(self.a(x) * self.gate(x)), a=conv(3, 1), gate=conv(3, 1), b=conv(1, 2))
+    assert without_fibre(found, "gate") == [(1, False)]
 
 
 def test_the_network_stays_as_it_is():

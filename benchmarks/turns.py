@@ -1,0 +1,98 @@
+"""How well timm's networks follow turns by 45 degrees over c8: with gzoo's strides, and with escnn's.
+
+    uv run python benchmarks/turns.py
+
+Each network is converted once and drawn anew for ten seeds. Its logits of a band-limited image in a disc, and of the
+image turned by 45 degrees, differ by the error: the norm of the difference over that of the logits, in float32, with
+the norm statistics of the upright image. ``escnn`` is the same network with the strides of plain torch, as a network of
+`to_escnn` modules has them. They are alike where all windows fit (at 97 pixels, for most). A row a network and size goes to
+turns.csv; a second call makes those that are missing.
+"""
+
+import argparse
+import copy
+import time
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from low_data import add, read
+from scipy import ndimage
+from torch import Tensor, nn
+
+from gzoo.convert import calibrate, convert_in_place
+from gzoo.nn import keep_original_strides
+
+CSV = Path(__file__).parent / "turns.csv"
+SIZES = (64, 96, 97, 128)
+SEEDS = 5
+NETWORKS = (
+    *("resnet18", "resnet18d", "resnet26", "resnext26ts", "resnetv2_18", "regnetx_002", "regnety_002", "vgg11_bn"),
+    *("mobilenetv2_050", "mobilenetv3_small_050", "efficientnet_lite0", "convnext_atto", "densenet121", "dla46_c"),
+)
+
+
+def image(size: int, seed: int) -> Tensor:
+    """Random colours without frequencies above 0.1 per pixel, in a disc: upright and turned, (2, 3, size, size)."""
+    rng, frequency = np.random.default_rng(seed), np.fft.fftfreq(size)
+    spectrum = np.fft.fft2(rng.standard_normal((3, size, size)))
+    colours = np.fft.ifft2(spectrum * (np.hypot(frequency, frequency[:, None]) < 0.1)).real
+    distance = np.hypot(*(np.mgrid[:size, :size] - (size - 1) / 2)) / (size / 2)
+    upright = colours / colours.std() * np.clip((0.95 - distance) / 0.35, 0, 1)
+    turned = ndimage.rotate(upright, 45, axes=(1, 2), reshape=False, order=5)
+    return torch.from_numpy(np.stack([upright, turned])).float()
+
+
+def draw(model: nn.Module, seed: int) -> None:
+    """All weights anew; scales, which in timm's residual branches start at 0, about 1."""
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=parameter.std().item())
+        elif name.endswith("weight"):
+            nn.init.uniform_(parameter, 0.5, 1.5)
+
+
+@torch.no_grad()
+def error(model: nn.Module, x: Tensor) -> float:
+    calibrate(model, x[:1])
+    upright, turned = model(x)
+    return ((upright - turned).norm() / upright.norm()).item()
+
+
+def one_row(name: str, model: nn.Module, size: int) -> dict[str, object]:
+    """Means and standard errors over the seeds."""
+    start = time.perf_counter()
+    theirs = keep_original_strides(copy.deepcopy(model))
+    found = []
+    for seed in range(SEEDS):
+        for network in (model, theirs):
+            draw(network, seed)
+        found.append([error(network, image(size, seed)) for network in (model, theirs)])
+    means, spread = np.mean(found, 0), np.std(found, 0, ddof=1) / SEEDS**0.5
+    row = {"network": name, "size": size}
+    for i, key in enumerate(("gzoo", "escnn")):
+        row |= {key: f"{means[i]:.4f}", f"{key} +-": f"{spread[i]:.4f}"}
+    return row | {"seconds": round(time.perf_counter() - start)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, default=CSV)
+    args = parser.parse_args()
+    rows = read(args.csv)
+    for name in NETWORKS:
+        missing = [s for s in SIZES if not any((row["network"], row["size"]) == (name, str(s)) for row in rows)]
+        if missing:
+            torch.manual_seed(0)
+            model = convert_in_place(timm.create_model(name), "c8").eval()
+            for size in missing:
+                add(rows, one_row(name, model, size), args.csv)
+    for size in SIZES:
+        ratios = [float(row["gzoo"]) / float(row["escnn"]) for row in rows if row["size"] == str(size)]
+        print(f"{size}: {np.exp(np.mean(np.log(ratios))):.2f} of escnn's error, {min(ratios):.2f} to {max(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()
