@@ -2,11 +2,11 @@
 
     uv run python benchmarks/turns.py
 
-Each network is converted once and drawn anew for ten seeds. Its logits of a band-limited image in a disc, and of the
+Each network is converted once and drawn anew for five seeds. Its logits of a band-limited image in a disc, and of the
 image turned by 45 degrees, differ by the error: the norm of the difference over that of the logits, in float32, with
-the norm statistics of the upright image. ``escnn`` is the same network with the strides of plain torch, as a network of
-`to_escnn` modules has them. They are alike where all windows fit (at 97 pixels, for most). A row a network and size goes to
-turns.csv; a second call makes those that are missing.
+the norm statistics of the upright image. "escnn" is the same network with the strides of plain torch, as a network of
+escnn's modules has them; the two are alike where all windows fit, at 97 pixels for most. A row for each network and
+size goes to turns.csv; a second call makes those that are missing.
 """
 
 import argparse

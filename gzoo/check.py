@@ -13,6 +13,7 @@ import torch
 from timm.layers import SpaceToDepth
 from timm.models import FeatureInfo
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gzoo.equivarify import Canonicalized, Equivarified
 from gzoo.groups import Group
@@ -157,6 +158,16 @@ def check(
     return Report(group, (height, width), dtype, errors, given_up)
 
 
+class KeepDouble(TorchFunctionMode):
+    """Keeps float64 where a norm would turn to float32: that rounding depends on the order of pixels, and would show as
+    a broken symmetry."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is Tensor.float and args[0].dtype == torch.float64:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def in_channels(model: nn.Module) -> int:
     """The channels of the image that ``model`` takes: those of its first convolution."""
     folded = 1
@@ -171,10 +182,11 @@ def in_channels(model: nn.Module) -> int:
 
 def _outputs(model: Any, x: Tensor) -> dict[str, Tensor]:
     """Stage feature maps and logits of ``model``, by name."""
-    if hasattr(model, "forward_intermediates") and hasattr(model, "forward_head"):
-        features, stages = model.forward_intermediates(x)
-        return {**_named(stages), "logits": model.forward_head(features)}
-    output = model(x)
+    with KeepDouble():
+        if hasattr(model, "forward_intermediates") and hasattr(model, "forward_head"):
+            features, stages = model.forward_intermediates(x)
+            return {**_named(stages), "logits": model.forward_head(features)}
+        output = model(x)
     return {"logits": output} if isinstance(output, Tensor) else _named(output)
 
 
@@ -244,8 +256,8 @@ def first_broken_layer(
     """The name of the first leaf module whose output does not transform with x; None if all do.
 
     A leaf's own law is not known here: its output may be an image, regular fields with channels first or last, both in
-    one, or a vector. A leaf is blamed only if no law that fits its shape holds. Where no leaf is to blame, but the network's own
-    output does not follow, the name is "", the network's.
+    one, or a vector. A leaf is blamed only if no law that fits its shape holds. Where no leaf is to blame, but the
+    network's own output does not follow, the name is "", the network's.
 
     Args:
         model: float64, in eval mode.

@@ -18,7 +18,9 @@ from timm.layers.pool2d_same import MaxPool2dSame
 from timm.layers.split_attn import RadixSoftmax
 from timm.layers.std_conv import ScaledStdConv2dSame, StdConv2dSame
 from timm.models import convnext, fastvit, hgnet, inception_next, metaformer, nfnet, rdnet, selecsls
+from timm.models.inception_v3 import InceptionB, InceptionD  # the name in timm.models is the function
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]
 
 from gzoo.bases import balance
 from gzoo.groups import Group
@@ -44,7 +46,6 @@ from gzoo.nn.mixed import PoolSomeFibres, RepeatAlongFibre, Run
 from gzoo.nn.resample import Window, square
 from gzoo.plan import REDUCTIONS, Plan
 from gzoo.trace import Segments, flat
-
 
 _WITHOUT_FIBRE = "channels that have no fibre (of the image, a mean over channels, an attention map)"
 
@@ -166,9 +167,7 @@ def _conv(plain: nn.Conv2d, recipe: Recipe) -> nn.Module:
         _initialize_like(last, plain, plain.in_channels, last.in_channels)
         return last
     if recipe.per_element and (mixed or pools):
-        raise ValueError(
-            f"{_WITHOUT_FIBRE} are the same for all poses here, and each pose's own in the plain network"
-        )
+        raise ValueError(f"{_WITHOUT_FIBRE} are the same for all poses here, and each pose's own in the plain network")
     in_fields = sum(run.size for run in given)
     out_fields = sum(run.size for run in gives)
     padding: int | Literal["same"]
@@ -302,7 +301,10 @@ def _eca(plain: tl.EcaModule, recipe: Recipe) -> nn.Module:
 # --- norms and scales
 
 
-@rule(nn.BatchNorm2d, nn.BatchNorm1d, nn.SyncBatchNorm, tl.BatchNormAct2d)
+@rule(
+    *(nn.BatchNorm2d, nn.BatchNorm1d, nn.SyncBatchNorm, tl.BatchNormAct2d, tl.SyncBatchNormAct),
+    *(tl.FrozenBatchNormAct2d, FrozenBatchNorm2d),
+)
 def _batch_norm(plain: Any, recipe: Recipe) -> nn.Module:
     plain.num_features = recipe.in_fields
     return _fibre_norm(plain, plain.num_features, recipe)
@@ -315,7 +317,10 @@ def _instance_norm(plain: nn.InstanceNorm2d, recipe: Recipe) -> nn.Module:
     return _batch_norm(plain, recipe)
 
 
-@rule(tl.EvoNorm2dS0, tl.EvoNorm2dS0a, tl.FilterResponseNormTlu2d)
+@rule(
+    *(tl.EvoNorm2dS0, tl.EvoNorm2dS0a, tl.EvoNorm2dS1, tl.EvoNorm2dS1a, tl.EvoNorm2dS2, tl.EvoNorm2dS2a),
+    *(tl.EvoNorm2dB0, tl.EvoNorm2dB1, tl.EvoNorm2dB2, tl.FilterResponseNormTlu2d, tl.FilterResponseNormAct2d),
+)
 def _evo_norm(plain: Any, recipe: Recipe) -> nn.Module:
     if recipe.per_element:
         return PerElement(plain, recipe.group.order)
@@ -347,12 +352,16 @@ def _fibre_norm(plain: nn.Module, fields: int, recipe: Recipe) -> FibreNorm:
 
 
 _CHANNELS_FIRST = (
-    *(tl.LayerNorm2d, tl.LayerNormAct2d, metaformer.LayerNorm2dNoBias),
-    *(tl.RmsNorm2d, tl.RmsNormAct2d, tl.SimpleNorm2d),
+    *(tl.LayerNorm2d, tl.LayerNorm2dFp32, tl.LayerNormAct2d, tl.LayerNormAct2dFp32, metaformer.LayerNorm2dNoBias),
+    *(tl.RmsNorm2d, tl.RmsNorm2dFp32, tl.RmsNormAct2d, tl.RmsNormAct2dFp32, tl.SimpleNorm2d, tl.SimpleNorm2dFp32),
 )
 
 
-@rule(*_CHANNELS_FIRST, nn.LayerNorm, tl.LayerNorm, metaformer.LayerNormNoBias, tl.RmsNorm, tl.SimpleNorm)
+@rule(
+    *(*_CHANNELS_FIRST, nn.LayerNorm, nn.RMSNorm, metaformer.LayerNormNoBias),
+    *(tl.LayerNorm, tl.LayerNormFp32, tl.LayerNormAct, tl.LayerNormActFp32),
+    *(tl.RmsNorm, tl.RmsNormFp32, tl.RmsNormAct, tl.RmsNormActFp32, tl.SimpleNorm, tl.SimpleNormFp32),
+)
 def _layer_norm(plain: Any, recipe: Recipe) -> nn.Module:
     if len(plain.normalized_shape) != 1:
         raise ValueError(
@@ -425,6 +434,28 @@ def _hgnet_stem(plain: Any, recipe: Recipe) -> nn.Module:
     window = Window(kernel=2, stride=1, padding=1)
     plain.stem2a.conv.window = plain.stem2b.conv.window = window
     plain.pool = SymmetricPool2d(nn.MaxPool2d(2, stride=1, padding=1), window)
+    return plain
+
+
+class _SymmetricPoolLast:
+    """A block of Inception-v3 whose last branch pools in a function, with a stride: behind the resampling rule here."""
+
+    pool: SymmetricPool2d
+
+    def _forward(self, x: Tensor) -> list[Tensor]:
+        return [*super()._forward(x)[:-1], self.pool(x)]  # type: ignore[misc]
+
+
+class _SymmetricInceptionB(_SymmetricPoolLast, InceptionB): ...
+
+
+class _SymmetricInceptionD(_SymmetricPoolLast, InceptionD): ...
+
+
+@rule(InceptionB, InceptionD)
+def _inception_reduction(plain: Any, recipe: Recipe) -> nn.Module:
+    plain.__class__ = _SymmetricInceptionB if isinstance(plain, InceptionB) else _SymmetricInceptionD
+    plain.pool = SymmetricPool2d(nn.MaxPool2d(3, stride=2))
     return plain
 
 

@@ -25,8 +25,8 @@ class Segment:
 
     Attributes:
         size: plain channels.
-        image: whether they have no fibre, as the channels of the image: or a mean over all channels, or one channel that
-            is multiplied with all others.
+        image: whether they have no fibre, as the channels of the image; or a mean over all channels; or one channel
+            that is multiplied with all others.
         groups: of the grouped convolutions that read or write them.
         folded: side of the squares of pixels that are folded into them; 1 if none are.
     """

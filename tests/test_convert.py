@@ -1,16 +1,20 @@
 """The recipe: plain networks become exact, keep what match says, and what cannot be converted is named."""
 
 import copy
+import functools
 import io
 import pickle
 
 import hypothesis.strategies as st
 import pytest
 import timm
+import timm.layers as tl
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
+from timm.models.inception_v3 import InceptionB, InceptionD
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import gzoo
 from gzoo import groups
@@ -326,6 +330,46 @@ class Gated(nn.Module):
         return sum(y * gates[:, i : i + 1].sigmoid() for i in range(self.split[1]))
 
 
+CHANNELS_FIRST_NORMS = (
+    *(tl.BatchNormAct2d, tl.FrozenBatchNormAct2d, FrozenBatchNorm2d, tl.LayerNorm2dFp32, tl.LayerNormAct2dFp32),
+    *(tl.RmsNorm2dFp32, tl.RmsNormAct2dFp32, tl.SimpleNorm2dFp32, tl.FilterResponseNormTlu2d),
+    *(tl.FilterResponseNormAct2d, tl.EvoNorm2dB0, tl.EvoNorm2dB1, tl.EvoNorm2dB2, tl.EvoNorm2dS0, tl.EvoNorm2dS0a),
+    *(tl.EvoNorm2dS1, tl.EvoNorm2dS1a, tl.EvoNorm2dS2, tl.EvoNorm2dS2a),
+)
+CHANNELS_LAST_NORMS = (
+    *(nn.RMSNorm, tl.LayerNormFp32, tl.LayerNormAct, tl.LayerNormActFp32, tl.RmsNormFp32, tl.RmsNormAct),
+    *(tl.RmsNormActFp32, tl.SimpleNormFp32),
+)
+
+
+class ChannelsLast(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("weights", [None, "transfer"])
+@pytest.mark.parametrize("norm", CHANNELS_FIRST_NORMS + CHANNELS_LAST_NORMS, ids=lambda norm: norm.__name__)
+def test_norms_of_timm_convert(norm, weights):
+    layer = norm(32)
+    layer = layer if norm in CHANNELS_FIRST_NORMS else ChannelsLast(layer)
+    model = gzoo.convert(nn.Sequential(conv(3, 32), layer, conv(32, 8), *head(8)), "p4m", weights=weights)
+    assert gzoo.check(model, (16, 21)).worst < 1e-12
+    model(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("size", [(15, 15), (16, 16), (18, 21)])
+@pytest.mark.parametrize("block", [InceptionB, InceptionD])
+def test_the_pools_in_the_functions_of_inception_v3_are_symmetric(block, size):
+    plain = nn.Sequential(conv(3, 8), block(8, conv_block=functools.partial(tl.ConvNormAct, padding=0)))
+    model = with_random_statistics(gzoo.convert(plain, "p4", classifier="")).eval()
+    assert worst_error(model, "p4", image(size), "image", "fields") < 1e-12
+
+
 # Channels that have no fibre, inside of a network.
 FIBRELESS = {
     "spatial attention": lambda: nn.Sequential(conv(3, 12), nn.ReLU(), SpatialAttention(), conv(12, 8), *head(8)),
@@ -378,7 +422,7 @@ def test_gates_hold_the_parameters_of_the_plain_network():
 
 @pytest.mark.parametrize("name", ["spatial attention", "attention gate", "several gates", "the image again"])
 def test_channels_without_a_fibre_are_not_those_of_each_pose(name):
-    with pytest.raises(ValueError, match="channels that have no fibre .* are the same for all poses here"):
+    with pytest.raises(ValueError, match=r"channels that have no fibre .* are the same for all poses here"):
         gzoo.convert(FIBRELESS[name](), "p4", weights="transfer")
 
 
@@ -406,7 +450,7 @@ REFUSED = {
         lambda: Network(
             lambda self, x: self.head(self.a(x) * self.gate(x)),
             a=conv(3, 12),
-            gate=timm.layers.StdConv2d(3, 1, 3, padding=1),
+            gate=tl.StdConv2d(3, 1, 3, padding=1),
             head=nn.Sequential(conv(12, 8), *head(8)),
         ),
         "^gate: it makes or reads channels that have no fibre",
