@@ -5,8 +5,8 @@
 Each network is converted once and drawn anew for five seeds. Its logits of a band-limited image in a disc, and of the
 image turned by 45 degrees, differ by the error: the norm of the difference over that of the logits, in float32, with
 the norm statistics of the upright image. "escnn" is the same network with the strides of plain torch, as a network of
-escnn's modules has them; the two are alike where all windows fit, at 97 pixels for most. A row for each network and
-size goes to turns.csv; a second call makes those that are missing.
+escnn's modules has them; at odd sizes where all windows fit, the two are one. A row for each network and size goes to
+turns.csv; a second call makes those that are missing.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from gzoo.convert import calibrate, convert_in_place
 from gzoo.nn import keep_original_strides
 
 CSV = Path(__file__).parent / "turns.csv"
-SIZES = (64, 96, 97, 128)
+SIZES = (64, 96, 128)
 SEEDS = 5
 NETWORKS = (
-    *("resnet18", "resnet18d", "resnet26", "resnext26ts", "resnetv2_18", "regnetx_002", "regnety_002", "vgg11_bn"),
-    *("mobilenetv2_050", "mobilenetv3_small_050", "efficientnet_lite0", "convnext_atto", "densenet121", "dla46_c"),
+    *("resnet18", "resnet18d", "resnet26", "resnetv2_18", "regnetx_002", "vgg11_bn", "mobilenetv2_050"),
+    *("efficientnet_lite0", "convnext_atto", "densenet121"),
 )
 
 
@@ -77,6 +77,18 @@ def one_row(name: str, model: nn.Module, size: int) -> dict[str, object]:
     return row | {"seconds": round(time.perf_counter() - start)}
 
 
+def table(rows: list[dict[str, str]]) -> str:
+    """Markdown: for each size the error with gzoo's strides, as a share of that with escnn's."""
+    lines = ["| pixels | geometric mean | lowest | highest |", "|---|---|---|---|"]
+    for size in SIZES:
+        shares = {row["network"]: float(row["gzoo"]) / float(row["escnn"]) for row in rows if row["size"] == str(size)}
+        mean = np.exp(np.mean(np.log(list(shares.values()))))
+        ends = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
+        low, high = (f"{shares[name]:.2f} (`{name}`)" for name in ends)
+        lines.append(f"| {size} | {mean:.2f} | {low} | {high} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, default=CSV)
@@ -89,9 +101,7 @@ def main() -> None:
             model = convert_in_place(timm.create_model(name), "c8").eval()
             for size in missing:
                 add(rows, one_row(name, model, size), args.csv)
-    for size in SIZES:
-        ratios = [float(row["gzoo"]) / float(row["escnn"]) for row in rows if row["size"] == str(size)]
-        print(f"{size}: {np.exp(np.mean(np.log(ratios))):.2f} of escnn's error, {min(ratios):.2f} to {max(ratios):.2f}")
+    print(table(rows))
 
 
 if __name__ == "__main__":

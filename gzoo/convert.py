@@ -136,6 +136,12 @@ def convert_in_place(
     if head not in ("invariant", "pose") or (head == "pose" and weights is not None):
         raise ValueError(f"head is {head!r} with weights={weights!r}; accepted are 'invariant', and 'pose' without")
     planned = plan(model, chain, match or _MATCH[weights], widths, scale, basis, classifier, fit=weights is None)
+    own = [path for path in planned.trace.reduced if type(model.get_submodule(path)) not in RULES]
+    if weights == "transfer" and own:
+        raise ValueError(
+            f"{own[0] or type(model).__name__}: its forward takes a mean or maximum over channels, which is the same "
+            "for all poses here, and each pose's own in the plain network; convert with fresh weights"
+        )
     recipe = Recipe(planned, group_pool, per_element=weights == "transfer", head=head)
     plain = model if weights is None else copy.deepcopy(model)
     counts = _channel_counts(model, recipe.plan)

@@ -111,6 +111,7 @@ class Trace:
         pieces: channels that a module's own forward split off, with their number, in order.
         prefixes: the same for the channels before each piece, and for all.
         pixels: positions at which a layer is applied to one image.
+        reduced: modules whose own forward takes a mean or maximum over channels.
         lost: leaf modules whose input could not be followed, with the operation that lost it.
         later: the functions of feature maps that ran after the last convolution or linear layer, in order.
         result: the network's output.
@@ -122,6 +123,7 @@ class Trace:
     pieces: dict[str, list[tuple[int, Segments]]] = field(default_factory=dict)
     prefixes: dict[str, list[tuple[int, Segments]]] = field(default_factory=dict)
     pixels: dict[str, int] = field(default_factory=dict)
+    reduced: list[str] = field(default_factory=list)
     lost: dict[str, str] = field(default_factory=dict)
     later: list[str] = field(default_factory=list)
     result: Any = None
@@ -392,6 +394,7 @@ class _Follow(TorchFunctionMode):
             return False
         reduced = {d % x.ndim for d in ([dims] if isinstance(dims, int) else dims)}
         if channels.dim in reduced:
+            self.seen.reduced.append(self.path[-1])
             for out in outputs if outputs[0].ndim == x.ndim else ():
                 _mark(out, channels.dim, (Segment(1, image=True),))
             return outputs[0].ndim == x.ndim

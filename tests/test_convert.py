@@ -420,9 +420,9 @@ def test_gates_hold_the_parameters_of_the_plain_network():
     assert model[2].split == [4 * model[3].in_fields, 3]
 
 
-@pytest.mark.parametrize("name", ["spatial attention", "attention gate", "several gates", "the image again"])
+@pytest.mark.parametrize("name", FIBRELESS)
 def test_channels_without_a_fibre_are_not_those_of_each_pose(name):
-    with pytest.raises(ValueError, match=r"channels that have no fibre .* are the same for all poses here"):
+    with pytest.raises(ValueError, match=r"the same for all poses here, and each pose's own in the plain network"):
         gzoo.convert(FIBRELESS[name](), "p4", weights="transfer")
 
 
