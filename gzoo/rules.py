@@ -35,14 +35,16 @@ from gzoo.nn import (
     InvariantLinear,
     LiftingConv2d,
     PerElement,
+    PoolSomeFibres,
     PoseLinear,
+    RepeatAlongFibre,
     SymmetricPool2d,
     WeightStandardization,
 )
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.fibre import share_along_fibre
 from gzoo.nn.linear import Head, Pooling
-from gzoo.nn.mixed import PoolSomeFibres, RepeatAlongFibre, Run
+from gzoo.nn.mixed import Run
 from gzoo.nn.resample import Window, square
 from gzoo.plan import REDUCTIONS, Plan
 from gzoo.trace import Segments, flat

@@ -5,6 +5,7 @@ from gzoo.nn.conv import GroupConv2d, LiftingConv2d
 from gzoo.nn.eca import GroupEca
 from gzoo.nn.element import PerElement
 from gzoo.nn.linear import GroupLinear, GroupPool, InvariantConv2d, InvariantLinear, PoseLinear
+from gzoo.nn.mixed import PoolSomeFibres, RepeatAlongFibre
 from gzoo.nn.norm import FibreNorm
 from gzoo.nn.quotient import QuotientConv2d, QuotientNorm, QuotientPool
 from gzoo.nn.resample import SymmetricBlur2d, SymmetricPool2d, keep_original_strides
@@ -25,10 +26,12 @@ __all__ = [
     "InvariantLinear",
     "LiftingConv2d",
     "PerElement",
+    "PoolSomeFibres",
     "PoseLinear",
     "QuotientConv2d",
     "QuotientNorm",
     "QuotientPool",
+    "RepeatAlongFibre",
     "Restriction",
     "Subset",
     "SymmetricBlur2d",

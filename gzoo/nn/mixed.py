@@ -13,58 +13,59 @@ class Run(NamedTuple):
     size: int
     regular: bool
 
-    def channels(self, group_order: int) -> int:
-        """How many there are."""
-        return self.size * (group_order if self.regular else 1)
+
+class _Runs(nn.Module):
+    def __init__(self, group_order: int, runs: Sequence[Run | tuple[int, bool]]) -> None:
+        super().__init__()
+        self.group_order, self.runs = group_order, tuple(Run(*run) for run in runs)
+
+    def _split(self, x: Tensor, sizes: list[int]) -> list[tuple[Tensor, bool]]:
+        if x.shape[1] != sum(sizes):
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} has {x.shape[1]} channels, not {sum(sizes)}, those of {self.extra_repr()}"
+            )
+        return [(part, run.regular) for part, run in zip(x.split(sizes, 1), self.runs, strict=True)]
+
+    def extra_repr(self) -> str:
+        fields = (f"{run.size} {'regular' if run.regular else 'trivial'}" for run in self.runs)
+        return f"{', '.join(fields)} fields of |G| = {self.group_order}"
 
 
-class RepeatAlongFibre(nn.Module):
+class RepeatAlongFibre(_Runs):
     """Trivial fields among regular ones become regular: each is repeated |G| times. Exact for every group.
 
     Args:
         group_order: |G|.
-        runs: what the channels are, in order.
+        runs: what the channels of x are, in order: (fields, whether they are regular), ...
 
     Shape:
         x: (B, C, H, W), C channels as ``runs`` has them; result: (B, fields * |G|, H, W).
+
+    Raises:
+        ValueError: x has another number of channels.
     """
 
-    def __init__(self, group_order: int, runs: Sequence[Run]) -> None:
-        super().__init__()
-        self.group_order, self.runs = group_order, tuple(runs)
-
     def forward(self, x: Tensor) -> Tensor:
-        parts = x.split([run.channels(self.group_order) for run in self.runs], 1)
-        return torch.cat(
-            [
-                part if run.regular else part.repeat_interleave(self.group_order, 1)
-                for part, run in zip(parts, self.runs, strict=True)
-            ],
-            1,
-        )
+        order = self.group_order
+        parts = self._split(x, [run.size * (order if run.regular else 1) for run in self.runs])
+        return torch.cat([part if regular else part.repeat_interleave(order, 1) for part, regular in parts], 1)
 
 
-class PoolSomeFibres(nn.Module):
-    """Regular fields, some of which become trivial: the mean of the fibre. Exact for every group.
+class PoolSomeFibres(_Runs):
+    """Some of the regular fields become trivial: the mean of the fibre. Exact for every group.
 
     Args:
         group_order: |G|.
-        runs: what the result's channels are, in order.
+        runs: what the channels of the result are, in order: (fields, whether they are regular), ...
 
     Shape:
         x: (B, fields * |G|, H, W); result: (B, C, H, W), C channels as ``runs`` has them.
+
+    Raises:
+        ValueError: x has another number of channels.
     """
 
-    def __init__(self, group_order: int, runs: Sequence[Run]) -> None:
-        super().__init__()
-        self.group_order, self.runs = group_order, tuple(runs)
-
     def forward(self, x: Tensor) -> Tensor:
-        parts = x.split([run.size * self.group_order for run in self.runs], 1)
-        return torch.cat(
-            [
-                part if run.regular else part.unflatten(1, (-1, self.group_order)).mean(2)
-                for part, run in zip(parts, self.runs, strict=True)
-            ],
-            1,
-        )
+        order = self.group_order
+        parts = self._split(x, [run.size * order for run in self.runs])
+        return torch.cat([part if regular else part.unflatten(1, (-1, order)).mean(2) for part, regular in parts], 1)
