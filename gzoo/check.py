@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from gzoo.equivarify import Canonicalized, Equivarified
 from gzoo.groups import Group
-from gzoo.nn import FibreNorm, GroupPool, PerElement, Restriction
+from gzoo.nn import FibreNorm, GroupPool, PerElement, PoolSomeFibres, Restriction
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.partial import subsets, symmetry
 from gzoo.soft import residuals
@@ -132,7 +132,7 @@ def check(
 
     with _group_layers(model) as ran:
         expected = _outputs(model, x)
-    pooled = not ran or isinstance(ran[-1], GroupPool) or isinstance(model, Equivarified | Canonicalized)
+    pooled = isinstance(model, Equivarified | Canonicalized) or _is_pooled(ran, expected)
     levels = dict(zip(expected, level_groups(model), strict=False))
     errors: dict[str, dict[int, float]] = {name: {} for name in expected}
     given_up: dict[int, float] = {}
@@ -199,13 +199,22 @@ def _group_layers(model: nn.Module) -> Iterator[list[nn.Module]]:
     def record(module: nn.Module, inputs: tuple, output: object) -> None:
         ran.append(module)
 
-    layers = [module for module in model.modules() if isinstance(module, ExpandedLayer | FibreNorm | GroupPool)]
+    kinds = ExpandedLayer | FibreNorm | GroupPool | PoolSomeFibres
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
     handles = [module.register_forward_hook(record) for module in layers]
     try:
         yield ran
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_pooled(ran: list[nn.Module], outputs: dict[str, Tensor]) -> bool:
+    """Whether the last layer that knows about fibres leaves the network's output without: as an image, or as logits."""
+    last = ran[-1] if ran else None
+    if isinstance(last, PoolSomeFibres):  # else an attention map, which the output was multiplied with
+        return last.runs == ((outputs["logits"].shape[1], False),) if "logits" in outputs else False
+    return last is None or isinstance(last, GroupPool)
 
 
 def _named(stages: list[Tensor]) -> dict[str, Tensor]:

@@ -16,17 +16,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
-class MixedChannelsError(ValueError):
-    """Channels that transform in different ways are added."""
-
-
 class Segment:
     """Consecutive channels that stay together.
 
     Attributes:
         size: plain channels.
-        image: whether they have no fibre, as the channels of the image; or a mean over all channels; or one channel
-            that is multiplied with all others.
+        image: whether they have no fibre, as the channels of the image and what is added to them; or a mean over all
+            channels; or one channel that is multiplied with all others.
         groups: of the grouped convolutions that read or write them.
         folded: side of the squares of pixels that are folded into them; 1 if none are.
     """
@@ -48,12 +44,8 @@ class Segment:
         self._became = tuple(Segment(size, self.image, self.groups, self.folded) for size in sizes)
 
     def tie(self, other: "Segment") -> None:
-        """From now on the two are one."""
-        if self.image != other.image:
-            raise MixedChannelsError(
-                f"{self.size} channels of the image are added to features, which turn in another way: lift the image "
-                "by a convolution first"
-            )
+        """From now on the two are one; what is added to the image has no fibre, as the image has none."""
+        self.image |= other.image
         self.groups |= other.groups
         other._became = (self,)
 
@@ -137,18 +129,14 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
         x: images (B, C, H, W).
 
     Raises:
-        ValueError: the network does not run; or adds what cannot be added.
+        ValueError: the network does not run.
     """
     try:
         return _run(_without_numbers(model), x.to("meta"))
-    except MixedChannelsError:
-        raise
     except Exception:  # what reads numbers, or keeps tensors that are no buffers, has to be run for real
         pass
     try:
         return _run(copy.deepcopy(model), x)
-    except MixedChannelsError:
-        raise
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} does not run on a random image of {tuple(x.shape)}: {error}"

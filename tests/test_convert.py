@@ -389,6 +389,13 @@ FIBRELESS = {
     "the image again, before a mask": lambda: Network(
         lambda self, x: self.mask(torch.cat([self.a(x), x], 1)), a=conv(3, 12), mask=conv(15, 2, 1)
     ),
+    "noise that is taken off the image": lambda: Network(
+        lambda self, x: x - self.noise(x),
+        noise=nn.Sequential(conv(3, 12), nn.BatchNorm2d(12), nn.ReLU(), conv(12, 3)),
+    ),
+    "an image that is made in two steps": lambda: Network(
+        lambda self, x: self.b(x + self.a(x)) + x + self.a(x), a=conv(3, 3), b=nn.Sequential(conv(3, 8), conv(8, 3, 1))
+    ),
     "less the mean over channels": lambda: Network(
         lambda self, x: self.head(self.a(x) - self.a(x).mean(1, keepdim=True)),
         a=conv(3, 12),
@@ -397,11 +404,18 @@ FIBRELESS = {
 }
 
 
+IMAGE_TO_IMAGE = (
+    "the image again, before a mask",
+    "noise that is taken off the image",
+    "an image that is made in two steps",
+)
+
+
 @pytest.mark.parametrize("group", GRID_GROUPS)
 @pytest.mark.parametrize("name", FIBRELESS)
 def test_channels_without_a_fibre_move_as_the_image_does(name, group):
     model = with_random_statistics(gzoo.convert(FIBRELESS[name](), group)).eval()
-    output = "image" if "mask" in name else "invariant"
+    output = "image" if name in IMAGE_TO_IMAGE else "invariant"
     for size in ((9, 9), (8, 8), (8, 11)):
         assert worst_error(model, group, image(size), "image", output) < 1e-12
 
@@ -529,7 +543,7 @@ REFUSED = {
     ),
     "image added to features": (
         lambda: Network(lambda self, x: self.head(self.first(x) + x), first=conv(3, 3), head=nn.Sequential(*head(3))),
-        r"3 channels of the image are added to features",
+        r"^head.2: it is linear in the channels of the image",
     ),
     "weights that do not run": (
         lambda: Network(
