@@ -28,7 +28,7 @@ CSV = Path(__file__).parent / "turns.csv"
 SIZES = (64, 96, 128)
 SEEDS = 5
 NETWORKS = (
-    *("resnet18", "resnet18d", "resnet26", "resnetv2_18", "regnetx_002", "vgg11_bn", "mobilenetv2_050"),
+    *("resnet18", "resnet18d", "resnet26", "resnetv2_18", "regnetx_002", "dla46_c", "mobilenetv2_050"),
     *("efficientnet_lite0", "convnext_atto", "densenet121"),
 )
 

@@ -103,6 +103,13 @@ def test_readme_shows_the_coverage_as_measured():
     assert shown[1] == coverage.table(coverage.read(BENCHMARKS / "coverage.csv"))
 
 
+def test_readme_shows_the_turns_between_pixels_as_measured(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)  # the script imports the one beside it
+    script = runpy.run_path(str(BENCHMARKS / "turns.py"))
+    table = script["table"](script["read"](BENCHMARKS / "turns.csv"))
+    assert f"<!-- turns -->\n{table}\n<!-- /turns -->" in README.read_text()
+
+
 def test_readme_shows_how_exact_the_zoo_is(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)  # the script imports the one beside it
     script = runpy.run_path(str(BENCHMARKS / "zoo.py"))
