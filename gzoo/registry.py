@@ -216,6 +216,7 @@ _DETAILS: dict[str, dict[str, Any]] = {
     **{f"{group}_cnn6": {"group_pool": "max", "paper": _WEILER_CESA} for group in ("p4", "p4m")},
     "c8_cnn6": _STEERABLE | {"weights": ("rotmnist",)},
     **{f"{group}_cnn6": _STEERABLE for group in ("d8", *_SIXTEEN)},
+    "c16_cnn6": _STEERABLE | {"weights": ("rotmnist",)},
     "cnn7": {"weights": ("rotmnist",), "paper": _COHEN_WELLING},
     "p4_cnn7": {"group_pool": "max", "weights": ("rotmnist",), "paper": _COHEN_WELLING},
     "p4m_cnn7": {"group_pool": "max", "weights": ("rotmnist",)},
