@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from escnn.nn import FieldType
 
 PLAIN = {entry.backbone for entry in ENTRIES if entry.group is None}
-_STEERABLE_CORE = ("resnet20", "resnet44", "cnn7", "resnet18", "resnet50", "convnext_atto")
+_STEERABLE_CORE = ("resnet20", "resnet44", "cnn7", "resnet18", "convnext_atto")
 
 
 def core_entries() -> list[Entry]:

@@ -11,6 +11,7 @@ import timm.layers as tl
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
+from timm.models.focalnet import FocalNet
 from timm.models.inception_v3 import InceptionB, InceptionD
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -429,6 +430,12 @@ def test_channels_without_a_fibre_move_as_the_image_does(name, group):
 def test_channels_without_a_fibre_are_as_exact_over_finer_groups(name):
     model = with_random_statistics(gzoo.convert(FIBRELESS[name](), "c8")).eval()
     assert gzoo.check(model, 9).worst < 1e-12
+
+
+@pytest.mark.parametrize("group", ["p4m", "c8"])
+def test_focal_modulation_converts(group):
+    model = gzoo.convert(FocalNet(depths=(1, 1, 1, 1), embed_dim=16), group)
+    assert gzoo.check(with_random_statistics(model), (64, 75)).worst < 1e-12
 
 
 def test_gates_hold_the_parameters_of_the_plain_network():

@@ -16,7 +16,7 @@ from gzoo.registry import ENTRIES
 SAMPLE = (
     *("test_byobnet", "cs3darknet_focus_s", "cspnext_tiny", "densenet121", "densenetblur121d", "dla46x_c"),
     *("dpn48b", "test_efficientnet", "tf_efficientnet_lite0", "fasternet_t0", "fastvit_t8"),
-    *("focalnet_tiny_srf", "ghostnetv2_100", "hgnetv2_b0", "hrnet_w18_small", "inception_next_atto"),
+    *("ghostnetv2_100", "hgnetv2_b0", "hrnet_w18_small", "inception_next_atto"),
     *("lcnetv2_small", "test_mambaout", "mobilenetv3_small_050", "mixnet_s", "poolformerv2_s12", "repvit_m1"),
     *("repghostnet_050", "regnetz_005", "res2net50_14w_8s", "resnest14d", "test_resnet", "eca_resnet33ts"),
     *("gcresnet33ts", "resnetv2_18", "resnetv2_50d_evos", "nf_regnet_b0", "rexnet_100", "selecsls42"),
