@@ -8,9 +8,11 @@ and its sampling is not PIL's, hence the three operations below. Source: Pillow'
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -203,13 +205,13 @@ def _bicubic(x: Tensor, row: Tensor, column: Tensor) -> Tensor:
     PIL has Keys' kernel with a = -1 here, and a = -1/2 where it resizes; `grid_sample` has -3/4.
     """
     x, image = x.movedim(1, 3), torch.arange(len(x), device=x.device)[:, None, None]
-    first = [position.floor() for position in (row, column)]
+    taps = []
+    for position, side in zip((row, column), x.shape[1:3], strict=True):
+        near = [position.floor() + k for k in range(-1, 3)]
+        taps.append([(pixel.clamp(0, side - 1).long(), _keys(position - pixel, -1)) for pixel in near])
     total = torch.zeros(())
-    for i in range(-1, 3):
-        for j in range(-1, 3):
-            at = [(f + k).clamp(0, n - 1).long() for f, k, n in zip(first, (i, j), x.shape[1:3], strict=True)]
-            weight = _keys(row - first[0] - i, -1) * _keys(column - first[1] - j, -1)
-            total = total + weight[..., None] * x[image, at[0], at[1]]
+    for (r, down), (c, across) in itertools.product(*taps):
+        total = total + (down * across)[..., None] * x[image, r, c]
     return total.movedim(3, 1).clamp(0, 255)
 
 
@@ -281,11 +283,7 @@ def _keys(x: Tensor, a: float) -> Tensor:
     return torch.where(x < 1, near, torch.where(x < 2, a * far, 0))
 
 
-def _cubic(x: Tensor) -> Tensor:
-    return _keys(x, -0.5)
-
-
-_KERNELS: dict[str, Callable[[Tensor], Tensor]] = {"bilinear": _linear, "bicubic": _cubic}
+_KERNELS: dict[str, Callable[[Tensor], Tensor]] = {"bilinear": _linear, "bicubic": partial(_keys, a=-0.5)}
 
 
 def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
