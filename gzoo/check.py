@@ -290,7 +290,7 @@ def first_broken_layer(
 
 def _recorded_outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """The outputs of all leaves by name, and the network's own, under "", last."""
-    with _recorded(model) as outputs:
+    with _recorded(model) as outputs, KeepDouble():
         output = model(x)
     return outputs | {"": output} if isinstance(output, Tensor) else outputs
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gzoo import groups
 from gzoo.bases import BasisName
-from gzoo.check import KeepDouble, first_broken_layer, group_of
+from gzoo.check import first_broken_layer, group_of
 from gzoo.equivariant import make_equivariant
 from gzoo.groups import Group
 from gzoo.nn import PoseLinear, Restriction, restrict_output
@@ -319,11 +319,6 @@ def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
     Raises:
         ValueError: the outputs do not transform with the image; names the first layer that fails.
     """
-    with KeepDouble():
-        _check_itself(model, tolerance)
-
-
-def _check_itself(model: nn.Module, tolerance: float) -> None:
     group = group_of(model)
     assert group is not None
     probe, x = randomized(model)
