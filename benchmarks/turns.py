@@ -34,14 +34,14 @@ NETWORKS = (
 
 
 def image(size: int, seed: int) -> Tensor:
-    """Random colours without frequencies above 0.1 per pixel, in a disc: upright and turned, (2, 3, size, size)."""
+    """Colours without frequencies above 0.1 per pixel, in a disc: upright and turned, float64, (2, 3, size, size)."""
     rng, frequency = np.random.default_rng(seed), np.fft.fftfreq(size)
     spectrum = np.fft.fft2(rng.standard_normal((3, size, size)))
     colours = np.fft.ifft2(spectrum * (np.hypot(frequency, frequency[:, None]) < 0.1)).real
     distance = np.hypot(*(np.mgrid[:size, :size] - (size - 1) / 2)) / (size / 2)
     upright = colours / colours.std() * np.clip((0.95 - distance) / 0.35, 0, 1)
     turned = ndimage.rotate(upright, 45, axes=(1, 2), reshape=False, order=5)
-    return torch.from_numpy(np.stack([upright, turned])).float()
+    return torch.from_numpy(np.stack([upright, turned]))
 
 
 def draw(model: nn.Module, seed: int) -> None:
@@ -69,7 +69,7 @@ def one_row(name: str, model: nn.Module, size: int) -> dict[str, object]:
     for seed in range(SEEDS):
         for network in (model, theirs):
             draw(network, seed)
-        found.append([error(network, image(size, seed)) for network in (model, theirs)])
+        found.append([error(network, image(size, seed).float()) for network in (model, theirs)])
     means, spread = np.mean(found, 0), np.std(found, 0, ddof=1) / SEEDS**0.5
     row = {"network": name, "size": size}
     for i, key in enumerate(("gzoo", "escnn")):

@@ -2,23 +2,24 @@
 
 import copy
 import itertools
+import runpy
+from pathlib import Path
 
 import hypothesis.strategies as st
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
-from scipy import ndimage
 from torch import nn
 
 from gzoo import _escnn, groups
 from gzoo.backbones import resnet_cifar
-from gzoo.convert import calibrate, convert_in_place
+from gzoo.convert import convert_in_place
 from gzoo.nn import LiftingConv2d, SymmetricBlur2d, SymmetricPool2d, keep_original_strides
 from gzoo.nn.resample import Window, resample, square
 from tests.conftest import GRID_GROUPS, random_fields, random_image, worst_error
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 POOLS = {
     "max 2": lambda: nn.MaxPool2d(2),
     "max 3/2 padded": lambda: nn.MaxPool2d(3, 2, 1),
@@ -219,28 +220,17 @@ def test_a_blur_is_a_depthwise_convolution_at_the_size_of_the_plain_one():
         assert worst_error(blur, "p4", x) < 1e-12
 
 
-def band_limited(size: int, seed: int, turned: bool) -> np.ndarray:
-    """Random colours in a disc without high frequencies, (3, size, size), upright or turned by 45 degrees."""
-    rng, frequency = np.random.default_rng(seed), np.fft.fftfreq(size)
-    spectrum = np.fft.fft2(rng.standard_normal((3, size, size)))
-    colours = np.fft.ifft2(spectrum * (np.hypot(frequency, frequency[:, None]) < 0.1)).real
-    distance = np.hypot(*(np.mgrid[:size, :size] - (size - 1) / 2)) / (size / 2)
-    x = colours / colours.std() * np.clip((0.95 - distance) / 0.35, 0, 1)
-    return ndimage.rotate(x, 45, axes=(1, 2), reshape=False, order=5) if turned else x
-
-
 @pytest.mark.parametrize("group", ["c8", "d8"])
 @pytest.mark.parametrize("size", [32, 48])
-def test_turns_between_pixels_are_followed_better_than_with_the_strides_of_escnn(group: str, size: int) -> None:
+def test_turns_between_pixels_are_followed_better_than_with_the_strides_of_escnn(
+    group: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)  # the script imports the one beside it
+    turns = runpy.run_path(str(BENCHMARKS / "turns.py"))
     errors = []
     for seed in range(3):
         torch.manual_seed(seed)
         ours = convert_in_place(resnet_cifar(8, base_width=8), group).double().eval()
         theirs = keep_original_strides(copy.deepcopy(ours))
-        x = torch.from_numpy(np.stack([band_limited(size, seed, turned) for turned in (False, True)]))
-        for model in (ours, theirs):
-            calibrate(model, x[:1])
-            with torch.no_grad():
-                upright, turned = model(x)
-            errors.append(((upright - turned).norm() / upright.norm()).item())
+        errors += [turns["error"](model, turns["image"](size, seed)) for model in (ours, theirs)]
     assert 0.001 < sum(errors[::2]) < 0.7 * sum(errors[1::2])
