@@ -6,6 +6,7 @@ from gzoo.convert import convert, rule
 from gzoo.equivarify import canonicalize, equivarify, pose_loss
 from gzoo.fields import field_types, geometric, transform_features
 from gzoo.interop import from_escnn, to_escnn
+from gzoo.transfer import grow
 
 __all__ = [
     "canonicalize",
@@ -16,6 +17,7 @@ __all__ = [
     "from_escnn",
     "geometric",
     "groups",
+    "grow",
     "nn",
     "partial",
     "pose_loss",

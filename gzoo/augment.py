@@ -109,7 +109,8 @@ class BatchTransform:
         (B, C, H, W) to (B, C, H', W'), where (C, H', W') is the config's input_size.
 
     Raises:
-        ValueError: an option that has no form for batches; when called, images too small for a padded crop.
+        ValueError: an option that has no form for batches; when called, images too small for a padded crop, or to be
+            transposed and not square.
     """
 
     def __init__(self, config: dict[str, Any], augmentation: Augmentation) -> None:
@@ -134,6 +135,12 @@ class BatchTransform:
             return torch.empty(*rows, len(images)).uniform_(low, high, generator=generator).to(device)
 
         x = images.float()
+        if a.transpose:
+            if x.shape[2] != x.shape[3]:
+                raise ValueError(
+                    f"augment_batches transposes square images, not {x.shape[2]}x{x.shape[3]}; leave transpose out"
+                )
+            x = torch.where((uniform(0, 1) < a.transpose)[:, None, None, None], x.mT, x)
         if a.rotate:
             x = rotate(x, uniform(-a.rotate, a.rotate).deg2rad(), self.interpolation)
         if a.crop_padding:

@@ -106,7 +106,12 @@ def render(results: dict[str, Any]) -> str:
     if "calibration_error" in test:  # not in the cards of older versions
         calibration = f"\n| calibration error (15 bins of confidence) | {test['calibration_error']:.2f}% |"
     turned = " ".join(f"{100 - top1:.2f}" for top1 in test["transforms"].values())
+    *earlier, _ = runs = _runs(training)
     start = "It went on from earlier weights of this name: " if config["pretrained"] else ""
+    if earlier:
+        steps = (f"{run['epochs']} epochs over {run['config']['model_args'].get('subgroup')}" for run in earlier)
+        start = f"It grew from a network over a subgroup (`gzoo.grow`): {', '.join(steps)}, then over {group} "
+    commands = "\n".join(run["command"] for run in runs)
     validation = "the last epoch's weights, without validation"
     if training["n_val"]:
         validation = f"{training['n_val']:,} more chose the weights of epoch {training['best_epoch']}"
@@ -149,11 +154,11 @@ The eight symmetries are the rotations by 0, 90, 180 and 270 degrees, then the s
 ## How it was trained
 
 ```
-{training["command"]}
+{commands}
 ```
 
 {start}{training["epochs"]} epochs on {training["n_train"]:,} images of {title}; {validation}. Seed {config["seed"]}.
-{training["seconds"] / 60:.0f} minutes on {machine["gpu"] or machine["cpu"]}, {_threads(machine)}, with torch
+{_seconds(runs) / 60:.0f} minutes on {machine["gpu"] or machine["cpu"]}, {_threads(machine)}, with torch
 {training["torch"]} and timm {training["timm"]}. The recipe is `recipes/{name}.yaml`; all numbers are in results.json.
 
 ![loss and validation accuracy](curves.png)
@@ -182,6 +187,16 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 Made with `gzoo train`. Group: {group or "none, a plain network"}. Classes: {", ".join(classes)}.
 """
+
+
+def _runs(training: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of the runs that a network was grown in, the smallest group first."""
+    earlier = training.get("grown_from")
+    return [*(_runs(earlier) if earlier else ()), training]
+
+
+def _seconds(runs: list[dict[str, Any]]) -> float:
+    return sum(run["seconds"] for run in runs)
 
 
 def _thread_count(machine: dict[str, Any]) -> int:
@@ -220,7 +235,7 @@ def leaderboard(folder: Path | None = None) -> str:
             f"{card['multiply_adds'] / 1e6:.0f}M",
             f"{cost['images_per_second']:.0f}" if cost else "-",
             f"{cost['training_memory_mb']:.0f} MB" if cost.get("training_memory_mb") else "-",
-            f"{training['seconds'] / 60:.0f} min{earlier}, {machine}",
+            f"{_seconds(_runs(training)) / 60:.0f} min{earlier}, {machine}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -241,7 +256,7 @@ def results_csv(folder: Path | None = None) -> str:
                 "parameters": card["parameters"],
                 "multiply_adds": card["multiply_adds"],
                 **{key: cost.get(key, "") for key in ("images_per_second", "training_memory_mb")},
-                "training_seconds": training["seconds"],
+                "training_seconds": _seconds(_runs(training)),
                 "training_machine": machine["gpu"] or machine["cpu"],
                 "training_threads": _thread_count(machine),
             }

@@ -316,7 +316,7 @@ def split_validation(data: ImageData, fraction: float, seed: int) -> tuple[Image
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training image. Names and meanings are those of `timm.data.create_transform`, but for two."""
+    """What happens to a training image. Names and meanings are those of `timm.data.create_transform`, but for three."""
 
     scale: tuple[float, float] | None = None
     ratio: tuple[float, float] | None = None
@@ -327,6 +327,7 @@ class Augmentation:
     re_prob: float = 0.0
     crop_padding: int = 0  # pixels: crop from the image padded by zeros, as in CIFAR recipes, not by resizing a part
     rotate: float = 0.0  # degrees: rotate by a uniform angle in [-rotate, rotate], corners black
+    transpose: float = 0.0  # probability of a swap of rows and columns; with both flips at 0.5, all of p4m
 
     def __post_init__(self) -> None:
         if self.crop_padding and (self.scale or self.ratio):
@@ -363,6 +364,8 @@ def train_transform(config: dict[str, Any], augmentation: Augmentation) -> trans
     """PIL image to a randomly changed, normalised tensor (C, H, W)."""
     a, size = augmentation, config["input_size"][1:]
     steps: list[Any] = [to_channels(config["input_size"][0])]
+    if a.transpose:
+        steps.append(transforms.RandomApply([_transpose], a.transpose))
     if a.rotate:
         modes = transforms.InterpolationMode  # PIL rotates by no other two; the blur of a bilinear one is felt
         mode = modes.BILINEAR if config["interpolation"] == "bilinear" else modes.BICUBIC
@@ -389,6 +392,10 @@ def train_transform(config: dict[str, Any], augmentation: Augmentation) -> trans
         )
     )
     return transforms.Compose(steps)
+
+
+def _transpose(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.TRANSPOSE)
 
 
 def to_channels(channels: int) -> partial:

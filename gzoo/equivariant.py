@@ -19,7 +19,7 @@ from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.front import Front, put_in_front
 from gzoo.nn.linear import Pooling
 
-_SIGNATURE = "group_signature"
+SIGNATURE = "group_signature"
 
 
 def make_equivariant(model: nn.Module, chain: tuple[Group, ...], pool: Pooling) -> None:
@@ -46,7 +46,7 @@ def sign(model: nn.Module, chain: tuple[Group, ...]) -> None:
     # Off the grid a network says "steerable" even if all of its kernels are single pixels.
     basis = max([*found, NAMES.index("pixel" if all(group.on_grid for group in chain) else "steerable")])
     (rotations, reflections), *others = ((group.rotations, int(group.reflections)) for group in chain)
-    model.register_buffer(_SIGNATURE, torch.tensor([rotations, reflections, basis, *flatten.from_iterable(others)]))
+    model.register_buffer(SIGNATURE, torch.tensor([rotations, reflections, basis, *flatten.from_iterable(others)]))
 
 
 class Equivariant(Front):
@@ -68,7 +68,7 @@ class Equivariant(Front):
         Raises:
             ValueError: names the mismatch.
         """
-        if strict or _SIGNATURE in state_dict:
+        if strict or SIGNATURE in state_dict:
             require_same_group(self, state_dict)
         own = self.state_dict()
         require_same_shapes(self, state_dict, own)
@@ -118,7 +118,7 @@ class EquivariantClassifier(Equivariant):
 
 def require_same_group(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """Raises ValueError unless model and checkpoint are over the same group and basis, or both plain."""
-    own, found = dict(model.named_buffers()).get(_SIGNATURE), state_dict.get(_SIGNATURE)
+    own, found = dict(model.named_buffers()).get(SIGNATURE), state_dict.get(SIGNATURE)
     own_values, found_values = (None if signature is None else signature.tolist() for signature in (own, found))
     if own_values != found_values:
         raise ValueError(

@@ -64,6 +64,7 @@ from gzoo.data import (
 from gzoo.evaluate import measure
 from gzoo.predict import load_model
 from gzoo.soft import penalty
+from gzoo.transfer import grow
 
 CHECKPOINT = "checkpoint.pt"
 _MAY_CHANGE = ("epochs", "out", "workers")  # on resuming
@@ -86,6 +87,7 @@ class TrainConfig:
         default_factory=dict, metadata={"help": "arguments for timm.create_model: drop_rate, in_chans ..."}
     )
     pretrained: bool = _option(False, "start from pretrained weights")
+    grown_from: str | None = _option(None, "start from a run over a subgroup, see gzoo.grow: with model_args subgroup")
     freeze_backbone: bool = _option(False, "train the classifier only; norm statistics stay as they are")
     epochs: int = _option(10, "passes over the training images")
     batch_size: int = _option(64, "images a step")
@@ -124,6 +126,7 @@ class TrainConfig:
     ratio: tuple[float, float] | None = _option(None, "aspect ratio of the random crop, 3/4 to 4/3 if not given")
     crop_padding: int = _option(0, "in place of scale: crop from the image padded by this many black pixels")
     rotate: float = _option(0.0, "rotate by a random angle up to this many degrees")
+    transpose: float = _option(0.0, "probability of transposing it; with both flips at 0.5, all of p4m")
     hflip: float = _option(0.5, "probability of a horizontal flip")
     vflip: float = _option(0.0, "probability of a vertical flip")
     color_jitter: float = _option(0.0, "strength of brightness, contrast and saturation changes")
@@ -157,6 +160,8 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; the least is {low}")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction is {self.val_fraction}; it is a share, from 0 to below 1")
+        if self.pretrained and self.grown_from:
+            raise ValueError("pretrained and grown_from are two starts; set one of them")
         for name in ("optimizer", "schedule"):
             if "name" not in getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)}; it needs a name, such as name: sgd or name: cosine")
@@ -276,7 +281,7 @@ def train(config: TrainConfig, resume: bool = False, command: str = "") -> dict[
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not an empty folder; give another --out, or --resume to go on with the run in it")
     processes.wait_for_everyone()  # all have looked into `out` before one writes there
-    run = _set_up(config, out, processes, pretrained=config.pretrained and not resume)  # to resume needs no download
+    run = _set_up(config, out, processes, fresh=not resume)  # to resume needs no download
     if saved:
         _restore(run, saved)
         done = run.epoch >= config.epochs
@@ -296,13 +301,16 @@ def train(config: TrainConfig, resume: bool = False, command: str = "") -> dict[
     return _finish(run) if processes.is_main_process else {}
 
 
-def _set_up(config: TrainConfig, out: Path, processes: PartialState, pretrained: bool) -> _Run:
+def _set_up(config: TrainConfig, out: Path, processes: PartialState, fresh: bool) -> _Run:
     """Everything up to the first step. What cannot work fails here, before anything is written to `out`."""
     train_data: ImageData | Resident
     train_data, val_data = _open_data(config)
     device = processes.device
     seed_everything(config.seed)
-    model = load_model(config.model, pretrained, num_classes=len(train_data.classes), **config.model_args)
+    classes = len(train_data.classes)
+    model = load_model(config.model, config.pretrained and fresh, num_classes=classes, **config.model_args)
+    if config.grown_from and fresh:
+        grow(model, load_model(config.grown_from, pretrained=True, num_classes=classes))
     data_config = _input_config(model, config)
     _try_sizes(model, data_config, config)
     if config.soft_penalty:
@@ -748,6 +756,8 @@ def _finish(run: _Run) -> dict[str, Any]:
         "n_train": len(run.train_data),
         "n_val": len(run.val_data) if run.val_data else 0,
     }
+    if run.config.grown_from and (earlier := Path(run.config.grown_from) / "results.json").is_file():
+        results["grown_from"] = json.loads(earlier.read_text(encoding="utf-8"))
     write_atomically(run.out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     print(f"gzoo: {run.out / 'model'} holds the weights of epoch {results['best_epoch']}", file=sys.stderr)
     return results

@@ -1,4 +1,4 @@
-"""Plain weights for an equivariant network: all of them at the start, or the nearest that are equivariant.
+"""Weights of another network for an equivariant one: of a plain network, or of one over a subgroup.
 
 Transfer. Each plain channel becomes a field, and the kernel of a group convolution is the plain one at the identity of
 the fibre, zero elsewhere. By equation 11 (`gzoo.bases`) filter[g, h] is then the plain kernel turned by g where h = g,
@@ -16,6 +16,10 @@ On the pixel grid E^T E = |G|, and w is the mean over g of the filter's rows tur
     group convolution: w(h, y) = mean over g of filter[g, gh](g y)
 
 What holds one number a channel gets the mean along the fibre; the classifier, which pools by the mean itself, the sum.
+
+Growth. A kernel over a subgroup H is zero at the elements outside H as a kernel over G, where the fields stay the same
+in number. filter[g, h] then is zero but for h in the coset gH: the channels of each coset xH of a fibre are the smaller
+network's map of x^-1 image, turned by x.
 """
 
 import math
@@ -26,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gzoo.bases import expand
+from gzoo.equivariant import SIGNATURE
 from gzoo.groups import Group
 from gzoo.nn import FibreNorm, GroupEca, InvariantConv2d, InvariantLinear, LiftingConv2d, PerElement
 from gzoo.nn.expand import ExpandedLayer
@@ -53,6 +58,56 @@ def fill(model: nn.Module, plain: nn.Module, group: Group, weights: Weights) -> 
             _fill(converted.get(path), source, group, weights)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+@torch.no_grad()
+def grow(model: nn.Module, smaller: nn.Module) -> None:
+    """Fills an equivariant network, in place, from one over a subgroup H with the same number of fields.
+
+    In eval mode the pooled features then are the mean (or maximum, whichever ``model`` pools by) over the cosets xH of
+    those that ``smaller`` has for x^-1 image, and with the mean so are the logits; nearly so with norms over channels
+    (ConvNeXt), which see all cosets at once. The new weights are zero and trainable. To train over H first is cheaper
+    by up to the square of the index of H in the group::
+
+        model, smaller = timm.create_model("p4m_resnet44"), timm.create_model("p4m_resnet44", subgroup="c1")
+        ...  # train smaller; over c1 it is a plain network, whose images should be shown in all eight poses
+        gzoo.grow(model, smaller)
+
+    Args:
+        model: a network over one group.
+        smaller: the same network over a subgroup; stays as it is.
+
+    Raises:
+        ValueError: the two have other layers, fields, bases or classes; a group is no subgroup; a layer's kernels are
+            standardized, which more zeros would change. ``model`` then is as it was.
+    """
+    values, state = smaller.state_dict(), model.state_dict()
+    if other := sorted(values.keys() ^ state.keys()):
+        raise ValueError(f"the two networks differ in {', '.join(other[:3])}; they must have the same layers")
+    grown = {SIGNATURE: state.pop(SIGNATURE)} if SIGNATURE in state else {}
+    for key, target in state.items():
+        path, _, name = key.rpartition(".")
+        try:
+            grown[key] = _grown(values[key], target, name, model.get_submodule(path), smaller.get_submodule(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    model.load_state_dict(grown)
+
+
+def _grown(value: Tensor, target: Tensor, name: str, layer: nn.Module, inner: nn.Module) -> Tensor:
+    if name != "weight" or not isinstance(layer, ExpandedLayer) or isinstance(layer, LiftingConv2d):
+        _require_layout(value, target.shape)
+        return value
+    if getattr(layer, "standardize", None) is not None:
+        raise ValueError("its kernels are standardized, and zeros would change them; train it over its own group")
+    group, subgroup = (getattr(module, "group", None) for module in (layer, inner))
+    if not isinstance(group, Group) or not isinstance(subgroup, Group):
+        raise ValueError("its fields are not regular; train it over its own group")
+    elements = group.elements_of(subgroup)
+    if elements is None:
+        raise ValueError(f"{subgroup.name} is no subgroup of {group.name}, so it cannot grow into it")
+    _require_layout(value, torch.Size((*target.shape[:2], len(elements), *target.shape[3:])))
+    return torch.zeros_like(target).index_copy_(2, torch.tensor(elements, device=target.device), value.to(target))
 
 
 def _fill(new: Any, plain: Any, group: Group, weights: Weights) -> None:

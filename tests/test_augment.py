@@ -175,6 +175,21 @@ def test_flips_have_their_probabilities(hflip, vflip):
     assert share == pytest.approx(expected, abs=0.05)
 
 
+def test_transposing_with_both_flips_shows_all_eight_poses():
+    image, options = noise((3, 9, 9)), NOTHING | {"transpose": 0.5, "hflip": 0.5, "vflip": 0.5}
+    views = [pose.flip(dims) for pose in (tensor(image), tensor(image).mT) for dims in ((), (2,), (1,), (1, 2))]
+    transform, data_config = train_transform(config(3, 9, 9), Augmentation(**options)), config(3, 9, 9)
+    one_by_one = grey_levels(torch.stack([transform(image) for _ in range(2000)]), data_config)
+    for x in (one_by_one, augmented(image, 2000, data_config, **options)):
+        share = [((x - view).abs().amax((1, 2, 3)) < 1e-3).float().mean().item() for view in views]
+        assert share == pytest.approx([1 / 8] * 8, abs=0.03)
+
+
+def test_a_batch_that_is_not_square_is_not_transposed():
+    with pytest.raises(ValueError, match="augment_batches transposes square images, not 20x29; leave transpose out"):
+        augmented(noise((3, 20, 29)), 4, config(3, 16, 16), transpose=0.5)
+
+
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 29, 20)])
 def test_colour_changes_are_those_of_pil_in_any_order(shape):
     adjust = (pil.adjust_brightness, pil.adjust_contrast, pil.adjust_saturation)

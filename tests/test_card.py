@@ -136,6 +136,20 @@ def test_a_card_says_that_training_went_on_and_how_many_threads_it_had():
     assert ", 6 threads, with torch" in text
 
 
+def test_a_card_tells_all_runs_that_a_network_was_grown_in():
+    results = json.loads((CARDS[0] / "results.json").read_text())
+    last = results["training"] | {"seconds": 600, "epochs": 3}
+    results["training"] = {"grown_from": {}} | last
+    for subgroup in ("c1", "p4"):
+        config = last["config"] | {"model_args": {"subgroup": subgroup}}
+        earlier = {"config": config, "command": f"over {subgroup}", "seconds": 60, "epochs": 5}
+        results["training"]["grown_from"] = earlier | {"grown_from": results["training"]["grown_from"]}
+    text = card.render(results)
+    assert f"```\nover c1\nover p4\n{last['command']}\n```" in text
+    assert f"(`gzoo.grow`): 5 epochs over c1, 5 epochs over p4, then over {results['group']} 3 epochs on" in text
+    assert "\n12 minutes on " in text
+
+
 def test_the_tables_are_written_from_the_cards(tmp_path, monkeypatch, capsys):
     cards = tmp_path / "model_cards"
     shutil.copytree(card_folder(), cards)

@@ -9,6 +9,7 @@ import timm
 import torch
 from timm.models import get_pretrained_cfg
 
+import gzoo
 from gzoo import groups, registry
 from gzoo.registry import ENTRIES, GROUPS, Entry
 from tests.conftest import core_entries
@@ -139,6 +140,30 @@ def test_an_entry_with_an_unknown_backbone_is_refused():
 def test_an_entry_with_an_unknown_group_is_refused():
     with pytest.raises(ValueError, match="unknown group 'p5'; accepted are p4"):
         Entry("p5", "resnet20")
+
+
+@pytest.mark.parametrize(
+    ("name", "subgroup", "expected"),
+    [("p4m_resnet20", "c1", "c1"), ("p4m_resnet20", "c4", "p4"), ("c8_cnn6", "p4", "p4")],
+)
+def test_an_entry_has_the_same_kernels_over_a_subgroup(name, subgroup, expected):
+    model, smaller = timm.create_model(name), timm.create_model(name, subgroup=subgroup)
+    assert smaller.group_name == expected
+    gzoo.grow(model, smaller)  # raises unless all fits
+
+
+@pytest.mark.parametrize(
+    ("name", "subgroup", "message"),
+    [
+        ("p4_resnet20", "d1", "d1 is no subgroup of p4; accepted for p4_resnet20 are c1, c2, p4"),
+        ("resnet20", "c1", "resnet20 is not over one group"),
+        ("d8d4d1_resnet20", "d4", "d8d4d1_resnet20 is not over one group"),
+        ("p4_resnet20", "q1", "unknown group 'q1'"),
+    ],
+)
+def test_an_entry_has_no_other_subgroup(name, subgroup, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(name, subgroup=subgroup)
 
 
 def test_a_factory_documents_its_model():

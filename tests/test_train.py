@@ -383,6 +383,18 @@ def test_fine_tuning_starts_from_the_weights_of_an_earlier_run(settings, tmp_pat
     assert same(weights(tmp_path / "second"), first)
 
 
+def test_a_network_grows_from_a_run_over_a_subgroup(settings, tmp_path):
+    small = settings | {"model": "p4_resnet20", "image_size": 8, "epochs": 1}
+    train(TrainConfig(**small | {"model_args": {"subgroup": "c2"}}))
+    changes = {"grown_from": settings["out"], "out": str(tmp_path / "second"), "optimizer": {"name": "sgd", "lr": 0.0}}
+    results = train(TrainConfig(**small | changes))
+    assert results["grown_from"]["config"]["model_args"] == {"subgroup": "c2"}
+    key = "stages.0.0.conv1.weight"
+    before, after = weights(settings["out"])[key], weights(tmp_path / "second")[key]
+    assert torch.equal(after[:, :, [0, 2]], before)
+    assert not after[:, :, [1, 3]].any()
+
+
 def test_the_test_split_is_never_opened(settings, tmp_path, monkeypatch):
     source = Path(settings["data"])
     for split in ("train", "test"):

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import GroupNormAct, ScaledStdConv2d, SpaceToDepth
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
@@ -21,7 +22,7 @@ from gzoo.bases import expand
 from gzoo.nn import FibreNorm, GroupConv2d, InvariantLinear
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.rules import RULES
-from tests.conftest import elements, random_image, relative
+from tests.conftest import random_image, relative
 
 
 def resnet(**options):
@@ -87,8 +88,14 @@ def with_random_weights(model):
 
 
 @torch.no_grad()
+def mean_over_cosets(model, group, subgroup, x):
+    group, subgroup = groups.get(group), groups.get(subgroup)
+    poses = [group.transform_image(x, group.inverse(coset[0])) for coset in group.cosets(subgroup)]
+    return torch.stack([model(pose) for pose in poses]).mean(0)
+
+
 def mean_over_poses(model, group, x):
-    return torch.stack([model(groups.get(group).transform_image(x, g)) for g in elements(group)]).mean(0)
+    return mean_over_cosets(model, group, "c1", x)
 
 
 # Transfer -----------------------------------------------------------------------------------------------------------
@@ -359,3 +366,84 @@ def test_parameters_that_a_rule_of_the_user_leaves_out_are_an_error(weights, mon
     monkeypatch.setitem(RULES, Shift, lambda plain, recipe: nn.Identity())
     with pytest.raises(ValueError, match=r"^1: its shift has no place in Identity; convert with fresh weights"):
         gzoo.convert(nn.Sequential(nn.Conv2d(3, 8, 3), Shift(8), nn.ReLU(), *head(8)), "p4", weights=weights)
+
+
+# Growth -------------------------------------------------------------------------------------------------------------
+
+GROWING = {
+    **{name: FAMILIES[name] for name in ("resnet with ECA", "mobilenetv3", "densenet", "repvgg")},
+    **{name: (lambda name=name: stack(name), 12) for name in LAYERS if name != "instance norm"},
+}
+
+
+def stack(layers):
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), *LAYERS[layers]())
+
+
+def grown(plain, group, subgroup, **options):
+    """The network over the group, filled from a random one over the subgroup, and that one; float64, eval mode."""
+    model, smaller = (gzoo.convert(plain, name, match="width", **options) for name in (group, subgroup))
+    model, smaller = model.double().eval(), with_random_weights(smaller)
+    gzoo.grow(model, smaller)
+    return model, smaller
+
+
+@pytest.mark.parametrize(("group", "subgroup"), [("p4m", "c1"), ("p4m", "p4"), ("p4", "c2"), ("d2", "d1")])
+@pytest.mark.parametrize("family", GROWING)
+def test_a_grown_network_is_the_mean_of_the_smaller_one_over_the_cosets(family, group, subgroup):
+    build, size = GROWING[family]
+    model, smaller = grown(build(), group, subgroup)
+    x = random_image(3, (size, size + 4))
+    expected = mean_over_cosets(smaller, group, subgroup, x)
+    assert relative(model(x), expected) < 1e-12
+    assert family in LAYERS or relative(smaller(x), expected) > 1e-4  # one coset is not the mean
+
+
+@pytest.mark.parametrize(("group", "subgroup"), [("p4m", "d2"), ("p4", "c1"), ("p4", "p4")])
+def test_growth_in_the_steerable_basis_and_with_poses(group, subgroup):
+    model, smaller = grown(stack("grouped, depthwise"), group, subgroup, basis="steerable", head="pose")
+    x = random_image(3, (12, 15))
+    expected = mean_over_cosets(lambda y: smaller(y).mean(2), group, subgroup, x)
+    assert relative(model(x).mean(2), expected) < 1e-12
+
+
+def test_a_grown_network_pools_by_the_maximum_over_all_cosets():
+    model, smaller = grown(stack("hidden linear"), "p4m", "p4", group_pool="max")
+    x = random_image(3, (12, 12))
+    fibres = [smaller[:-1](y).unflatten(1, (-1, 4)) for y in (x, x.flip(-1))]
+    pooled = torch.cat(fibres, 2).amax(2)
+    assert relative(model(x), F.linear(pooled, model[-1].weight, model[-1].bias)) < 1e-12
+
+
+def test_new_weights_of_a_grown_network_train():
+    model, _ = grown(stack("3x3 convolution at the end"), "p4", "c2")
+    model.train()(random_image(3, (12, 12))).square().sum().backward()
+    layer = next(m for m in model.modules() if isinstance(m, GroupConv2d))
+    assert not layer.weight[:, :, [1, 3]].any()
+    assert layer.weight.grad[:, :, [1, 3]].abs().amax((0, 1, 3, 4)).min() > 0
+
+
+NOT_GROWN = {
+    "no subgroup": ("p4m", "c3", {}, "c3 is no subgroup of p4m"),
+    "smaller group": ("p4", "p4m", {}, "p4m is no subgroup of p4"),
+    "other widths": ("p4m", "p4", {"match": "params"}, "^0: its weight .* has another layout"),
+    "other layers": ("p4m", "p4", {"bias": True}, "the two networks differ in 0.bias; "),
+}
+
+
+@pytest.mark.parametrize("error", NOT_GROWN)
+def test_what_cannot_grow_is_an_error(error):
+    group, subgroup, change, message = NOT_GROWN[error]
+
+    def build(bias=False):
+        return nn.Sequential(nn.Conv2d(3, 8, 1, bias=bias), nn.ReLU(), nn.Conv2d(8, 8, 1), *head(8))
+
+    model = gzoo.convert(build(change.pop("bias", False)), group, match=change.get("match", "width"))
+    with pytest.raises(ValueError, match=message):
+        gzoo.grow(model, gzoo.convert(build(), subgroup, match="width"))
+
+
+def test_standardized_kernels_do_not_grow():
+    models = [gzoo.convert(normalizer_free(), group, match="width") for group in ("p4m", "p4")]
+    with pytest.raises(ValueError, match=r"^2: its kernels are standardized, and zeros would change them"):
+        gzoo.grow(*models)
