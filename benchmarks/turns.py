@@ -2,10 +2,11 @@
 
     uv run python benchmarks/turns.py
 
-Each network is converted once and drawn anew for five seeds. Its logits of a band-limited image in a disc, and of the
+Each network is converted once and drawn anew for 25 seeds. Its logits of a band-limited image in a disc, and of the
 image turned by 45 degrees, differ by the error: the norm of the difference over that of the logits, in float32, with
 the norm statistics of the upright image. "escnn" is the same network with the strides of plain torch, as a network of
-escnn's modules has them; at odd sizes where all windows fit, the two are one. A row for each network and size goes to
+escnn's modules has them; at odd sizes where all windows fit, the two are one. Draws differ much, so the two are
+compared draw by draw: the share is the geometric mean of the quotients. A row for each network and size goes to
 turns.csv; a second call makes those that are missing.
 """
 
@@ -26,7 +27,7 @@ from gzoo.nn import keep_original_strides
 
 CSV = Path(__file__).parent / "turns.csv"
 SIZES = (64, 96, 128)
-SEEDS = 5
+SEEDS = 25
 NETWORKS = (
     *("resnet18", "resnet18d", "resnet26", "resnetv2_18", "regnetx_002", "dla46_c", "mobilenetv2_050"),
     *("efficientnet_lite0", "convnext_atto", "densenet121"),
@@ -62,7 +63,7 @@ def error(model: nn.Module, x: Tensor) -> float:
 
 
 def one_row(name: str, model: nn.Module, size: int) -> dict[str, object]:
-    """Means and standard errors over the seeds."""
+    """Means over the seeds, the share of gzoo's in escnn's, and the standard error of its logarithm."""
     start = time.perf_counter()
     theirs = keep_original_strides(copy.deepcopy(model))
     found = []
@@ -70,21 +71,27 @@ def one_row(name: str, model: nn.Module, size: int) -> dict[str, object]:
         for network in (model, theirs):
             draw(network, seed)
         found.append([error(network, image(size, seed).float()) for network in (model, theirs)])
-    means, spread = np.mean(found, 0), np.std(found, 0, ddof=1) / SEEDS**0.5
-    row = {"network": name, "size": size}
-    for i, key in enumerate(("gzoo", "escnn")):
-        row |= {key: f"{means[i]:.4f}", f"{key} +-": f"{spread[i]:.4f}"}
+    quotients = np.log(found) @ (1, -1)
+    numbers = {
+        **dict(zip(("gzoo", "escnn"), np.mean(found, 0), strict=True)),
+        "share": np.exp(quotients.mean()),
+        "+-": quotients.std(ddof=1) / SEEDS**0.5,
+    }
+    row = {"network": name, "size": size} | {key: f"{value:.4f}" for key, value in numbers.items()}
     return row | {"seconds": round(time.perf_counter() - start)}
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Markdown: for each size the error with gzoo's strides, as a share of that with escnn's."""
+    """Markdown: for each size gzoo's share of the error with escnn's strides, ± its standard error."""
     lines = ["| pixels | geometric mean | lowest | highest |", "|---|---|---|---|"]
     for size in SIZES:
-        shares = {row["network"]: float(row["gzoo"]) / float(row["escnn"]) for row in rows if row["size"] == str(size)}
-        mean = np.exp(np.mean(np.log(list(shares.values()))))
-        ends = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
-        low, high = (f"{shares[name]:.2f} (`{name}`)" for name in ends)
+        shares = sorted(
+            (float(row["share"]), float(row["+-"]), row["network"]) for row in rows if row["size"] == str(size)
+        )
+        mean = np.exp(np.mean([np.log(share) for share, *_ in shares]))
+        low, high = (
+            f"{share:.2f} ± {spread * share:.2f} (`{name}`)" for share, spread, name in (shares[0], shares[-1])
+        )
         lines.append(f"| {size} | {mean:.2f} | {low} | {high} |")
     return "\n".join(lines)
 

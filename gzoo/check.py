@@ -4,6 +4,7 @@ The equivariance error is max abs(f(g.x) - g.f(x)) / max abs(f(x)), a pure numbe
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -265,8 +266,9 @@ def first_broken_layer(
     """The name of the first leaf module whose output does not transform with x; None if all do.
 
     A leaf's own law is not known here: its output may be an image, regular fields with channels first or last, both in
-    one, or a vector. A leaf is blamed only if no law that fits its shape holds. Where no leaf is to blame, but the
-    network's own output does not follow, the name is "", the network's.
+    one, either with its pixels in a row, what pixels attend to which, or a vector. A leaf is blamed only if no law that
+    fits its shape holds. Where no leaf is to blame, but the network's own output does not follow, the name is "", the
+    network's.
 
     Args:
         model: float64, in eval mode.
@@ -304,6 +306,13 @@ def _possible(group: Group, y: Tensor, g: int, found: Tensor) -> Iterator[Tensor
     regular_first = y.ndim > 1 and y.shape[1] % group.order == 0
     if y.ndim == 2 and regular_first:
         yield group.transform_features(y, g)
+    if y.ndim == 3 and _is_square(y.shape[1]):  # pixels in a row, channels last
+        yield _move_row(group, y.mT, g).mT
+        if y.shape[2] % group.order == 0:
+            side = math.isqrt(y.shape[1])
+            yield group.transform_features(y.mT.unflatten(2, (side, side)), g).flatten(2).mT
+    if y.ndim == 4 and _is_square(y.shape[2]) and _is_square(y.shape[3]):  # what pixels attend to which
+        yield _move_row(group, _move_row(group, y, g).mT, g).mT
     if y.ndim == 4:
         yield group.transform_image(y, g)
         if regular_first:
@@ -315,6 +324,16 @@ def _possible(group: Group, y: Tensor, g: int, found: Tensor) -> Iterator[Tensor
             weights = torch.rand(y.shape[2:], generator=torch.Generator().manual_seed(0)).to(y)
             old, new = ((x * weights).sum((0, 2, 3)).argsort() for x in (moved, found))  # alike in their order
             yield moved[:, old[new.argsort()]]
+
+
+def _is_square(pixels: int) -> bool:
+    return math.isqrt(pixels) ** 2 == pixels
+
+
+def _move_row(group: Group, y: Tensor, g: int) -> Tensor:
+    """The pixels of a square image, in a row along the last dimension, moved by g."""
+    side = math.isqrt(y.shape[-1])
+    return group.transform_image(y.unflatten(-1, (side, side)), g).flatten(-2)
 
 
 def _is_pose(y: Tensor, group: Group) -> bool:

@@ -300,6 +300,31 @@ def _eca(plain: tl.EcaModule, recipe: Recipe) -> nn.Module:
     return GroupEca(recipe.group, plain.conv.kernel_size[0], plain.gate)
 
 
+@rule(fastvit.Attention, metaformer.Attention, tl.Attention2d)
+def _attention(plain: Any, recipe: Recipe) -> nn.Module:
+    """Each head holds whole fibres, so the product of a query with a key does not change when both are transformed."""
+    _require_one_attention(recipe)
+    width = plain.qkv.out_fields // (3 * plain.num_heads) * recipe.group.order
+    if isinstance(plain, tl.Attention2d):  # its scale is that of the width it finds
+        plain.dim_head = width
+    else:
+        plain.head_dim, plain.scale = width, width**-0.5
+    return plain
+
+
+@rule(tl.MultiQueryAttention2d)
+def _multi_query_attention(plain: Any, recipe: Recipe) -> nn.Module:
+    _require_one_attention(recipe)
+    plain.key_dim, plain.value_dim = (new.proj.out_fields * recipe.group.order for new in (plain.key, plain.value))
+    plain.scale = plain.key_dim**-0.5
+    return plain
+
+
+def _require_one_attention(recipe: Recipe) -> None:
+    if recipe.per_element:
+        raise ValueError("its attention is one for all poses here, and each pose's own in the plain network")
+
+
 # --- norms and scales
 
 

@@ -180,6 +180,7 @@ class _Follow(TorchFunctionMode):
         self.seen = seen
         self.path = [""]
         self.made: dict[str, Segments] = {}
+        self.attending: set[str] = set()  # modules whose own forward multiplies queries with keys
 
     # --- modules
 
@@ -392,14 +393,32 @@ class _Follow(TorchFunctionMode):
         return True
 
     def _matmul(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
-        """A product keeps the channels that it does not sum over."""
+        """A product keeps the channels that it does not sum over; those that it does sum over are as many."""
+        summed_over = []
         for x, summed in zip(inputs[:2], (-1, -2), strict=False):
             channels = _channels(x)
             place = channels.dim - x.ndim if channels else summed
             if channels and place != summed and outputs[0].ndim == x.ndim:
                 _mark(outputs[0], channels.dim, channels.segments)
                 return True
+            if channels:
+                summed_over.append(channels.segments)
+        if len(summed_over) == 2:
+            self._attend(*summed_over)
         return False
+
+    def _attention(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
+        query, key, value = (c.segments if (c := _channels(x)) and c.dim == x.ndim - 1 else () for x in inputs[:3])
+        if not (query and key and value):
+            return False
+        self._attend(query, key)
+        _mark(outputs[0], outputs[0].ndim - 1, value)
+        return True
+
+    def _attend(self, query: Segments, key: Segments) -> None:
+        """Ties what a product of queries and keys sums over."""
+        tie(query, key)
+        self.attending.add(self.path[-1])
 
     def _lose(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         return False
@@ -414,20 +433,31 @@ class _Follow(TorchFunctionMode):
         for e in range(len(new)):
             leading = math.prod(new[:e])
             if leading == before and new[e] == total:
+                self._tie_attention(segments)
                 _mark(out, e, segments)
                 return True
-            if leading == before and e + 1 < len(new) and new[e] * new[e + 1] == total and new[e] > 1:
-                equal, rest = cut(segments, new[e + 1])  # C channels read as new[e] times the same ones
+            last = next((i for i in range(e + 1, len(new)) if math.prod(new[e : i + 1]) == total), None)
+            if leading == before and last is not None and new[last] < total:
+                equal, rest = cut(segments, new[last])  # C channels read as several times the same ones
                 while rest:
-                    part, rest = cut(rest, new[e + 1])
+                    part, rest = cut(rest, new[last])
                     tie(equal, part)
-                _mark(out, e + 1, flat(equal))
+                _mark(out, last, flat(equal))
                 return True
             for first in range(dim):  # the dimensions before the channels are taken in, as copies of them
                 if leading == math.prod(old[:first]) and leading * new[e] == before * total:
-                    _mark(out, e, segments * math.prod(old[first:dim]))
+                    heads = segments * math.prod(old[first:dim])
+                    self._tie_attention(heads)
+                    _mark(out, e, heads)
                     return True
         return False
+
+    def _tie_attention(self, segments: Segments) -> None:
+        """After its product of queries and keys, a module reads maps as wide as its input in the width of its input."""
+        path = self.path[-1]
+        own = self.seen.inputs.get(path, ())
+        if path in self.attending and _total(own) == _total(segments):
+            tie(segments, own)
 
 
 _FOLLOWED: dict[str, Callable[..., bool]] = {
@@ -440,7 +470,8 @@ _FOLLOWED: dict[str, Callable[..., bool]] = {
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _Follow._transpose),
     **dict.fromkeys(("mean", "sum", "amax", "amin", "max", "min", "norm", "std", "var"), _Follow._reduce),
     **dict.fromkeys(("matmul", "bmm", "__matmul__"), _Follow._matmul),
-    **dict.fromkeys(("einsum", "scaled_dot_product_attention"), _Follow._lose),
+    "scaled_dot_product_attention": _Follow._attention,
+    "einsum": _Follow._lose,
     **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"), _Follow._reshape),
 }
 

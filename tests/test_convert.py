@@ -11,6 +11,7 @@ import timm.layers as tl
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
+from timm.models import fastvit, metaformer
 from timm.models.focalnet import FocalNet
 from timm.models.inception_v3 import InceptionB, InceptionD
 from torch import nn
@@ -374,6 +375,69 @@ def test_the_pools_in_the_functions_of_inception_v3_are_symmetric(block, size):
     plain.pretrained_cfg = {"input_size": (3, 20, 20)}  # the self-check takes an image of this size
     model = with_random_statistics(gzoo.convert(plain, "p4", classifier="")).eval()
     assert worst_error(model, "p4", image(size), "image", "fields") < 1e-12
+
+
+ATTENTION = {
+    "FastViT's": lambda: fastvit.Attention(32, 8, qkv_bias=True),
+    "MetaFormer's": lambda: Network(
+        lambda self, x: self.attention(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:]),
+        attention=metaformer.Attention(32, 8),
+    ),
+    "heads within q, k and v": lambda: tl.Attention2d(32, num_heads=4),
+    "q, k and v within heads": lambda: tl.Attention2d(32, 24, num_heads=2, head_first=True),
+    "one key for all queries": lambda: tl.MultiQueryAttention2d(32, 24, num_heads=4, key_dim=6),
+    "fewer keys and queries": lambda: tl.MultiQueryAttention2d(32, num_heads=2, query_strides=2, kv_stride=2),
+}
+
+
+def attending(name, fused=True):
+    attention = ATTENTION[name]()
+    for module in attention.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+    plain = Network(
+        lambda self, x: self.head(self.last(self.attention(self.stem(x))) + self.stem(x)),
+        stem=nn.Sequential(conv(3, 32), nn.BatchNorm2d(32), nn.ReLU()),
+        attention=attention,
+        last=conv(attention(torch.randn(1, 32, 4, 4)).shape[1], 32),
+        head=nn.Sequential(*head(32)),
+    )
+    plain.pretrained_cfg = {"input_size": (3, 12, 12)}  # the self-check takes an image of this size
+    return plain
+
+
+@pytest.mark.parametrize("group", GRID_GROUPS)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_between_pixels_looks_from_every_pose_alike(name, group):
+    model = with_random_statistics(gzoo.convert(attending(name), group)).eval()
+    sizes = ((8, 8), (8, 12)) if "fewer" in name else ((9, 9), (8, 8), (8, 11))  # it wants whole strides
+    for size in sizes:
+        assert worst_error(model, group, image(size), "image", "invariant") < 1e-12
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_over_finer_groups_without_fused_kernels_and_with_a_gradient(name):
+    model = with_random_statistics(gzoo.convert(attending(name, fused=False), "c8"))
+    assert gzoo.check(model.eval(), 8).worst < 1e-12
+    model(torch.randn(2, 3, 8, 8, dtype=torch.float64)).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_heads_hold_the_parameters_of_the_plain_network_and_whole_fibres():
+    plain = nn.Sequential(conv(3, 64), nn.ReLU(), fastvit.Attention(64, 16), conv(64, 64), *head(64))
+    model = convert_in_place(copy.deepcopy(plain), "p4")
+    sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in (plain, model)]
+    assert 0.9 < sizes[1] / sizes[0] < 1.1
+    attention = model[2]
+    assert (attention.num_heads, attention.head_dim % 4) == (4, 0)
+    assert attention.head_dim == attention.proj.in_fields  # four heads of whole fibres of four
+    assert attention.scale == attention.head_dim**-0.5
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_is_not_that_of_each_pose(name):
+    with pytest.raises(ValueError, match=r"its attention is one for all poses here, and each pose's own in the plain"):
+        gzoo.convert(attending(name), "p4", weights="transfer")
 
 
 # Channels that have no fibre, inside of a network.
