@@ -101,7 +101,7 @@ def coverage(
         known[name] = row = measure(module, name, params, group)
         is_new = not path.exists()
         with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+            writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
             if is_new:
                 writer.writeheader()
             writer.writerow(asdict(row))

@@ -434,6 +434,16 @@ def test_heads_hold_the_parameters_of_the_plain_network_and_whole_fibres():
     assert attention.scale == attention.head_dim**-0.5
 
 
+@pytest.mark.parametrize(("place", "blamed", "shape"), [("", "qkv", (12, 12)), (".attn_drop", "attn_drop", (144, 1))])
+def test_attention_that_knows_positions_is_refused(place, blamed, shape):
+    plain = attending("FastViT's", fused=False)
+    positions = torch.linspace(0, 1, 144).view(shape)  # for the 12 x 12 pixels of the self-check
+    module = plain.get_submodule(f"attention{place}")
+    module.register_forward_pre_hook(lambda module, inputs: (inputs[0] + positions[-inputs[0].shape[-2] :],))
+    with pytest.raises(ValueError, match=rf"^attention\.{blamed} \(\w+\) is not equivariant under p4m at 12x12 pixels"):
+        gzoo.convert(plain, "p4m")
+
+
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_is_not_that_of_each_pose(name):
     with pytest.raises(ValueError, match=r"its attention is one for all poses here, and each pose's own in the plain"):

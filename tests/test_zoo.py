@@ -24,9 +24,8 @@ SAMPLE = (
 )
 
 REFUSED = {
-    "resnet50_clip": "head.proj: its channels come out of 'scaled_dot_product_attention'",
-    "fastvit_sa12": "channels come out of",
-    "caformer_s18": "channels come out of",
+    "resnet50_clip": r"head is a timm.layers.attention_pool2d.AttentionPool2d with parameters of its own \(pos_embed\)",
+    "efficientvit_b0": "its channels come out of 'matmul'",
     "nasnetalarge": "all four must be the same",
     "efficientnet_cc_b0_4e": "CondConv2d",
 }
