@@ -109,7 +109,7 @@ def render(results: dict[str, Any]) -> str:
     *earlier, _ = runs = _runs(training)
     start = "It went on from earlier weights of this name: " if config["pretrained"] else ""
     if earlier:
-        steps = (f"{run['epochs']} epochs over {run['config']['model_args'].get('subgroup')}" for run in earlier)
+        steps = (f"{_epochs(run)} over {run['config']['model_args'].get('subgroup')}" for run in earlier)
         start = f"It grew from a network over a subgroup (`gzoo.grow`): {', '.join(steps)}, then over {group} "
     commands = "\n".join(run["command"] for run in runs)
     validation = "the last epoch's weights, without validation"
@@ -157,7 +157,7 @@ The eight symmetries are the rotations by 0, 90, 180 and 270 degrees, then the s
 {commands}
 ```
 
-{start}{training["epochs"]} epochs on {training["n_train"]:,} images of {title}; {validation}. Seed {config["seed"]}.
+{start}{_epochs(training)} on {training["n_train"]:,} images of {title}; {validation}. Seed {config["seed"]}.
 {_seconds(runs) / 60:.0f} minutes on {machine["gpu"] or machine["cpu"]}, {_threads(machine)}, with torch
 {training["torch"]} and timm {training["timm"]}. The recipe is `recipes/{name}.yaml`; all numbers are in results.json.
 
@@ -193,6 +193,10 @@ def _runs(training: dict[str, Any]) -> list[dict[str, Any]]:
     """The results of the runs that a network was grown in, the smallest group first."""
     earlier = training.get("grown_from")
     return [*(_runs(earlier) if earlier else ()), training]
+
+
+def _epochs(run: dict[str, Any]) -> str:
+    return f"{run['epochs']} epoch{'s' if run['epochs'] > 1 else ''}"
 
 
 def _seconds(runs: list[dict[str, Any]]) -> float:
