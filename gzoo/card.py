@@ -200,7 +200,7 @@ def _epochs(run: dict[str, Any]) -> str:
 
 
 def _seconds(runs: list[dict[str, Any]]) -> float:
-    return sum(run["seconds"] for run in runs)
+    return round(sum(run["seconds"] for run in runs), 1)
 
 
 def _thread_count(machine: dict[str, Any]) -> int:

@@ -116,7 +116,10 @@ def test_results_csv_is_that_of_the_cards():
         results = json.loads((card_folder() / name / "results.json").read_text())
         assert float(row["top1"]) == results["test"]["top1"]
         assert int(row["multiply_adds"]) == results["multiply_adds"]
-        assert float(row["training_seconds"]) == results["training"]["seconds"]
+        seconds, run = 0.0, results["training"]
+        while run:
+            seconds, run = seconds + run["seconds"], run.get("grown_from")
+        assert float(row["training_seconds"]) == pytest.approx(seconds)
 
 
 def test_a_card_without_a_calibration_error_still_renders():
