@@ -438,7 +438,7 @@ def test_what_cannot_grow_is_an_error(error):
     def build(bias=False):
         return nn.Sequential(nn.Conv2d(3, 8, 1, bias=bias), nn.ReLU(), nn.Conv2d(8, 8, 1), *head(8))
 
-    model = gzoo.convert(build(change.pop("bias", False)), group, match=change.get("match", "width"))
+    model = gzoo.convert(build(change.get("bias", False)), group, match=change.get("match", "width"))
     with pytest.raises(ValueError, match=message):
         gzoo.grow(model, gzoo.convert(build(), subgroup, match="width"))
 
