@@ -128,10 +128,17 @@ class Group:
             return None
         return turn + self.rotations * (g >= other.rotations)
 
-    def elements_of(self, other: "Group") -> list[int] | None:
-        """All elements of another group as ones of this group, in its order; None if it is no subgroup."""
-        elements = [g for h in range(other.order) if (g := self.element(h, other)) is not None]
-        return elements if len(elements) == other.order else None
+    def elements_of(self, subgroup: "Group") -> list[int]:
+        """All elements of a subgroup as ones of this group, in its order.
+
+        Raises:
+            ValueError: it is no subgroup with the same mirror axis.
+        """
+        elements = [g for h in range(subgroup.order) if (g := self.element(h, subgroup)) is not None]
+        if len(elements) < subgroup.order:
+            names = ", ".join(known.name for known in self.subgroups)
+            raise ValueError(f"{subgroup.name} is no subgroup of {self.name}; its subgroups are {names}")
+        return elements
 
     @property
     def subgroups(self) -> list["Group"]:
@@ -146,11 +153,6 @@ class Group:
             ValueError: it is no subgroup.
         """
         elements = self.elements_of(subgroup)
-        if elements is None:
-            raise ValueError(
-                f"{subgroup.name} is no subgroup of {self.name}, so there are no {self.name}/{subgroup.name} fields; "
-                f"subgroups are {', '.join(known.name for known in self.subgroups)}"
-            )
         cosets: list[list[int]] = []
         for x in range(self.order):
             if not any(x in coset for coset in cosets):
@@ -178,11 +180,6 @@ class Group:
             ValueError: it is no subgroup.
         """
         elements = self.elements_of(subgroup)
-        if elements is None:
-            raise ValueError(
-                f"{subgroup.name} is no subgroup of {self.name}: a network can lose symmetry on the way, from N "
-                "rotations to a divisor of N, from dN to cN, but not win it"
-            )
         order: list[int] = []
         for x in range(self.order):
             if x not in order:

@@ -200,9 +200,7 @@ class Entry:
         if self.group is None or ":" in self.group:
             raise ValueError(f"{self.name} is not over one group, so it has no subgroup={subgroup!r}")
         group, smaller = groups.get(self.group), groups.get(subgroup)
-        if group.elements_of(smaller) is None:
-            names = ", ".join(known.name for known in group.subgroups)
-            raise ValueError(f"{smaller.name} is no subgroup of {group.name}; accepted for {self.name} are {names}")
+        group.elements_of(smaller)  # raises
         return smaller.name, self.basis or (None if group.on_grid else "steerable")
 
 

@@ -104,8 +104,6 @@ def _grown(value: Tensor, target: Tensor, name: str, layer: nn.Module, inner: nn
     if not isinstance(group, Group) or not isinstance(subgroup, Group):
         raise ValueError("its fields are not regular; train it over its own group")
     elements = group.elements_of(subgroup)
-    if elements is None:
-        raise ValueError(f"{subgroup.name} is no subgroup of {group.name}, so it cannot grow into it")
     _require_layout(value, torch.Size((*target.shape[:2], len(elements), *target.shape[3:])))
     return torch.zeros_like(target).index_copy_(2, torch.tensor(elements, device=target.device), value.to(target))
 

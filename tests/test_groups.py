@@ -164,9 +164,9 @@ def test_quotients_by_the_trivial_and_the_whole_group_are_regular_and_trivial_fi
 
 def test_a_quotient_by_what_is_no_subgroup_is_refused():
     for group, other in (("p4", "c3"), ("p4", "d1"), ("p4", "c8"), ("p4", "p4m")):
-        with pytest.raises(ValueError, match=rf"{other} is no subgroup of p4, .*; subgroups are c1, c2, p4$"):
+        with pytest.raises(ValueError, match=rf"{other} is no subgroup of p4; its subgroups are c1, c2, p4$"):
             groups.get(group).cosets(groups.get(other))
-    with pytest.raises(ValueError, match=r"so there are no p4m/c3 fields; subgroups are c1, c2, p4, d1, d2, p4m$"):
+    with pytest.raises(ValueError, match=r"c3 is no subgroup of p4m; its subgroups are c1, c2, p4, d1, d2, p4m$"):
         groups.get("p4m").quotient_type({"c1": 2, "c3": 1})
 
 

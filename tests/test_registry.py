@@ -155,7 +155,7 @@ def test_an_entry_has_the_same_kernels_over_a_subgroup(name, subgroup, expected)
 @pytest.mark.parametrize(
     ("name", "subgroup", "message"),
     [
-        ("p4_resnet20", "d1", "d1 is no subgroup of p4; accepted for p4_resnet20 are c1, c2, p4"),
+        ("p4_resnet20", "d1", "d1 is no subgroup of p4; its subgroups are c1, c2, p4"),
         ("resnet20", "c1", "resnet20 is not over one group"),
         ("d8d4d1_resnet20", "d4", "d8d4d1_resnet20 is not over one group"),
         ("p4_resnet20", "q1", "unknown group 'q1'"),
