@@ -35,7 +35,8 @@ class Series(NamedTuple):
 
 # He's width, a quarter of the cost, and few pixels: the runs take half an hour on two CPU cores.
 _SMALL = {
-    "pretrained": False,
+    "grown_from": None,
+    "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True},
     "model_args": {"base_width": 16},
     "image_sizes": None,
     "image_size": 16,

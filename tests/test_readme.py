@@ -70,13 +70,12 @@ def test_readme_shows_the_four_ways_as_measured(monkeypatch):
     assert shown[1] == table(json.loads((BENCHMARKS / "four_ways.json").read_text()))
 
 
-def test_readme_shows_the_continuous_groups_as_measured():
-    table = runpy.run_path(str(BENCHMARKS / "continuous_rotmnist.py"))["table"]
-    shown = re.search(
-        r"<!-- continuous rotmnist -->\n(.*?)\n<!-- /continuous rotmnist -->", README.read_text(), re.DOTALL
-    )
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("continuous_*.json")), ids=lambda path: path.stem)
+def test_readme_shows_the_continuous_groups_as_measured(path):
+    table = runpy.run_path(str(BENCHMARKS / "continuous.py"))["table"]
+    shown = re.search(rf"<!-- {path.stem} -->\n(.*?)\n<!-- /{path.stem} -->", README.read_text(), re.DOTALL)
     assert shown is not None
-    assert shown[1] == table(json.loads((BENCHMARKS / "continuous_rotmnist.json").read_text())["runs"])
+    assert shown[1] == table(json.loads(path.read_text())["runs"])
 
 
 def test_readme_shows_what_pretrained_weights_are_worth(monkeypatch):
