@@ -62,6 +62,7 @@ from gzoo.data import (
     train_transform,
 )
 from gzoo.evaluate import measure
+from gzoo.partial import subsets
 from gzoo.predict import load_model
 from gzoo.soft import penalty
 from gzoo.transfer import grow
@@ -101,6 +102,7 @@ class TrainConfig:
         metadata={"help": "name, warmup_epochs, min_lr ... for timm's create_scheduler_v2; steps at each update"},
     )
     layer_decay: float | None = _option(None, "learning rate factor from each layer to the one below it")
+    subset_lr: float = _option(0.05, "learning rate of what the layers of a partial model keep; for Adam and its kind")
     label_smoothing: float = _option(0.0, "share of the target spread over all classes")
     soft_penalty: float = _option(
         0.0, "weight of gzoo.soft.penalty in the loss, for a model with model_args soft: true"
@@ -355,9 +357,15 @@ def _set_up(config: TrainConfig, out: Path, processes: PartialState, fresh: bool
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     options = {key: value for key, value in config.optimizer.items() if key != "name"}
     try:
-        return create_optimizer_v2(model, opt=config.optimizer["name"], layer_decay=config.layer_decay, **options)
+        optimizer = create_optimizer_v2(model, opt=config.optimizer["name"], layer_decay=config.layer_decay, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"optimizer {config.optimizer}: {error}") from error
+    learned = {parameter for _, subset in subsets(model) for parameter in subset.parameters()}
+    if learned:  # at the rate of the weights they would hardly leave the whole group
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter not in learned]
+        optimizer.add_param_group({"params": list(learned), "lr": config.subset_lr, "weight_decay": 0.0})
+    return optimizer
 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Scheduler | None:

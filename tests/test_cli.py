@@ -1,12 +1,15 @@
 """The gzoo command: what it prints, which files it writes, which exit code it returns."""
 
 import json
+import re
 
 import datasets
 import numpy as np
 import pytest
+import timm
 from PIL import Image
 
+import gzoo
 import gzoo.train
 from gzoo.cli import main
 
@@ -141,6 +144,15 @@ def test_data_rotmnist_writes_a_set_that_opens(tmp_path, monkeypatch, capsys):
     assert main(["data", "rotmnist", "--mnist", "in", "--out", "out"]) == 0
     assert calls == [("in", "out", 20161)]
     assert "12000 images to train and validate, 50000 to test, seed 20161" in capsys.readouterr().out
+
+
+def test_check_says_to_which_elements_a_partial_network_is_still_equivariant(monkeypatch, capsys):
+    model = timm.create_model("p4_cnn7", partial=True)
+    for _, subset in gzoo.partial.subsets(model):
+        subset.keep([0, 2])
+    monkeypatch.setattr("gzoo.predict.load_model", lambda *args: model)
+    assert main(["check", "p4_cnn7", "--size", "28"]) == 0
+    assert re.search(r"equivariant to 0, 180 alone; the others, given up, err by up to \d", capsys.readouterr().out)
 
 
 def test_check_exits_with_0_for_an_equivariant_network(capsys):

@@ -168,6 +168,13 @@ def test_a_layer_that_drops_rotations_keeps_none_but_the_mirror():
     assert gzoo.check(model, 12).given_up[4] > 1e-6
 
 
+def test_every_parameter_has_a_gradient_when_the_reflected_elements_are_dropped(monkeypatch):
+    monkeypatch.setattr("gzoo.nn.continuous.draw", lambda logit: (logit - logit.detach()).mul(0.1))
+    model = network("e2", 4, partial=True).train()
+    model(torch.randn(2, 1, 9, 9, dtype=torch.float64)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_training_samples_all_of_the_interval_and_nothing_else():
     arc = Arc("se2", 3, True)
     nn.init.constant_(arc.reach, 0.5)

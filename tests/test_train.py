@@ -675,3 +675,14 @@ def test_the_soft_penalty_holds_the_residual_filters_near_zero(settings):
         train(TrainConfig(**settings | {"soft_penalty": 1.0}))
     with pytest.raises(ValueError, match=r"soft_penalty is -1.0; the least is 0"):
         TrainConfig(**settings | {"soft_penalty": -1.0})
+
+
+def test_what_a_partial_model_keeps_has_a_rate_of_its_own(settings):
+    partial = settings | {"model": "p4_cnn7", "model_args": {"partial": True}, "epochs": 1}
+    moved = []
+    for rate in (0.0, 0.5):
+        train(TrainConfig(**partial | {"subset_lr": rate, "out": f"{settings['out']}{rate}"}))
+        found = weights(f"{settings['out']}{rate}")
+        moved.append(max((value - 2).abs().max() for key, value in found.items() if key.endswith("logits")))
+    assert moved[0] == 0
+    assert moved[1] > 0.1

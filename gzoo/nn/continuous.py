@@ -129,7 +129,8 @@ class Arc(nn.Module):
         angles = theta * steps
         kept = self._mirror()
         if kept.item() == 0:
-            return Elements(angles, torch.zeros_like(angles, dtype=torch.bool), torch.full_like(angles, 1 / n))
+            weights = torch.full_like(angles, 1 / n) + 0 * kept  # DDP waits for a gradient of every parameter
+            return Elements(angles, torch.zeros_like(angles, dtype=torch.bool), weights)
         mirrored = torch.arange(2 * n, device=reach.device) >= n
         weights = torch.where(mirrored, kept, 1.0)
         return Elements(angles.repeat(2), mirrored, weights / weights.sum())
