@@ -5,12 +5,13 @@ reflections, g = N + r: reflect the width axis, then rotate by r. A rotation by 
 degrees. The tests compare order, products and action with escnn's.
 """
 
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -186,9 +187,9 @@ class Group:
                 order += [self.multiply(g, x) for g in elements]
         return order
 
-    def require_element(self, g: int) -> None:
-        if not 0 <= g < self.order:
-            raise ValueError(f"{g} is no element of {self.name}; its elements are 0 to {self.order - 1}")
+    def require_element(self, g: object) -> None:
+        if not isinstance(g, SupportsIndex) or not 0 <= operator.index(g) < self.order:
+            raise ValueError(f"{g!r} is no element of {self.name}; its elements are 0 to {self.order - 1}")
 
     @property
     def gspace(self) -> "GSpace":

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gzoo.groups import Group
-from gzoo.nn import Arc, FibreNorm, GroupConv2d, GroupLinear, LiftingConv2d, PerElement, Subset
+from gzoo.nn import Arc, FibreNorm, GroupConv2d, GroupLinear, GroupPool, LiftingConv2d, PerElement, Subset
 from gzoo.nn.linear import Pooling
 
 
@@ -34,7 +35,7 @@ def make_partial(model: nn.Module, group: Group, pool: Pooling, x: Tensor) -> No
     Raises:
         ValueError: the head pools by the maximum, in which the zeros of dropped elements would count; or a layer mixes
             kept with dropped elements: a norm that does not follow a convolution, or that is not taken field by field,
-            or a linear map along the fibre. Names the layer.
+            or a linear map along the fibre; or an activation makes a number of the zeros. Names the layer.
     """
     if pool != "mean":
         raise ValueError(
@@ -74,17 +75,44 @@ def make_partial(model: nn.Module, group: Group, pool: Pooling, x: Tensor) -> No
         for module in model.modules()
         if isinstance(module, mixing) or hasattr(module, "normalized_shape")
     ]
+    _run(model, x, handles)
+    for holder in holders:
+        parameter = next(holder.parameters(), x)
+        holder.subset = Subset(group).to(parameter.device, parameter.dtype)
+    _require_zeros(model, group, x)
+
+
+def _require_zeros(model: nn.Module, group: Group, x: Tensor) -> None:
+    """Raises ValueError if a layer would see anything but zeros at dropped elements: an activation had f(0) != 0."""
+    names = {module: name for name, module in model.named_modules()}
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        fibres = inputs[0].unflatten(1, (-1, group.order))
+        if fibres[:, :, 1:].any():
+            raise ValueError(
+                f"{names[module]} would see dropped elements as other numbers than zero, behind an activation with "
+                "f(0) != 0, such as sigmoid or softplus; partial=True takes those with f(0) = 0: ReLU, SiLU, GELU, tanh"
+            )
+
+    learned = [subset for _, subset in subsets(model) if isinstance(subset, Subset)]
+    for subset in learned:
+        subset.keep([0])
+    readers = [module for module in model.modules() if isinstance(module, GroupConv2d | GroupPool)]
+    _run(model, x, [module.register_forward_pre_hook(look) for module in readers])
+    for subset in learned:
+        subset.keep(range(group.order))
+
+
+@torch.no_grad()
+def _run(model: nn.Module, x: Tensor, handles: list[RemovableHandle]) -> None:
+    """The network on x in eval mode, under hooks that are gone afterwards."""
     was_training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(x)
+        model.eval()(x)
     finally:
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    for holder in holders:
-        parameter = next(holder.parameters(), x)
-        holder.subset = Subset(group).to(parameter.device, parameter.dtype)
 
 
 def subsets(model: nn.Module) -> Iterator[tuple[str, Subset | Arc]]:

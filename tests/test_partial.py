@@ -132,6 +132,7 @@ def test_the_report_shows_what_each_layer_keeps(tmp_path):
         (small(), {"group": "c1"}, "c1 has no element beside the identity"),
         (small(last=[nn.ReLU(), nn.BatchNorm2d(16)]), {"group": "p4"}, "5 normalises a map that no convolution gives"),
         (timm.create_model("convnext_atto"), {"group": "p4"}, "stem.1 is a FibreLayerNorm2d, which mixes"),
+        (small(last=[nn.Softplus()]), {"group": "p4"}, r"would see dropped .* f\(0\) != 0"),
     ],
 )
 def test_what_would_bring_dropped_elements_back_is_refused(plain, options, message):

@@ -130,6 +130,8 @@ def test_training_drops_what_harms_and_keeps_what_helps():
 
 def test_elements_outside_the_group_are_refused():
     subset = Subset(groups.get("p4"))
+    with pytest.raises(ValueError, match=r"1\.5 is no element of p4; its elements are 0 to 3"):
+        subset.keep([0, 1.5])
     with pytest.raises(ValueError, match="4 is no element of p4; its elements are 0 to 3"):
         subset.keep([0, 4])
     with pytest.raises(ValueError, match="-1 is no element of p4"):
