@@ -64,7 +64,7 @@ def ways(train: Split, outputs: int, epochs: int) -> dict[str, tuple[nn.Module, 
         "equivarify, not trained": (gzoo.equivarify(plain, "p4", pool="max").eval(), before),
         "canonicalize, prior alone": (gzoo.canonicalize(plain, "p4", canonizer).eval(), before + choosing),
     }
-    # Fine-tuned: the trained network and a canonizer that starts anew.
+    # Jointly: the trained network and a canonizer that starts anew.
     fresh = gzoo.canonicalize(copy.deepcopy(plain), "p4", gzoo.convert(cnn(1, 4), "p4", head="pose"))
     started: dict[str, tuple[nn.Module, Loss, float]] = {
         "plain, turned copies": (cnn(outputs), with_turned_copies, 0.0),
@@ -75,6 +75,7 @@ def ways(train: Split, outputs: int, epochs: int) -> dict[str, tuple[nn.Module, 
     }
     for weight in PENALTIES:
         started[f"soft, penalty {weight:g}"] = gzoo.convert(cnn(outputs), "p4", soft=True), softly(weight), 0.0
+    started["equivarify, fine-tuned"] = gzoo.equivarify(copy.deepcopy(plain), "p4"), supervised, before
     for name, (model, loss, seconds) in started.items():
         found[name] = model, seconds + fit(model, loss, *train, epochs)
     return found

@@ -25,7 +25,7 @@ from gzoo.bases import BasisName
 from gzoo.continuous import ContinuousResNet
 from gzoo.convert import convert_in_place
 from gzoo.nn.linear import Head, Pooling
-from gzoo.plan import plan
+from gzoo.plan import Match, plan
 
 
 @dataclass(frozen=True)
@@ -166,52 +166,65 @@ class Entry:
         partial: bool = False,
         soft: bool = False,
         subgroup: str | None = None,
+        match: Match = "params",
+        basis: BasisName | None = None,
         **kwargs: Any,
     ) -> nn.Module:
-        """The network with random weights; `gzoo.convert` says what ``head``, ``partial`` and ``soft`` are.
+        """The network with random weights. `gzoo.convert` says what the arguments are, but for one.
 
         With ``subgroup``, a subgroup of the entry's group, the network over that one with the same number of fields:
         cheaper by the square of the index, and what `gzoo.grow` starts from.
         """
-        group, basis = (self.group, self.basis) if subgroup is None else self._over(subgroup)
-        if (partial or soft) and self.group is None:
-            asked = "partial" if partial else "soft"
-            raise ValueError(f"{self.name} is a plain network; {asked}=True is for those over a group, p4_{self.name}")
         plain = _BACKBONES[self.backbone].plain(**kwargs)
-        if group is None:
-            if head != "invariant":
-                raise ValueError(f"{self.name} is a plain network, so it has no head={head!r}; take p4_{self.name}")
+        if self.group is None:
+            asked = {
+                "head": head,
+                "partial": partial,
+                "soft": soft,
+                "subgroup": subgroup,
+                "match": match,
+                "basis": basis,
+            }
+            for name, value in asked.items():
+                if value not in (None, False, "invariant", "params"):
+                    whose = f"those over a group, p4_{self.name}"
+                    raise ValueError(f"{self.name} is a plain network; {name}={value!r} is for {whose}")
             return plain
+        basis = basis or self.basis
+        scale = _scale(self, match, basis)
+        group, basis = (self.group, basis) if subgroup is None else self._over(subgroup, basis)
         # Without the self-check: the tests check every entry, and it takes longer than the building.
         return convert_in_place(
             plain,
             group,
+            match=match,
             widths=self.widths,
             group_pool="mean" if partial else self.group_pool,
             basis=basis,
-            scale=_scale(self),
+            scale=scale,
             head=head,
             partial=partial,
             soft=soft,
         )
 
-    def _over(self, subgroup: str) -> tuple[str, BasisName | None]:
-        """The name of a subgroup and the basis that this entry's kernels have."""
-        if self.group is None or ":" in self.group:
+    def _over(self, subgroup: str, basis: BasisName | None) -> tuple[str, BasisName | None]:
+        """The name of a subgroup, and the basis that the kernels have over the entry's group."""
+        assert self.group is not None
+        if ":" in self.group:
             raise ValueError(f"{self.name} is not over one group, so it has no subgroup={subgroup!r}")
         group, smaller = groups.get(self.group), groups.get(subgroup)
         group.elements_of(smaller)  # raises
-        return smaller.name, self.basis or (None if group.on_grid else "steerable")
+        return smaller.name, basis or (None if group.on_grid else "steerable")
 
 
 @functools.cache
-def _scale(entry: Entry) -> float:
-    """Fields for each plain channel: those that keep the parameters of the plain network as it was published. The same
+def _scale(entry: Entry, match: Match, basis: BasisName | None) -> float:
+    """Fields for each plain channel: those that ``match`` leads to for the plain network as it was published. The same
     for any number of classes or channels of the image, or weights would not fit a network with another classifier."""
     assert entry.group is not None
     with torch.device("meta"):
         published = _BACKBONES[entry.backbone].plain()
-    return plan(published, groups.chain(entry.group), widths=entry.widths, basis=entry.basis).scale
+    return plan(published, groups.chain(entry.group), match, entry.widths, basis=basis).scale
 
 
 _COHEN_WELLING = "arXiv:1602.07576"

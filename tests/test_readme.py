@@ -94,7 +94,7 @@ def test_readme_shows_the_pose_experiment_as_measured():
     figure4 = found["figure4"]
     for turns, rows in enumerate(figure4["probabilities"]):
         cells = [*rows[figure4["digit"]], figure4["angle_dropped"][turns][figure4["digit"]]]
-        assert f"| {90 * turns} | {' | '.join(f'{p:.6f}' for p in cells)} |" in README.read_text().splitlines()
+        assert f"| {90 * turns} | {' | '.join(f'{p:.2e}' for p in cells)} |" in README.read_text().splitlines()
 
 
 def test_readme_shows_the_coverage_as_measured():

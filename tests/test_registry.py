@@ -152,11 +152,30 @@ def test_an_entry_has_the_same_kernels_over_a_subgroup(name, subgroup, expected)
     gzoo.grow(model, smaller)  # raises unless all fits
 
 
+def count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_an_entry_matches_parameters_channels_or_multiply_adds_in_either_basis():
+    plain = timm.create_model("wrn16_8")
+    ratios = [
+        count(timm.create_model("d8d4d1_wrn16_8", match=match)) / count(plain) for match in ("params", "width", "flops")
+    ]
+    assert abs(ratios[0] - 1) < 0.1
+    assert ratios[1] > 2
+    assert ratios[2] < 0.7
+    steerable = timm.create_model("p4_resnet20", basis="steerable")
+    assert abs(count(steerable) / count(timm.create_model("p4_resnet20")) - 1) < 0.1
+    assert gzoo.check(steerable, 17).worst < 1e-12
+    with pytest.raises(ValueError, match=r"resnet20 is a plain network; match=.width. is for .* p4_resnet20"):
+        timm.create_model("resnet20", match="width")
+
+
 @pytest.mark.parametrize(
     ("name", "subgroup", "message"),
     [
         ("p4_resnet20", "d1", "d1 is no subgroup of p4; its subgroups are c1, c2, p4"),
-        ("resnet20", "c1", "resnet20 is not over one group"),
+        ("resnet20", "c1", "resnet20 is a plain network; subgroup='c1' is for those over a group, p4_resnet20"),
         ("d8d4d1_resnet20", "d4", "d8d4d1_resnet20 is not over one group"),
         ("p4_resnet20", "q1", "unknown group 'q1'"),
     ],
