@@ -237,6 +237,30 @@ def test_weight_standardization_stays_gzoos_own():
     assert twin(x).equal(ours(x))
 
 
+class SharedPool(nn.Module):
+    """One pool runs on 8 channels and on 16, another on 16 only."""
+
+    def __init__(self):
+        super().__init__()
+        self.narrow, self.wide = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
+        self.pool, self.own = nn.MaxPool2d(2), nn.AvgPool2d(2)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.own(self.pool(self.wide(self.pool(self.narrow(x)))))
+        return self.fc(self.pool(x).mean((2, 3)))
+
+
+def test_a_pool_of_several_widths_stays_gzoos_own():
+    ours = gzoo.convert(SharedPool(), "p4", match="width").eval()
+    twin, x = to_escnn(ours), torch.randn(2, 3, 17, 18)
+    assert isinstance(twin.pool, SymmetricPool2d)
+    assert isinstance(twin.own, EscnnLayer)
+    with torch.no_grad():
+        assert relative(twin(x), ours(x)) < 1e-5
+        assert relative(from_escnn(twin)(x), ours(x)) < 1e-5
+
+
 def test_float64_has_bases_of_its_own():
     ours = with_random_statistics(GroupConv2d(groups.get("p4"), 2, 2, 3))
     x = random_fields("p4", 2)
