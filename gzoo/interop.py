@@ -403,7 +403,10 @@ def _gzoo_layer(path: str, module: Any, basis: BasisName | None, window: Window 
     if type(module) is enn.DisentangleModule and _leaves_fields_whole(module):
         return nn.Identity()
     if type(module) in _pointwise():
-        return _pointwise()[type(module)](module)
+        new: Any = _pointwise()[type(module)](module)
+        if window is not None:  # a pool that `to_escnn` made, whose own padding does not tell an odd one
+            new.pool.padding, new.window = (window.padding + 1) // 2, window._replace(symmetric=True)
+        return new
     raise ValueError(
         f"{_named(path, module)} of type {module.in_type}, which gzoo has no layer for; it has counterparts of R2Conv, "
         f"InnerBatchNorm, GroupPooling, SequentialModule, {', '.join(known.__name__ for known in _pointwise())}"

@@ -26,6 +26,7 @@ from gzoo.nn import (
     SymmetricPool2d,
     WeightStandardization,
 )
+from gzoo.nn.resample import Window
 from tests.conftest import random_fields, random_image, relative, with_random_statistics
 from tests.nn.test_conv import VARIANTS
 
@@ -207,6 +208,23 @@ def test_same_padding_of_an_even_kernel_is_equal_on_a_single_pixel():
     ours = LiftingConv2d(groups.get("p4"), 1, 2, 4, padding="same")
     x = torch.randn(1, 1, 1, 5)
     assert relative(to_escnn(ours)(x), ours(x)) < 1e-5
+
+
+def test_a_pool_of_odd_padding_is_equal_at_every_size_and_comes_back():
+    """As in the stem of PP-HGNetV2."""
+    window = Window(kernel=2, stride=1, padding=1)
+    layers = LiftingConv2d(groups.get("p4"), 1, 2, 1), SymmetricPool2d(nn.MaxPool2d(2, 1, 1), window)
+    ours = nn.Sequential(*layers)
+    make_equivariant(ours, (groups.get("p4"),), "mean")
+    twin = to_escnn(ours)
+    twin(torch.randn(1, 1, 1, 1))  # here its padding is rounded down
+    back = from_escnn(twin)
+    assert back[1].window == window
+    for size in [(7, 7), (8, 8), (5, 8)]:
+        x = torch.randn(1, 1, *size)
+        assert ours(x).shape[-2:] == size
+        assert relative(twin(x), ours(x)) < 1e-5
+        assert relative(back(x), ours(x)) < 1e-5
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7])
