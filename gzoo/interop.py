@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from gzoo import _escnn, bases
 from gzoo.bases import BasisName
-from gzoo.check import group_of, in_channels, relative_error
+from gzoo.check import group_of, relative_error
+from gzoo.convert import image_for
 from gzoo.equivariant import Equivariant, sign
 from gzoo.groups import Group
 from gzoo.nn import (
@@ -209,12 +210,12 @@ def _types(model: nn.Module) -> "dict[str, FieldType | None]":
 
         return record
 
+    training = model.training
+    x = image_for(model.eval())  # before the hooks, as it tries sizes
     handles = [module.register_forward_hook(hook(path)) for path, module in modules.items()]
-    parameter, training = next(model.parameters()), model.training
-    size = min(64, *((getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (3, 64, 64))[1:])
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, in_channels(model), size, size).to(parameter))
+            model(x)
     finally:
         model.train(training)
         for handle in handles:

@@ -255,6 +255,15 @@ def test_weight_standardization_stays_gzoos_own():
     assert twin(x).equal(ours(x))
 
 
+def test_a_network_of_large_images_only_becomes_one_of_escnns():
+    """As Inception-v3, whose windows do not fit 64 pixels."""
+    ours = nn.Sequential(LiftingConv2d(groups.get("p4"), 1, 2, 1), SymmetricPool2d(nn.MaxPool2d(65)))
+    make_equivariant(ours, (groups.get("p4"),), "mean")
+    ours.pretrained_cfg = {"input_size": (1, 66, 66)}
+    twin, x = to_escnn(ours), torch.randn(1, 1, 66, 66)
+    assert relative(twin(x), ours(x)) < 1e-5
+
+
 class SharedPool(nn.Module):
     """One pool runs on 8 channels and on 16, another on 16 only."""
 
