@@ -203,9 +203,13 @@ def _types(model: nn.Module) -> "dict[str, FieldType | None]":
             elif isinstance(module, Restriction):
                 group = module.after
             else:
-                channels, given = inputs[0].shape[1], mixture
-                if given is None:
-                    given = group.field_type(channels // group.order) if group else images.image_type(channels)
+                channels = inputs[0].shape[1]
+                if mixture is not None and mixture.size == channels:
+                    given = mixture
+                elif group is not None and channels % group.order == 0:
+                    given = group.field_type(channels // group.order)
+                else:  # before the lifting, or beside it on a branch of its own
+                    given = images.image_type(channels)
                 types[path] = given if types.get(path, given) == given else None
 
         return record

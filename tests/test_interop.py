@@ -288,6 +288,28 @@ def test_a_pool_of_several_widths_stays_gzoos_own():
         assert relative(from_escnn(twin)(x), ours(x)) < 1e-5
 
 
+class ImageBeside(nn.Module):
+    """The image itself, pooled, joins the maps of the first convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 4, 3, padding=1, stride=2), nn.Conv2d(7, 4, 1)
+        self.pool, self.fc = nn.AvgPool2d(2), nn.Linear(4, 5)
+
+    def forward(self, x):
+        maps = self.stem(x)
+        return self.fc(self.body(torch.cat((maps, self.pool(x)), 1)).mean((2, 3)))
+
+
+def test_a_pool_of_the_image_beside_the_lifting_is_escnns():
+    ours = gzoo.convert(ImageBeside(), "p4", match="width").eval()
+    twin, x = to_escnn(ours), torch.randn(2, 3, 16, 18)
+    assert twin.pool.in_type == groups.get("p4").image_type(3)
+    with torch.no_grad():
+        assert relative(twin(x), ours(x)) < 1e-5
+        assert relative(from_escnn(twin)(x), ours(x)) < 1e-5
+
+
 def test_float64_has_bases_of_its_own():
     ours = with_random_statistics(GroupConv2d(groups.get("p4"), 2, 2, 3))
     x = random_fields("p4", 2)
