@@ -159,7 +159,7 @@ def convert_in_place(
     if partial:
         if len(chain) > 1 or head == "pose":
             raise ValueError("partial=True learns subsets of one group for invariant logits; leave out stages and head")
-        make_partial(converted, chain[0], group_pool, _image_for(copy.deepcopy(converted).eval()))
+        make_partial(converted, chain[0], group_pool, image_for(copy.deepcopy(converted).eval()))
     if soft:
         make_soft(converted)
     _rename(converted, chain)
@@ -354,7 +354,7 @@ def randomized(model: nn.Module) -> tuple[nn.Module, Tensor]:
         if tensor.is_floating_point() and tensor.ndim <= 1:
             random = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
             tensor.copy_((random - 0.5) / 5 if name.endswith(("bias", "mean")) else (random + 1) / 2)
-    x = _image_for(probe)
+    x = image_for(probe)
     calibrate(probe, x)
     return probe, x
 
@@ -373,7 +373,7 @@ def calibrate(probe: nn.Module, x: Tensor) -> None:
     probe.eval()
 
 
-def _image_for(probe: nn.Module) -> Tensor:
+def image_for(probe: nn.Module) -> Tensor:
     """The smallest random image, (1, C, H, W), of the sizes tried that the converted network takes."""
     for most in _CHECKED_SIZES:
         x = example(probe, most)[:1]

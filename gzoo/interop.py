@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from gzoo import _escnn, bases
 from gzoo.bases import BasisName
-from gzoo.check import group_of, in_channels, relative_error
+from gzoo.check import group_of, relative_error
+from gzoo.convert import image_for
 from gzoo.equivariant import Equivariant, sign
 from gzoo.groups import Group
 from gzoo.nn import (
@@ -105,9 +106,10 @@ def to_escnn(model: nn.Module) -> nn.Module:
 
     Without a counterpart in escnn, and so still gzoo's own: `GroupLinear`, `GroupConvTranspose2d`, convolutions with
     weight standardization, group pooling by mean, the linear map of a classifier, layer norm, group norm, instance
-    norm, layer scale, other pools than torch's two, and average pools that do not count padding. So is `Restriction`,
-    in networks of several groups by stage: escnn's ``RestrictionModule`` leaves the channels where they are, as fields
-    of |G| channels, and its ``DisentangleModule`` does not split those into regular ones.
+    norm, layer scale, other pools than torch's two, average pools that do not count padding, and pools that the network
+    runs on maps of several widths: an escnn module has one type. So is `Restriction`, in networks of several groups by
+    stage: escnn's ``RestrictionModule`` leaves the channels where they are, as fields of |G| channels, and its
+    ``DisentangleModule`` does not split those into regular ones.
 
     A pixel kernel of k > 1 needs an ``R2Conv`` with a ring through every pixel and frequencies up to half of the
     pixels on it: such a layer has more coefficients than the pixels need, and filters that are no smoother than pixels.
@@ -148,10 +150,11 @@ def to_escnn(model: nn.Module) -> nn.Module:
             new = _inner_batch_norm([module], types.get(path) or group.field_type(norm.num_features))
             # What timm fuses into its batch norms runs after it.
             return nn.Sequential(new, norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else new
-        if isinstance(module, SymmetricPool2d) and path in types:
-            return _pointwise_pool(module, types[path])
-        if isinstance(module, GroupPool) and module.pool == "max" and path in types:
-            return EscnnLayer(_escnn.load().nn.GroupPooling(types[path]))
+        field_type = types.get(path)
+        if isinstance(module, SymmetricPool2d) and field_type:
+            return _pointwise_pool(module, field_type)
+        if isinstance(module, GroupPool) and module.pool == "max" and field_type:
+            return EscnnLayer(_escnn.load().nn.GroupPooling(field_type))
         return None
 
     return _replace(model, rule)
@@ -176,9 +179,12 @@ def _walk(module: nn.Module, rule: Rule, path: str, done: dict[nn.Module, nn.Mod
     return done[module]
 
 
-def _types(model: nn.Module) -> "dict[str, FieldType]":
-    """escnn's type of what each norm and pool gets, by path: images before the lifting, fields of a group after it."""
-    types: dict[str, FieldType] = {}
+def _types(model: nn.Module) -> "dict[str, FieldType | None]":
+    """escnn's type of what each norm and pool gets, by path: images before the lifting, fields of a group after it.
+
+    None is what gets several types in turn.
+    """
+    types: dict[str, FieldType | None] = {}
     watched = (SymmetricPool2d, GroupPool, FibreNorm, LiftingConv2d, GroupConv2d, QuotientConv2d, Restriction)
     modules = {path: module for path, module in model.named_modules() if isinstance(module, watched)}
     lifting = next((module for module in modules.values() if isinstance(module, LiftingConv2d | QuotientConv2d)), None)
@@ -196,20 +202,24 @@ def _types(model: nn.Module) -> "dict[str, FieldType]":
                 mixture = module.out_type
             elif isinstance(module, Restriction):
                 group = module.after
-            elif mixture is not None:
-                types[path] = mixture
             else:
                 channels = inputs[0].shape[1]
-                types[path] = group.field_type(channels // group.order) if group else images.image_type(channels)
+                if mixture is not None and mixture.size == channels:
+                    given = mixture
+                elif group is not None and channels % group.order == 0:
+                    given = group.field_type(channels // group.order)
+                else:  # before the lifting, or beside it on a branch of its own
+                    given = images.image_type(channels)
+                types[path] = given if types.get(path, given) == given else None
 
         return record
 
+    training = model.training
+    x = image_for(model.eval())  # before the hooks, as it tries sizes
     handles = [module.register_forward_hook(hook(path)) for path, module in modules.items()]
-    parameter, training = next(model.parameters()), model.training
-    size = min(64, *((getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (3, 64, 64))[1:])
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, in_channels(model), size, size).to(parameter))
+            model(x)
     finally:
         model.train(training)
         for handle in handles:
@@ -398,7 +408,10 @@ def _gzoo_layer(path: str, module: Any, basis: BasisName | None, window: Window 
     if type(module) is enn.DisentangleModule and _leaves_fields_whole(module):
         return nn.Identity()
     if type(module) in _pointwise():
-        return _pointwise()[type(module)](module)
+        new: Any = _pointwise()[type(module)](module)
+        if window is not None:  # a pool that `to_escnn` made, whose own padding does not tell an odd one
+            new.pool.padding, new.window = (window.padding + 1) // 2, window._replace(symmetric=True)
+        return new
     raise ValueError(
         f"{_named(path, module)} of type {module.in_type}, which gzoo has no layer for; it has counterparts of R2Conv, "
         f"InnerBatchNorm, GroupPooling, SequentialModule, {', '.join(known.__name__ for known in _pointwise())}"

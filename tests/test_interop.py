@@ -26,6 +26,7 @@ from gzoo.nn import (
     SymmetricPool2d,
     WeightStandardization,
 )
+from gzoo.nn.resample import Window
 from tests.conftest import random_fields, random_image, relative, with_random_statistics
 from tests.nn.test_conv import VARIANTS
 
@@ -209,6 +210,23 @@ def test_same_padding_of_an_even_kernel_is_equal_on_a_single_pixel():
     assert relative(to_escnn(ours)(x), ours(x)) < 1e-5
 
 
+def test_a_pool_of_odd_padding_is_equal_at_every_size_and_comes_back():
+    """As in the stem of PP-HGNetV2."""
+    window = Window(kernel=2, stride=1, padding=1)
+    layers = LiftingConv2d(groups.get("p4"), 1, 2, 1), SymmetricPool2d(nn.MaxPool2d(2, 1, 1), window)
+    ours = nn.Sequential(*layers)
+    make_equivariant(ours, (groups.get("p4"),), "mean")
+    twin = to_escnn(ours)
+    twin(torch.randn(1, 1, 1, 1))  # here its padding is rounded down
+    back = from_escnn(twin)
+    assert back[1].window == window
+    for size in [(7, 7), (8, 8), (5, 8)]:
+        x = torch.randn(1, 1, *size)
+        assert ours(x).shape[-2:] == size
+        assert relative(twin(x), ours(x)) < 1e-5
+        assert relative(back(x), ours(x)) < 1e-5
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7])
 def test_an_r2conv_can_hold_every_pixel_filter(size):
     ours = GroupConv2d(groups.get("p4m"), 1, 1, size, bias=False)
@@ -235,6 +253,61 @@ def test_weight_standardization_stays_gzoos_own():
     twin, x = to_escnn(ours), random_fields("p4", 2).float()
     assert not modules(twin, EscnnLayer)
     assert twin(x).equal(ours(x))
+
+
+def test_a_network_of_large_images_only_becomes_one_of_escnns():
+    """As Inception-v3, whose windows do not fit 64 pixels."""
+    ours = nn.Sequential(LiftingConv2d(groups.get("p4"), 1, 2, 1), SymmetricPool2d(nn.MaxPool2d(65)))
+    make_equivariant(ours, (groups.get("p4"),), "mean")
+    ours.pretrained_cfg = {"input_size": (1, 66, 66)}
+    twin, x = to_escnn(ours), torch.randn(1, 1, 66, 66)
+    assert relative(twin(x), ours(x)) < 1e-5
+
+
+class SharedPool(nn.Module):
+    """One pool runs on 8 channels and on 16, another on 16 only."""
+
+    def __init__(self):
+        super().__init__()
+        self.narrow, self.wide = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
+        self.pool, self.own = nn.MaxPool2d(2), nn.AvgPool2d(2)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.own(self.pool(self.wide(self.pool(self.narrow(x)))))
+        return self.fc(self.pool(x).mean((2, 3)))
+
+
+def test_a_pool_of_several_widths_stays_gzoos_own():
+    ours = gzoo.convert(SharedPool(), "p4", match="width").eval()
+    twin, x = to_escnn(ours), torch.randn(2, 3, 17, 18)
+    assert isinstance(twin.pool, SymmetricPool2d)
+    assert isinstance(twin.own, EscnnLayer)
+    with torch.no_grad():
+        assert relative(twin(x), ours(x)) < 1e-5
+        assert relative(from_escnn(twin)(x), ours(x)) < 1e-5
+
+
+class ImageBeside(nn.Module):
+    """The image itself, pooled, joins the maps of the first convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 4, 3, padding=1, stride=2), nn.Conv2d(7, 4, 1)
+        self.pool, self.fc = nn.AvgPool2d(2), nn.Linear(4, 5)
+
+    def forward(self, x):
+        maps = self.stem(x)
+        return self.fc(self.body(torch.cat((maps, self.pool(x)), 1)).mean((2, 3)))
+
+
+def test_a_pool_of_the_image_beside_the_lifting_is_escnns():
+    ours = gzoo.convert(ImageBeside(), "p4", match="width").eval()
+    twin, x = to_escnn(ours), torch.randn(2, 3, 16, 18)
+    assert twin.pool.in_type == groups.get("p4").image_type(3)
+    with torch.no_grad():
+        assert relative(twin(x), ours(x)) < 1e-5
+        assert relative(from_escnn(twin)(x), ours(x)) < 1e-5
 
 
 def test_float64_has_bases_of_its_own():
