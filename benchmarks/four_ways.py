@@ -4,8 +4,8 @@
 
 One small CNN over p4. Three tasks, all trained on upright MNIST images alone: ten digits from many images, ten digits
 from few, and a 6 against a 9, which a turn exchanges. Tested upright and turned by random multiples of 90 degrees. All
-runs have the same optimizer, rates and steps, twice for what starts from the trained plain network. No option was chosen
-on test images. Writes four_ways.json.
+runs have the same optimizer, rates and steps; what starts from the trained plain network has them twice. No option was
+chosen on test images. Writes four_ways.json.
 """
 
 import copy
