@@ -16,6 +16,7 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gzoo.equivariant import group_of
 from gzoo.equivarify import Canonicalized, Equivarified
 from gzoo.groups import Group
 from gzoo.nn import FibreNorm, GroupPool, PerElement, PoolSomeFibres, Restriction
@@ -58,15 +59,6 @@ class Report:
             cells = (f"{row[g]:9.1e}" if g in row else f"{'':9}" for g in self.group.grid_elements)
             lines.append(" ".join([f"{name:{width}}", *cells]).rstrip())
         return "\n".join([*lines, f"worst: {self.worst:.1e}"])
-
-
-def group_of(model: nn.Module) -> Group | None:
-    """The group of the first equivariant layer in ``model``; None if there is none."""
-    for module in model.modules():
-        group = getattr(module, "group", None)
-        if isinstance(group, Group):
-            return group
-    return None
 
 
 def level_groups(model: Any) -> list[Group]:

@@ -175,6 +175,23 @@ def test_the_pose_loss_has_its_target_at_the_class_and_the_identity():
     assert gzoo.pose_loss(logits, torch.tensor([1])) > 50
 
 
+class Rotations(nn.Module):
+    """Of scores over p4m, those over p4."""
+
+    group = groups.get("p4")
+
+    def __init__(self):
+        super().__init__()
+        self.net = canonizer("p4m")
+
+    def forward(self, x):
+        return self.net(x)[..., :4]
+
+
+def test_a_canonizer_can_say_that_it_is_over_another_group_than_its_layers():
+    assert_follows(gzoo.canonicalize(vector_net(), "p4", Rotations()), "p4")
+
+
 class Tokens(nn.Module):
     def forward(self, x):
         return x.flatten(2)
@@ -183,6 +200,24 @@ class Tokens(nn.Module):
 class Pair(nn.Module):
     def forward(self, x):
         return x, x
+
+
+class Total(nn.Module):
+    def forward(self, x):
+        return x.sum()
+
+
+def one_row() -> nn.Sequential:
+    """A network that takes the images of a batch for one."""
+    return nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (1, -1)))
+
+
+def wide_maps() -> nn.Module:
+    return nn.Conv2d(2, 3, (2, 3)).double()
+
+
+def scores(number: int) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(50, number)).double()
 
 
 @pytest.mark.parametrize(
@@ -196,7 +231,32 @@ class Pair(nn.Module):
         (lambda: gzoo.equivarify(vector_net(), "p4", mode="lazy"), "mode is 'lazy'"),
         (lambda: gzoo.equivarify(Tokens(), "p4", mode="layerwise"), "needs an nn.Sequential, not a Tokens"),
         (lambda: gzoo.equivarify(Tokens(), "p4")(random_image(2)), "output is .*accepted are vectors"),
-        (lambda: gzoo.equivarify(Pair(), "p4")(random_image(2)), "returns a tuple"),
+        (lambda: gzoo.equivarify(Pair(), "p4")(random_image(2)), "Pair gives a tuple for a batch of 8; accepted are"),
+        (lambda: gzoo.equivarify(Total(), "p4")(random_image(2)), r"Total gives \(\) for a batch of 8; accepted are"),
+        (lambda: gzoo.equivarify(one_row(), "p4")(random_image(2)), r"gives \(1, 400\) for a batch of 8"),
+        (
+            lambda: gzoo.equivarify(one_row(), "p4", batched=False)(random_image(2)),
+            r"gives \(1, 100\) for a batch of 2",
+        ),
+        (lambda: gzoo.canonicalize(one_row(), "p4", canonizer("p4"))(random_image(2, (8, 8))), r"gives \(1, 256\)"),
+        (lambda: gzoo.equivarify(wide_maps(), "p4")(random_image(2)), "network's maps are 4x3 pixels .* or take c2"),
+        (
+            lambda: gzoo.canonicalize(wide_maps(), "p4m", canonizer("p4m"))(random_image(2, (8, 8))),
+            "network's maps are 7x6 pixels and p4m turns by 90 degrees",
+        ),
+        (
+            lambda: gzoo.equivarify(vector_net(), "p4", pool=scores(2))(random_image(2)),
+            r"pool gives \(2, 2\) for 2 images; accepted is one score an image, \(2, 1\); give it a last layer",
+        ),
+        (
+            lambda: gzoo.equivarify(vector_net(), "p4", pool=scores(2))(random_image(2, batch=1)),
+            r"gives \(1, 2\) for 1",
+        ),
+        (
+            lambda: gzoo.canonicalize(vector_net(), "p4", nn.Sequential(canonizer("d2"))),
+            "canonizer is over d2, not p4; make it over p4",
+        ),
+        (lambda: gzoo.canonicalize(vector_net(), "p4", Pair())(random_image(2)), "canonizer gives a tuple"),
         (lambda: gzoo.equivarify(vector_net(), "p4")(random_image(2, (8, 9))), "8x9 pixels .* pad or crop"),
         (lambda: gzoo.equivarify(vector_net(), "p4")(random_image(2)[0]), "batch of images"),
         (lambda: gzoo.canonicalize(vector_net(), "p4", vector_net())(random_image(2)), "canonizer gives"),
