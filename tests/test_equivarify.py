@@ -124,6 +124,14 @@ def test_a_vision_transformer_becomes_invariant():
     assert gzoo.check(vit.eval(), 32, groups.get("p4m")).worst > 1e-3
 
 
+def test_an_equivarified_network_without_convolutions_is_checked_on_images_of_the_channels_given():
+    model = gzoo.equivarify(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4)), "p4")
+    assert gzoo.check(model, 8, in_chans=3).worst < 1e-12
+    assert gzoo.check(model.net, 8, groups.get("p4"), in_chans=3).worst > 1e-3
+    with pytest.raises(ValueError, match=r"Equivarified has no convolution.*say it to gzoo\.check"):
+        gzoo.check(model, 8)
+
+
 def test_equivarified_networks_run_under_autocast_and_compile_as_one_graph():
     model, x = gzoo.equivarify(vector_net().float(), "p4"), random_image(2, (8, 8)).float()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
