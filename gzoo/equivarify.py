@@ -5,7 +5,7 @@ The network itself may be anything: neither looks at its layers.
 """
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,25 @@ def equivarify(
     return Equivarified(net, _grid_group(group), output, pool, batched, mode)
 
 
-class Equivarified(nn.Module):
+class _AroundNet(nn.Module):
+    """A module around ``net`` that tells timm what the net does: ``resolve_model_data_config`` reads these."""
+
+    net: Any
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        return self.net.pretrained_cfg
+
+    @property
+    def num_classes(self) -> int:
+        return self.net.num_classes
+
+    @property
+    def in_chans(self) -> int:
+        return self.net.in_chans
+
+
+class Equivarified(_AroundNet):
     """A network on all poses of an image; made by `equivarify`.
 
     Shape:
@@ -134,7 +152,7 @@ def canonicalize(net: nn.Module, group: str | Group, canonizer: nn.Module) -> "C
     return Canonicalized(net, group, canonizer)
 
 
-class Canonicalized(nn.Module):
+class Canonicalized(_AroundNet):
     """A network behind a canonizer; made by `canonicalize`.
 
     In train mode the choice of the pose passes gradients straight through to the softmax of the scores. The prior loss,

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from conftest import GRID_GROUPS, elements, random_image
+from timm.data import resolve_model_data_config
 from torch import nn
 
 import gzoo
@@ -139,6 +140,23 @@ def test_equivarified_networks_run_under_autocast_and_compile_as_one_graph():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert relative_error(model(x).float(), model(x).float()) == 0
         assert model(x).dtype == torch.bfloat16
+
+
+def test_timm_finds_the_preprocessing_and_the_classes_of_the_network_inside():
+    net = timm.create_model("p4_cnn7", num_classes=4)
+    inside = resolve_model_data_config(net)
+    models = (
+        gzoo.equivarify(net, "p4"),
+        gzoo.equivarify(net, "p4", "equivariant"),
+        gzoo.canonicalize(net, "p4", timm.create_model("p4_cnn7", num_classes=1, head="pose")),
+    )
+    for model in models:
+        assert resolve_model_data_config(model) == inside != resolve_model_data_config(nn.Identity())
+        assert (model.num_classes, model.in_chans) == (4, 1)
+    net.reset_classifier(6)
+    assert models[0].num_classes == 6
+    plain = gzoo.equivarify(vector_net(), "p4")
+    assert not any(hasattr(plain, name) for name in ("pretrained_cfg", "num_classes", "in_chans"))
 
 
 def canonizer(group: str) -> nn.Module:
