@@ -133,13 +133,31 @@ def test_an_equivarified_network_without_convolutions_is_checked_on_images_of_th
         gzoo.check(model, 8)
 
 
-def test_equivarified_networks_run_under_autocast_and_compile_as_one_graph():
-    model, x = gzoo.equivarify(vector_net().float(), "p4"), random_image(2, (8, 8)).float()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert relative_error(compiled(x), model(x)) < 1e-5
+@pytest.mark.parametrize("make", [vector_net, map_net])
+@pytest.mark.parametrize("output", ["invariant", "equivariant"])
+def test_equivarified_networks_follow_the_group_under_autocast(make, output):
+    G, net, x = groups.get("p4m"), make().float(), random_image(2, (9, 9)).float()
+    model = gzoo.equivarify(net, "p4m", output)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert relative_error(model(x).float(), model(x).float()) == 0
-        assert model(x).dtype == torch.bfloat16
+        y = model(x)
+        assert y.dtype == torch.bfloat16
+        for g in elements("p4m"):
+            moved = G.transform_image(x, g)
+            assert relative_error(model(moved).float(), expected(G, y, g).float()) < 2**-7  # bfloat16 has 8 bits
+        assert relative_error(net(moved).float(), expected(G, net(x), g).float()) > 2**-4
+
+
+@pytest.mark.parametrize(("make", "pool"), [(vector_net, True), (map_net, False)])
+def test_a_compiled_equivarified_network_trains_like_the_other(make, pool):
+    torch._dynamo.reset()
+    model = gzoo.equivarify(make(), "p4", pool=Score() if pool else "mean").train()
+    reference, x = copy.deepcopy(model), random_image(2, (8, 8))
+    y, z = torch.compile(model, fullgraph=True, backend="aot_eager")(x), reference(x)
+    assert relative_error(y, z) < 1e-12
+    y.square().sum().backward()
+    z.square().sum().backward()
+    for parameter, other in zip(model.parameters(), reference.parameters(), strict=True):
+        assert relative_error(parameter.grad, other.grad) < 1e-10
 
 
 def test_timm_finds_the_preprocessing_and_the_classes_of_the_network_inside():
