@@ -39,8 +39,10 @@ def equivarify(
             of the group, so logits say the class and the pose.
         pool: of the poses: "mean", "max", or a network (B, C, H, W) -> (B, 1) that scores each pose of the image: its
             softmax over the group weighs the mean (lambda-equitune).
-        batched: whether all poses go through ``net`` as one batch, or one after the other in less memory. In train mode
-            a batch norm takes its statistics over all poses of a batch, or over one.
+        batched: whether all poses go through ``net`` as one batch, or one after the other. That needs less memory
+            without gradients; with them autograd keeps the activations of every pose, unless ``net`` checkpoints
+            (timm's ``net.set_grad_checkpointing()``) and computes those of one pose at a time again. In train mode a
+            batch norm takes its statistics over all poses of a batch, or over one.
         mode: "layerwise" applies each layer of an nn.Sequential to all poses before the next, "whole" the network; the
             result is the same.
 

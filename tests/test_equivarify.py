@@ -160,6 +160,34 @@ def test_a_compiled_equivarified_network_trains_like_the_other(make, pool):
         assert relative_error(parameter.grad, other.grad) < 1e-10
 
 
+def test_a_loop_over_the_poses_keeps_all_activations_for_the_gradient_unless_the_network_checkpoints():
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, in_chans=2, depth=3, num_classes=3).double()
+    x, weights = random_image(2, (32, 32)), {parameter.data_ptr() for parameter in vit.parameters()}
+
+    def trained(batched: bool, checkpoints: bool) -> tuple[int, torch.Tensor]:
+        """The bytes of activations that autograd keeps, and a gradient."""
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        vit.set_grad_checkpointing(checkpoints)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = gzoo.equivarify(vit, "p4", batched=batched)(x).square().sum()
+        return sum(kept.values()), torch.autograd.grad(loss, vit.patch_embed.proj.weight)[0]
+
+    whole, gradient = trained(batched=True, checkpoints=False)
+    looped, looped_gradient = trained(batched=False, checkpoints=False)
+    saved, saved_gradient = trained(batched=False, checkpoints=True)
+    assert looped > 0.9 * whole
+    assert saved < 0.25 * whole
+    assert relative_error(looped_gradient, gradient) < 1e-10
+    assert relative_error(saved_gradient, gradient) < 1e-10
+
+
 def test_timm_finds_the_preprocessing_and_the_classes_of_the_network_inside():
     net = timm.create_model("p4_cnn7", num_classes=4)
     inside = resolve_model_data_config(net)
