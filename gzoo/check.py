@@ -16,6 +16,7 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gzoo.equivariant import group_of
 from gzoo.equivarify import Canonicalized, Equivarified
 from gzoo.groups import Group
 from gzoo.nn import FibreNorm, GroupPool, PerElement, PoolSomeFibres, Restriction
@@ -60,15 +61,6 @@ class Report:
         return "\n".join([*lines, f"worst: {self.worst:.1e}"])
 
 
-def group_of(model: nn.Module) -> Group | None:
-    """The group of the first equivariant layer in ``model``; None if there is none."""
-    for module in model.modules():
-        group = getattr(module, "group", None)
-        if isinstance(group, Group):
-            return group
-    return None
-
-
 def level_groups(model: Any) -> list[Group]:
     """The groups of the levels that ``model`` gives; empty where it has one group throughout."""
     info = getattr(model, "feature_info", None)
@@ -99,6 +91,7 @@ def check(
     group: Group | None = None,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
+    in_chans: int | None = None,
 ) -> Report:
     """Measures the equivariance error of logits and stage feature maps for every element that is exact on the grid.
 
@@ -114,9 +107,10 @@ def check(
         group: which group; by default the model's own, or of several stages the first.
         dtype: float64 tells a broken symmetry from rounding; float32 is what runs in use.
         seed: of the random image.
+        in_chans: channels of the image; by default those that the first convolution takes.
 
     Raises:
-        ValueError: the model has no group of its own and none is given.
+        ValueError: the model has no group of its own and none is given, or no convolution and no ``in_chans``.
     """
     own_group, asked = group_of(model), group
     chain: Any = next((module.chain for module in model.modules() if hasattr(module, "chain")), (own_group,))
@@ -129,7 +123,8 @@ def check(
     model = copy.deepcopy(model).to(dtype).eval()
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(1, in_channels(model), height, width, dtype=dtype, generator=generator).to(parameter.device)
+    channels = in_chans or in_channels(model)
+    x = torch.randn(1, channels, height, width, dtype=dtype, generator=generator).to(parameter.device)
 
     with _group_layers(model) as ran:
         expected = _outputs(model, x)
@@ -178,7 +173,10 @@ def in_channels(model: nn.Module) -> int:
         channels = getattr(module, "in_channels", None)
         if isinstance(channels, int):
             return channels // folded
-    raise ValueError(f"{type(model).__name__} has no convolution, so it takes no image")
+    raise ValueError(
+        f"{type(model).__name__} has no convolution, which would say how many channels its images have; if it takes "
+        "images, say it to gzoo.check, as in in_chans=3"
+    )
 
 
 def _outputs(model: Any, x: Tensor) -> dict[str, Tensor]:

@@ -37,6 +37,15 @@ def make_equivariant(model: nn.Module, chain: tuple[Group, ...], pool: Pooling) 
     object.__setattr__(model, "group_pool", GroupPool(model.group.order, pool))  # no child: an nn.Sequential runs those
 
 
+def group_of(model: nn.Module) -> Group | None:
+    """The group of the first equivariant layer in ``model``; None if there is none."""
+    for module in model.modules():
+        group = getattr(module, "group", None)
+        if isinstance(group, Group):
+            return group
+    return None
+
+
 def sign(model: nn.Module, chain: tuple[Group, ...]) -> None:
     """Writes into the state_dict of ``model`` what it belongs to: N, reflections, basis; N, reflections of more stages.
 

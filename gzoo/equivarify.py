@@ -5,13 +5,14 @@ The network itself may be anything: neither looks at its layers.
 """
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gzoo import groups
+from gzoo.equivariant import group_of
 from gzoo.groups import Group
 from gzoo.nn.linear import Pooling
 
@@ -38,8 +39,10 @@ def equivarify(
             of the group, so logits say the class and the pose.
         pool: of the poses: "mean", "max", or a network (B, C, H, W) -> (B, 1) that scores each pose of the image: its
             softmax over the group weighs the mean (lambda-equitune).
-        batched: whether all poses go through ``net`` as one batch, or one after the other in less memory. In train mode
-            a batch norm takes its statistics over all poses of a batch, or over one.
+        batched: whether all poses go through ``net`` as one batch, or one after the other. That needs less memory
+            without gradients; with them autograd keeps the activations of every pose, unless ``net`` checkpoints
+            (timm's ``net.set_grad_checkpointing()``) and computes those of one pose at a time again. In train mode a
+            batch norm takes its statistics over all poses of a batch, or over one.
         mode: "layerwise" applies each layer of an nn.Sequential to all poses before the next, "whole" the network; the
             result is the same.
 
@@ -62,7 +65,25 @@ def equivarify(
     return Equivarified(net, _grid_group(group), output, pool, batched, mode)
 
 
-class Equivarified(nn.Module):
+class _AroundNet(nn.Module):
+    """A module around ``net`` that tells timm what the net does: ``resolve_model_data_config`` reads these."""
+
+    net: Any
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        return self.net.pretrained_cfg
+
+    @property
+    def num_classes(self) -> int:
+        return self.net.num_classes
+
+    @property
+    def in_chans(self) -> int:
+        return self.net.in_chans
+
+
+class Equivarified(_AroundNet):
     """A network on all poses of an image; made by `equivarify`.
 
     Shape:
@@ -70,7 +91,8 @@ class Equivarified(nn.Module):
         own; "equivariant": (B, D, |G|) or (B, D, |G|, H', W'), of which ``flatten(1, 2)`` are regular fields.
 
     Raises:
-        ValueError: the image is not square, but turned by 90 degrees; the output is neither a vector nor a map.
+        ValueError: images or maps are not square, but turned by 90 degrees; the net's output is neither vectors nor
+            maps, or not of the batch; the pool does not give one score an image.
     """
 
     def __init__(
@@ -86,21 +108,27 @@ class Equivarified(nn.Module):
         layers: Iterable[nn.Module] = self.net if isinstance(self.net, nn.Sequential) else (self.net,)
         for layer in layers if self.mode == "layerwise" else (self.net,):
             values = self._each(layer, values)
-        _require_output(values[0])
+        _require_output(self.group, values[0])
         if values.ndim == 5:
             values = torch.stack([self.group.transform_image(y, g) for g, y in enumerate(values)])
         if self.output == "equivariant":
             return values.movedim(0, 2)
         if isinstance(self.pool, nn.Module):
-            weights = self._each(self.pool, views).flatten(1).softmax(0)  # (|G|, B)
+            scores = self._each(self.pool, views)
+            if scores[0].numel() != len(x):
+                raise ValueError(
+                    f"the pool gives {tuple(scores.shape[1:])} for {len(x)} images; accepted is one score an image, "
+                    f"{(len(x), 1)}; give it a last layer with one output"
+                )
+            weights = scores.flatten(1).softmax(0)  # (|G|, B)
             return (weights.view(*weights.shape, *(1,) * (values.ndim - 2)) * values).sum(0)
         return values.amax(0) if self.pool == "max" else values.mean(0)
 
     def _each(self, layer: nn.Module, values: Tensor) -> Tensor:
         """``layer`` on (|G|, B, ...), for every element of the group."""
         if self.batched:
-            return _require_tensor(layer(values.flatten(0, 1))).unflatten(0, values.shape[:2])
-        return torch.stack([_require_tensor(layer(value)) for value in values])
+            return _on_batch(layer, values.flatten(0, 1)).unflatten(0, values.shape[:2])
+        return torch.stack([_on_batch(layer, value) for value in values])
 
 
 def canonicalize(net: nn.Module, group: str | Group, canonizer: nn.Module) -> "Canonicalized":
@@ -113,14 +141,20 @@ def canonicalize(net: nn.Module, group: str | Group, canonizer: nn.Module) -> "C
             ``num_classes=1``, or what `equivarify` makes with ``output="equivariant"``.
 
     Raises:
-        ValueError: elements of the group turn pixels between pixels.
+        ValueError: elements of the group turn pixels between pixels; the canonizer says that it is over another group.
 
     Source: Mondal et al. 2023, arXiv:2310.01647 (equiadapt), after Kaba et al. 2022, arXiv:2211.06489.
     """
-    return Canonicalized(net, _grid_group(group), canonizer)
+    group, own = _grid_group(group), group_of(canonizer)
+    if own not in (None, group):  # of a group as large (p4 and d2) its scores would have the same shape
+        raise ValueError(
+            f"the canonizer is over {own.name}, not {group.name}; make it over {group.name}, or, if the scores that it "
+            f"gives are of {group.name} after all, say so: canonizer.group = gzoo.groups.get({group.name!r})"
+        )
+    return Canonicalized(net, group, canonizer)
 
 
-class Canonicalized(nn.Module):
+class Canonicalized(_AroundNet):
     """A network behind a canonizer; made by `canonicalize`.
 
     In train mode the choice of the pose passes gradients straight through to the softmax of the scores. The prior loss,
@@ -140,14 +174,15 @@ class Canonicalized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scores = self.canonizer(x)
-        if scores.shape != (len(x), 1, self.group.order):
+        given = tuple(scores.shape) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+        if given != (len(x), 1, self.group.order):
             raise ValueError(
-                f"the canonizer gives {tuple(scores.shape)}, not {(len(x), 1, self.group.order)}, a score for each "
-                f"element of {self.group.name}; make it with head='pose', num_classes=1"
+                f"the canonizer gives {given}, not {(len(x), 1, self.group.order)}, a score for each element of "
+                f"{self.group.name}; make it with head='pose', num_classes=1"
             )
         choice = _one_hot(scores[:, 0], self.training)
-        y = _require_tensor(self.net(_chosen(choice, poses(self.group, x))))
-        _require_output(y)
+        y = _on_batch(self.net, _chosen(choice, poses(self.group, x)))
+        _require_output(self.group, y)
         if y.ndim == 2:
             return y
         return _chosen(choice, torch.stack([self.group.transform_image(y, g) for g in range(self.group.order)]))
@@ -175,11 +210,7 @@ def poses(group: Group, x: Tensor) -> Tensor:
     """
     if x.ndim != 4:
         raise ValueError(f"x is {tuple(x.shape)}; accepted is a batch of images (B, C, H, W)")
-    if group.rotations == 4 and x.shape[2] != x.shape[3]:
-        raise ValueError(
-            f"the images are {x.shape[2]}x{x.shape[3]} pixels and {group.name} turns by 90 degrees, which exchanges "
-            "height and width; pad or crop them to a square, or take c2, d1 or d2"
-        )
+    _require_square(group, "images", x)
     return torch.stack([group.transform_image(x, group.inverse(g)) for g in range(group.order)])
 
 
@@ -207,16 +238,31 @@ def _grid_group(group: str | Group) -> Group:
     return group
 
 
-def _require_tensor(y: object) -> Tensor:
-    if not isinstance(y, Tensor):
-        raise ValueError(f"the network returns a {type(y).__name__}; accepted is a tensor, {_ACCEPTED}")
-    return y
+def _on_batch(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)``; raises ValueError unless it is a tensor of the same batch."""
+    y = layer(x)
+    if isinstance(y, Tensor) and y.shape[:1] == x.shape[:1]:
+        return y
+    given = tuple(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
+    raise ValueError(f"{type(layer).__name__} gives {given} for a batch of {len(x)}; accepted are {_ACCEPTED}")
 
 
-def _require_output(y: Tensor) -> None:
-    """Raises ValueError unless y is vectors or maps."""
+def _require_output(group: Group, y: Tensor) -> None:
+    """Raises ValueError unless y is vectors, or maps that the group can turn."""
     if y.ndim not in (2, 4):
         raise ValueError(f"the network's output is {tuple(y.shape)}; accepted are {_ACCEPTED}")
+    if y.ndim == 4:
+        _require_square(group, "network's maps", y)
+
+
+def _require_square(group: Group, what: str, x: Tensor) -> None:
+    """Raises ValueError unless the pixels of x, (..., H, W), are square or have no quarter turns."""
+    height, width = x.shape[-2:]
+    if group.rotations == 4 and height != width:
+        raise ValueError(
+            f"the {what} are {height}x{width} pixels and {group.name} turns by 90 degrees, which exchanges height and "
+            "width; pad or crop them to a square, or take c2, d1 or d2"
+        )
 
 
 _ACCEPTED = "vectors (B, D) or maps (B, D, H, W); wrap it in a module that gives one of them"

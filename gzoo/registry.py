@@ -319,6 +319,8 @@ def _factory(name: str, entry: Entry | None) -> Callable[..., nn.Module]:
             build = _IMPORTED[f"{name}.{equivision.TAG}"]
         else:
             build = _IMPORTED.get(f"{name}.{config.tag}", entry.build)
+        if entry is None or build != entry.build:
+            _refuse_options(f"{name}.{config.tag}" if config.tag else name, kwargs)
         with weights.explained(config) if pretrained else nullcontext():
             if pretrained:
                 overlay |= weights.verified(config, kwargs.get("cache_dir"))
@@ -343,6 +345,20 @@ def _factory(name: str, entry: Entry | None) -> Callable[..., nn.Module]:
     else:
         create.__doc__ = f"{entry.backbone} over {entry.group or 'no group: the plain network'}. {entry.paper}".strip()
     return create
+
+
+# What those that are not converted by `Entry.build` do without; over continuous groups partial=True is an option.
+_OF_ENTRIES: dict[str, Any] = {"head": "invariant", "soft": False, "subgroup": None, "match": "params", "basis": None}
+
+
+def _refuse_options(name: str, kwargs: dict[str, Any]) -> None:
+    """Takes the options of `Entry.build` out of ``kwargs``; raises ValueError if one asks for something."""
+    for option, default in _OF_ENTRIES.items():
+        if (given := kwargs.pop(option, default)) != default:
+            raise ValueError(
+                f"{name} takes {option}={default!r} alone, not {given!r}: it is no plain network that gzoo converts. "
+                f"Leave {option} out, or take one that is, such as p4_resnet18 or c8_cnn7"
+            )
 
 
 def _resolve(name: str, pretrained_cfg: Any, overlay: dict[str, Any]) -> PretrainedCfg:

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from conftest import GRID_GROUPS, elements, random_image
+from timm.data import resolve_model_data_config
 from torch import nn
 
 import gzoo
@@ -124,13 +125,84 @@ def test_a_vision_transformer_becomes_invariant():
     assert gzoo.check(vit.eval(), 32, groups.get("p4m")).worst > 1e-3
 
 
-def test_equivarified_networks_run_under_autocast_and_compile_as_one_graph():
-    model, x = gzoo.equivarify(vector_net().float(), "p4"), random_image(2, (8, 8)).float()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert relative_error(compiled(x), model(x)) < 1e-5
+def test_an_equivarified_network_without_convolutions_is_checked_on_images_of_the_channels_given():
+    model = gzoo.equivarify(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4)), "p4")
+    assert gzoo.check(model, 8, in_chans=3).worst < 1e-12
+    assert gzoo.check(model.net, 8, groups.get("p4"), in_chans=3).worst > 1e-3
+    with pytest.raises(ValueError, match=r"Equivarified has no convolution.*say it to gzoo\.check"):
+        gzoo.check(model, 8)
+
+
+@pytest.mark.parametrize("make", [vector_net, map_net])
+@pytest.mark.parametrize("output", ["invariant", "equivariant"])
+def test_equivarified_networks_follow_the_group_under_autocast(make, output):
+    G, net, x = groups.get("p4m"), make().float(), random_image(2, (9, 9)).float()
+    model = gzoo.equivarify(net, "p4m", output)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert relative_error(model(x).float(), model(x).float()) == 0
-        assert model(x).dtype == torch.bfloat16
+        y = model(x)
+        assert y.dtype == torch.bfloat16
+        for g in elements("p4m"):
+            moved = G.transform_image(x, g)
+            assert relative_error(model(moved).float(), expected(G, y, g).float()) < 2**-7  # bfloat16 has 8 bits
+        assert relative_error(net(moved).float(), expected(G, net(x), g).float()) > 2**-4
+
+
+@pytest.mark.parametrize(("make", "pool"), [(vector_net, True), (map_net, False)])
+def test_a_compiled_equivarified_network_trains_like_the_other(make, pool):
+    torch._dynamo.reset()
+    model = gzoo.equivarify(make(), "p4", pool=Score() if pool else "mean").train()
+    reference, x = copy.deepcopy(model), random_image(2, (8, 8))
+    y, z = torch.compile(model, fullgraph=True, backend="aot_eager")(x), reference(x)
+    assert relative_error(y, z) < 1e-12
+    y.square().sum().backward()
+    z.square().sum().backward()
+    for parameter, other in zip(model.parameters(), reference.parameters(), strict=True):
+        assert relative_error(parameter.grad, other.grad) < 1e-10
+
+
+def test_a_loop_over_the_poses_keeps_all_activations_for_the_gradient_unless_the_network_checkpoints():
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, in_chans=2, depth=3, num_classes=3).double()
+    x, weights = random_image(2, (32, 32)), {parameter.data_ptr() for parameter in vit.parameters()}
+
+    def trained(batched: bool, checkpoints: bool) -> tuple[int, torch.Tensor]:
+        """The bytes of activations that autograd keeps, and a gradient."""
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        vit.set_grad_checkpointing(checkpoints)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = gzoo.equivarify(vit, "p4", batched=batched)(x).square().sum()
+        return sum(kept.values()), torch.autograd.grad(loss, vit.patch_embed.proj.weight)[0]
+
+    whole, gradient = trained(batched=True, checkpoints=False)
+    looped, looped_gradient = trained(batched=False, checkpoints=False)
+    saved, saved_gradient = trained(batched=False, checkpoints=True)
+    assert looped > 0.9 * whole
+    assert saved < 0.25 * whole
+    assert relative_error(looped_gradient, gradient) < 1e-10
+    assert relative_error(saved_gradient, gradient) < 1e-10
+
+
+def test_timm_finds_the_preprocessing_and_the_classes_of_the_network_inside():
+    net = timm.create_model("p4_cnn7", num_classes=4)
+    inside = resolve_model_data_config(net)
+    models = (
+        gzoo.equivarify(net, "p4"),
+        gzoo.equivarify(net, "p4", "equivariant"),
+        gzoo.canonicalize(net, "p4", timm.create_model("p4_cnn7", num_classes=1, head="pose")),
+    )
+    for model in models:
+        assert resolve_model_data_config(model) == inside != resolve_model_data_config(nn.Identity())
+        assert (model.num_classes, model.in_chans) == (4, 1)
+    net.reset_classifier(6)
+    assert models[0].num_classes == 6
+    plain = gzoo.equivarify(vector_net(), "p4")
+    assert not any(hasattr(plain, name) for name in ("pretrained_cfg", "num_classes", "in_chans"))
 
 
 def canonizer(group: str) -> nn.Module:
@@ -175,6 +247,23 @@ def test_the_pose_loss_has_its_target_at_the_class_and_the_identity():
     assert gzoo.pose_loss(logits, torch.tensor([1])) > 50
 
 
+class Rotations(nn.Module):
+    """Of scores over p4m, those over p4."""
+
+    group = groups.get("p4")
+
+    def __init__(self):
+        super().__init__()
+        self.net = canonizer("p4m")
+
+    def forward(self, x):
+        return self.net(x)[..., :4]
+
+
+def test_a_canonizer_can_say_that_it_is_over_another_group_than_its_layers():
+    assert_follows(gzoo.canonicalize(vector_net(), "p4", Rotations()), "p4")
+
+
 class Tokens(nn.Module):
     def forward(self, x):
         return x.flatten(2)
@@ -183,6 +272,24 @@ class Tokens(nn.Module):
 class Pair(nn.Module):
     def forward(self, x):
         return x, x
+
+
+class Total(nn.Module):
+    def forward(self, x):
+        return x.sum()
+
+
+def one_row() -> nn.Sequential:
+    """A network that takes the images of a batch for one."""
+    return nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (1, -1)))
+
+
+def wide_maps() -> nn.Module:
+    return nn.Conv2d(2, 3, (2, 3)).double()
+
+
+def scores(number: int) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(50, number)).double()
 
 
 @pytest.mark.parametrize(
@@ -196,7 +303,32 @@ class Pair(nn.Module):
         (lambda: gzoo.equivarify(vector_net(), "p4", mode="lazy"), "mode is 'lazy'"),
         (lambda: gzoo.equivarify(Tokens(), "p4", mode="layerwise"), "needs an nn.Sequential, not a Tokens"),
         (lambda: gzoo.equivarify(Tokens(), "p4")(random_image(2)), "output is .*accepted are vectors"),
-        (lambda: gzoo.equivarify(Pair(), "p4")(random_image(2)), "returns a tuple"),
+        (lambda: gzoo.equivarify(Pair(), "p4")(random_image(2)), "Pair gives a tuple for a batch of 8; accepted are"),
+        (lambda: gzoo.equivarify(Total(), "p4")(random_image(2)), r"Total gives \(\) for a batch of 8; accepted are"),
+        (lambda: gzoo.equivarify(one_row(), "p4")(random_image(2)), r"gives \(1, 400\) for a batch of 8"),
+        (
+            lambda: gzoo.equivarify(one_row(), "p4", batched=False)(random_image(2)),
+            r"gives \(1, 100\) for a batch of 2",
+        ),
+        (lambda: gzoo.canonicalize(one_row(), "p4", canonizer("p4"))(random_image(2, (8, 8))), r"gives \(1, 256\)"),
+        (lambda: gzoo.equivarify(wide_maps(), "p4")(random_image(2)), "network's maps are 4x3 pixels .* or take c2"),
+        (
+            lambda: gzoo.canonicalize(wide_maps(), "p4m", canonizer("p4m"))(random_image(2, (8, 8))),
+            "network's maps are 7x6 pixels and p4m turns by 90 degrees",
+        ),
+        (
+            lambda: gzoo.equivarify(vector_net(), "p4", pool=scores(2))(random_image(2)),
+            r"pool gives \(2, 2\) for 2 images; accepted is one score an image, \(2, 1\); give it a last layer",
+        ),
+        (
+            lambda: gzoo.equivarify(vector_net(), "p4", pool=scores(2))(random_image(2, batch=1)),
+            r"gives \(1, 2\) for 1",
+        ),
+        (
+            lambda: gzoo.canonicalize(vector_net(), "p4", nn.Sequential(canonizer("d2"))),
+            "canonizer is over d2, not p4; make it over p4",
+        ),
+        (lambda: gzoo.canonicalize(vector_net(), "p4", Pair())(random_image(2)), "canonizer gives a tuple"),
         (lambda: gzoo.equivarify(vector_net(), "p4")(random_image(2, (8, 9))), "8x9 pixels .* pad or crop"),
         (lambda: gzoo.equivarify(vector_net(), "p4")(random_image(2)[0]), "batch of images"),
         (lambda: gzoo.canonicalize(vector_net(), "p4", vector_net())(random_image(2)), "canonizer gives"),
@@ -261,8 +393,10 @@ def test_the_pose_experiment_runs_and_its_figures_follow_the_group():
     script = runpy.run_path(str(path))
     data = torch.rand(200, 1, 28, 28), torch.arange(200) % 10
     figures = script["experiment"](data, data, epochs=1, seed=0)
-    rows = torch.tensor(figures["figure4"]["probabilities"])
-    assert all(torch.allclose(rows[g], rows[0].roll(g), atol=1e-4) for g in range(4))
+    poses, classes = (torch.tensor(figures["figure4"][key]) for key in ("probabilities", "angle_dropped"))
+    assert all(torch.allclose(poses[g], poses[0].roll(g, 1), atol=1e-4) for g in range(4))
+    assert torch.allclose(classes, classes[:1].expand(4, 10), atol=1e-4)
+    assert torch.allclose(classes.sum(1), torch.ones(4))
     assert figures["angle_dropped"]["upright"] == figures["angle_dropped"]["rotated"]
 
 

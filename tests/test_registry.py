@@ -185,6 +185,17 @@ def test_an_entry_has_no_other_subgroup(name, subgroup, message):
         timm.create_model(name, subgroup=subgroup)
 
 
+@pytest.mark.parametrize("name", ["se2_resnet", "e2_resnet", "c8_resnet50.redet", "d1_resnet18.equivision_in1k"])
+@pytest.mark.parametrize(("option", "value"), [("head", "pose"), ("soft", True), ("match", "width")])
+def test_models_that_gzoo_did_not_convert_refuse_the_options_of_converted_ones(name, option, value):
+    with pytest.raises(ValueError, match=f"{name} takes {option}=.* alone, not {value!r}.*Leave {option} out"):
+        timm.create_model(name, **{option: value})
+
+
+def test_such_a_model_takes_those_options_where_they_ask_for_nothing():
+    assert timm.create_model("se2_resnet", head="invariant", soft=False).num_classes == 10
+
+
 def test_a_factory_documents_its_model():
     assert "resnet44 over p4m. arXiv:1602.07576" in registry.p4m_resnet44.__doc__
 

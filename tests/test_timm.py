@@ -430,29 +430,33 @@ def test_half_precision_weights_run(name):
 # Many processes
 
 
-def _gradient(rank: int, path: str) -> None:
-    """One of two processes: the gradient of its half of the batch, averaged by DDP."""
+def _gradients(rank: int, path: str) -> None:
+    """One of two processes: each model's gradient of its half of the batch, averaged by DDP."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{path}.store", rank=rank, world_size=2)
-    model, images = torch.load(path, weights_only=False)
+    models, images = torch.load(path, weights_only=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        parallel = nn.parallel.DistributedDataParallel(model)
-        parallel(images[rank::2]).square().mean().backward()
+        for model in models:
+            parallel = nn.parallel.DistributedDataParallel(model)
+            parallel(images[rank::2]).square().mean().backward()
     if rank == 0:
-        torch.save([parameter.grad for parameter in model.parameters()], path)
+        torch.save([parameter.grad for parameter in models.parameters()], path)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_give_the_gradient_of_one(tmp_path):
     model = random_model("p4_cnn7", num_classes=4)  # in eval mode: the statistics of two half batches differ
+    plain, pool = (random_model("cnn7", num_classes=classes) for classes in (4, 1))
+    models = nn.ModuleList([model, gzoo.equivarify(plain, "p4", pool=pool)])  # in one go: processes start slowly
     images = torch.randn(4, 1, 28, 28, dtype=torch.float64)
-    path = str(tmp_path / "model.pt")
-    torch.save((model, images), path)
-    mp.spawn(_gradient, (path,), nprocs=2)
-    model(images).square().mean().backward()
-    for parameter, gradient in zip(model.parameters(), torch.load(path), strict=True):
+    path = str(tmp_path / "models.pt")
+    torch.save((models, images), path)
+    mp.spawn(_gradients, (path,), nprocs=2)
+    for model in models:
+        model(images).square().mean().backward()
+    for parameter, gradient in zip(models.parameters(), torch.load(path), strict=True):
         torch.testing.assert_close(gradient, parameter.grad)
 
 
