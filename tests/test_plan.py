@@ -119,6 +119,9 @@ def test_gzoo_plan_prints_all_three_matches(capsys):
     [
         (["resnet19", "--group", "p4"], "timm has no model 'resnet19'; near it are: "),
         (["resnet18", "--group", "p5"], "unknown group 'p5'; accepted are p4"),
+        (["p4_resnet20", "--group", "p4m"], "EquivariantStagedCNN is equivariant already; convert the plain network"),
+        (["d8d4d1_resnet20", "--group", "p4"], "is equivariant already"),
+        (["mixer_s32_224", "--group", "p4"], "blocks.0.mlp_tokens.fc1 is linear over pixels or tokens"),
         (["vit_tiny_patch16_224", "--group", "p4"], "does not convert. blocks.0.norm1: its channels come out of"),
     ],
 )
