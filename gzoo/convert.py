@@ -60,8 +60,9 @@ def convert(
             (`gzoo.nn.Restriction`), so that small structures keep a symmetry that the whole image does not have
             (Weiler & Cesa 2019, arXiv:1911.08251, section 2.7).
         match: what to keep of the plain network: its "params" (C / sqrt|G| fields for C channels), its "flops" (C / |G|
-            fields, the cost of the plain network), or its "width" (C fields, C * |G| channels). None is what
-            ``weights`` need: "params" for fresh ones, "width" for "transfer", "flops" for "project".
+            fields, the cost of the plain network), or its "width" (C fields, C * |G| channels). The first two to 10%,
+            save for narrow networks over large groups, where a single field is too much; ``gzoo plan`` says how much.
+            None is what ``weights`` need: "params" for fresh ones, "width" for "transfer", "flops" for "project".
         widths: plain channels -> fields, where they differ from ``match``; for fresh weights only.
         group_pool: how the classifier pools a fibre, "mean" or "max"; "mean" with ``weights``.
         basis: of the kernels: "pixel", "steerable" (band-limited, as escnn's) or "steerable_3r" (frequencies up to 3r
@@ -97,7 +98,8 @@ def convert(
 
     Returns:
         The network; ``model.group`` is its group, the last one of several. Feature maps are (B, fields * |G|, H, W).
-        Logits of an image are invariant; a map of logits is trivial fields, which move with the image.
+        Logits of an image are invariant; a map of logits is trivial fields, which move with the image. TensorFlow's
+        "same" padding (timm's tf_ models), a pixel more on one side, becomes symmetric: the same sizes, other values.
 
     Raises:
         ValueError: a module has no equivariant counterpart here, or cannot take over its ``weights``, or the result is

@@ -2,7 +2,8 @@
 
 `gzoo.trace` finds the segments, channels whose number is free. A segment of C plain channels gets about s * C fields,
 where s = 1 / sqrt|G| keeps the parameters of a dense layer and 1 / |G| its multiply-adds. Where that misses the whole
-network's number by more than 10% (lifting layers, classifiers and rounding follow other laws), s is searched for.
+network's number by more than 10% (lifting layers, classifiers and rounding follow other laws), s is searched for. A
+narrow network over a large group may miss it all the same, as no width is less than a field; `comparison` says so.
 """
 
 import difflib
@@ -50,6 +51,10 @@ class Row:
     fields: int
     params: float
     macs: float
+
+    def ratio(self, match: str) -> float:
+        """How many times the plain parameters there are, or for "flops" the plain multiply-adds."""
+        return self.macs / max(self.plain_macs, 1) if match == "flops" else self.params / self.plain_params
 
 
 @dataclass
@@ -331,18 +336,17 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _fit(made: Plan, match: str) -> None:
-    """Searches for the scale that keeps what ``match`` says to 10%, if the first does not."""
+    """Searches for the scale that keeps what ``match`` says to 10%, if the first does not; the nearest if none does."""
 
     def ratio(scale: float) -> float:
         made.scale = scale
         made._known.clear()
-        row = made.total()
-        return row.params / row.plain_params if match == "params" else row.macs / max(row.plain_macs, 1)
+        return made.total().ratio(match)
 
     first = made.scale
     errors = {first: abs(math.log(ratio(first)))}
-    low, high = first / 8, first * 8
-    while errors[min(errors, key=errors.__getitem__)] > math.log(1 + _TOLERANCE) and high / low > 1.005:
+    low, high = first / 8, first * 8  # further down a narrow network comes nearer only by single fields throughout
+    while min(errors.values()) > math.log(1 + _TOLERANCE) and high / low > 1.005:
         middle = math.sqrt(low * high)
         found = ratio(middle)
         errors[middle] = abs(math.log(found))
@@ -385,11 +389,15 @@ def comparison(name: str, group: str, basis: BasisName | None = None) -> str:
         cells = [f"{plain.plain_width:8} {_short(plain.plain_params)} {_short(plain.plain_macs)}"]
         cells += [f"{row.fields:8} {_short(row.params)} {_short(row.macs)}" for row in others]
         lines.append(" | ".join([plain.name.ljust(width), *cells]))
-    total = " | ".join(
-        f"{'':8} {row.params / row.plain_params:7.2f}x {row.macs / max(row.plain_macs, 1):7.2f}x"
-        for row in (made.total() for made in plans.values())
-    )
-    return "\n".join([*lines, f"{'':{width}} | {'':26} | {total}"])
+    totals = {match: made.total() for match, made in plans.items()}
+    total = " | ".join(f"{'':8} {row.ratio('params'):7.2f}x {row.ratio('flops'):7.2f}x" for row in totals.values())
+    missed = [
+        f"match={match} misses its 10%: {row.ratio(match):.2f} times the plain network's. A width is at least one "
+        "field; a smaller group or a wider network comes nearer"
+        for match, row in totals.items()
+        if match != "width" and abs(math.log(row.ratio(match))) > math.log(1 + _TOLERANCE)
+    ]
+    return "\n".join([*lines, f"{'':{width}} | {'':26} | {total}", *missed])
 
 
 def _short(number: float) -> str:

@@ -114,6 +114,14 @@ def test_gzoo_plan_prints_all_three_matches(capsys):
         assert text in printed
 
 
+@pytest.mark.parametrize(("group", "misses"), [("p4", False), ("d8", True)])
+def test_gzoo_plan_says_where_a_match_misses_its_ten_percent(group, misses, capsys):
+    assert main(["plan", "lcnet_050", "--group", group]) == 0
+    printed = capsys.readouterr().out
+    assert ("match=flops misses its 10%: 1.47 times the plain network's" in printed) == misses
+    assert "match=params misses" not in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
