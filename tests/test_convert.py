@@ -886,6 +886,7 @@ NORMS = {
     "batch": nn.BatchNorm2d,
     "group": lambda width: nn.GroupNorm(2, width),
     "instance": lambda width: nn.InstanceNorm2d(width, affine=True),
+    "layer": tl.LayerNorm2d,
 }
 
 blocks = st.lists(
@@ -895,8 +896,10 @@ blocks = st.lists(
             "kernel": st.integers(1, 4),
             "stride": st.integers(1, 2),
             "norm": st.sampled_from(sorted(NORMS)),
+            "groups": st.integers(1, 2),
             "residual": st.booleans(),
             "depthwise": st.booleans(),
+            "branches": st.booleans(),
             "pool": st.sampled_from((None, nn.MaxPool2d, nn.AvgPool2d)),
             "attention": st.booleans(),
         }
@@ -915,11 +918,20 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
+class Branches(nn.Module):
+    def __init__(self, *branches):
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x):
+        return torch.cat([branch(x) for branch in self.branches], 1)
+
+
 def random_network(blocks):
     layers, width = [], 2
     for i, block in enumerate(blocks):
         layers += [
-            conv(width, block["width"], block["kernel"], stride=block["stride"]),
+            conv(width, block["width"], block["kernel"], stride=block["stride"], groups=block["groups"]),
             NORMS[block["norm"]](block["width"]),
             nn.ReLU(),
         ]
@@ -928,6 +940,8 @@ def random_network(blocks):
             layers.append(
                 Residual(nn.Sequential(conv(width, width, groups=width if block["depthwise"] else 1), nn.ReLU()))
             )
+        if block["branches"]:
+            layers.append(Branches(conv(width, width // 2), nn.Sequential(conv(width, width // 2, 1), nn.ReLU())))
         if block["attention"]:
             layers.append(SpatialAttention())
         if block["pool"] and i == 0:
@@ -939,7 +953,7 @@ def random_network(blocks):
 
 @given(
     blocks,
-    st.sampled_from(GRID_GROUPS),
+    st.sampled_from((*GRID_GROUPS, "c3", "c8", "d8")),
     st.sampled_from(("params", "flops", "width")),
     st.sampled_from(((17, 17), (20, 13))),
 )
@@ -951,8 +965,10 @@ def test_random_networks_are_exact_in_value_and_gradient(blocks, group, match, s
         plain.eval()(torch.randn(2, 2, 17, 17)), plain(torch.randn(2, 2, *size))
     except ValueError:  # an instance norm of a single pixel
         assume(False)
-    model = with_random_statistics(gzoo.convert(plain, group, match)).eval()
-    assert worst_error(model, group, image(size, 2), "image", "invariant") < 1e-10
+    model, x = with_random_statistics(gzoo.convert(plain, group, match)).eval(), image(size, 2)
+    # A layer norm over a single field of 1x1 kernels leaves nothing of the image, and of its gradient rounding.
+    assume(relative_error(*model(x)) > 1e-4)
+    assert worst_error(model, group, x, "image", "invariant") < 1e-10
 
 
 def test_logits_of_the_same_converted_network_differ_between_images():
