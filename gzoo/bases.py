@@ -23,8 +23,9 @@ Kernels between quotient fields, G/H to G/K, are sums of either over K (`quotien
 """
 
 import math
-from functools import cache
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,21 @@ from gzoo.groups import Group
 BasisName = Literal["pixel", "steerable", "steerable_3r"]
 
 NAMES: tuple[BasisName, ...] = get_args(BasisName)  # checkpoints know a basis by its place here
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _on_cpu(build: Callable[P, T]) -> Callable[P, T]:
+    """Has ``build`` make plain tensors on the CPU: what is cached must not depend on the context of its first use, on
+    its default device or its inference mode."""
+
+    @wraps(build)
+    def built(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.device("cpu"), torch.inference_mode(False):
+            return build(*args, **kwargs)
+
+    return built
 
 
 class Basis(NamedTuple):
@@ -56,6 +72,7 @@ class Basis(NamedTuple):
 
 
 @cache
+@_on_cpu
 def lifting_basis(group: Group, size: int, name: BasisName | None = None) -> Basis:
     """Kernels from an image to regular fields: ``parameters`` is (k, k), or (1, functions) if steerable.
 
@@ -80,6 +97,7 @@ def lifting_basis(group: Group, size: int, name: BasisName | None = None) -> Bas
 
 
 @cache
+@_on_cpu
 def regular_basis(group: Group, size: int, name: BasisName | None = None) -> Basis:
     """Kernels from regular to regular fields: ``parameters`` is (|G|, k, k), or (|G|, functions) if steerable.
 
@@ -98,6 +116,7 @@ def regular_basis(group: Group, size: int, name: BasisName | None = None) -> Bas
 
 
 @cache
+@_on_cpu
 def quotient_basis(group: Group, size: int, inner: Group, outer: Group, name: BasisName | None = None) -> Basis:
     """Kernels from fields of G/H to fields of G/K: ``parameters`` is (n,), or those of `regular_basis` if H = K = c1.
 
@@ -194,7 +213,7 @@ def balance(basis: Basis) -> Tensor:
     Functions of norm one keep the variance of white noise, but enlarge what all pixels share: a ring without frequency
     sums it up. With these both keep their variance: the functions that sum to something are drawn smaller.
     """
-    if basis.samples is None or basis.samples.shape[1] == 1:
+    if basis.samples is None or basis.samples.shape[1] == 1 or basis.samples.is_meta:  # on meta nothing is drawn
         return torch.ones(())
     energy = basis.samples.square().sum(2).mean(0)  # of each function, over the poses: the norm is one in the first
     sums = basis.samples.sum(2).square().mean(0)
@@ -230,6 +249,7 @@ def circular_harmonics(size: int, angles: Tensor, mirrored: Tensor, name: BasisN
 
 
 @cache
+@_on_cpu
 def _polar(size: int, name: BasisName) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Angles of the pixels (k * k,), and of the functions profile (functions, k * k), frequency and phase, float64."""
     axis = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
@@ -248,9 +268,8 @@ def _polar(size: int, name: BasisName) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def rings(size: int, name: BasisName) -> list[tuple[float, float, int]]:
     """Radius and width in pixels, as escnn chooses them, and highest frequency of each ring."""
     count = math.ceil(size / 2)
-    radii = torch.linspace(0, (size - 1) // 2, count).tolist()
     chosen = []
-    for i, radius in enumerate(radii):
+    for i, radius in enumerate(map(float, range(count))):
         width = 0.6 if i < count - 1 else 0.4
         if radius == 0 and size % 2:
             width = 0.005  # the central pixel alone; an even size has none

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from timm.models._pretrained import filter_pretrained_cfg
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 
 from gzoo import groups
 from gzoo.bases import BasisName
@@ -24,7 +25,7 @@ from gzoo.groups import Group
 from gzoo.nn import PoseLinear, Restriction, restrict_output
 from gzoo.nn.linear import Head, Pooling
 from gzoo.partial import make_partial
-from gzoo.plan import Match, Plan, example, plan
+from gzoo.plan import WHOLE_NETWORK, Match, Plan, example, plan
 from gzoo.rules import ON_IMAGE, RULES, WHOLE, Recipe, rule
 from gzoo.soft import make_soft
 from gzoo.trace import Segments, flat
@@ -59,8 +60,9 @@ def convert(
             (`gzoo.nn.Restriction`), so that small structures keep a symmetry that the whole image does not have
             (Weiler & Cesa 2019, arXiv:1911.08251, section 2.7).
         match: what to keep of the plain network: its "params" (C / sqrt|G| fields for C channels), its "flops" (C / |G|
-            fields, the cost of the plain network), or its "width" (C fields, C * |G| channels). None is what
-            ``weights`` need: "params" for fresh ones, "width" for "transfer", "flops" for "project".
+            fields, the cost of the plain network), or its "width" (C fields, C * |G| channels). The first two to 10%,
+            save for narrow networks over large groups, where a single field is too much; ``gzoo plan`` says how much.
+            None is what ``weights`` need: "params" for fresh ones, "width" for "transfer", "flops" for "project".
         widths: plain channels -> fields, where they differ from ``match``; for fresh weights only.
         group_pool: how the classifier pools a fibre, "mean" or "max"; "mean" with ``weights``.
         basis: of the kernels: "pixel", "steerable" (band-limited, as escnn's) or "steerable_3r" (frequencies up to 3r
@@ -96,18 +98,45 @@ def convert(
 
     Returns:
         The network; ``model.group`` is its group, the last one of several. Feature maps are (B, fields * |G|, H, W).
-        Logits of an image are invariant; a map of logits is trivial fields, which move with the image.
+        Logits of an image are invariant; a map of logits is trivial fields, which move with the image. TensorFlow's
+        "same" padding (timm's tf_ models), a pixel more on one side, becomes symmetric: the same sizes, other values.
 
     Raises:
         ValueError: a module has no equivariant counterpart here, or cannot take over its ``weights``, or the result is
             not equivariant; names the module. Or the options do not go together.
     """
+    _require_convertible(model, group)
     copied = copy.deepcopy(model)
-    converted = convert_in_place(
-        copied, group, match, widths, group_pool, basis, classifier, weights, head=head, partial=partial, soft=soft
-    )
-    check_itself(converted)
+    with torch.device("cpu"):  # new layers move to the model's device; a default device of "meta" would empty them
+        converted = convert_in_place(
+            copied, group, match, widths, group_pool, basis, classifier, weights, head=head, partial=partial, soft=soft
+        )
+        check_itself(converted)
     return converted
+
+
+def _require_convertible(model: Any, group: Any) -> None:
+    """Raises ValueError for what is no network of plain layers; else each would fail far from its cause."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is {model!r:.60}, a {type(model).__name__}; gzoo.convert takes a network, an nn.Module as "
+            "timm.create_model('resnet18') gives it"
+        )
+    if not isinstance(group, str | Group):
+        raise ValueError(f"group is {group!r}; accepted are names such as 'p4m' or 'd8:d4:d1', and a gzoo.groups.Group")
+    for path, module in model.named_modules():
+        kind = f"{path or 'the network'} is a {type(module).__module__}.{type(module).__qualname__}"
+        if isinstance(module, OptimizedModule):
+            raise ValueError(f"{kind}, which torch.compile made; convert the network first, then compile the result")
+        if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
+            raise ValueError(f"{kind}, a recorded graph, not layers; convert the network that it was made from")
+        if type(module).__module__.startswith(("torch.ao.nn.", "torch.ao.quantization.")):
+            raise ValueError(f"{kind}, of a quantized network; convert the float network that it was made from")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} is on the meta device, where the converted network cannot be checked; convert one "
+            "with real numbers, as model.to_empty(device='cpu') and its initialization or checkpoint give them"
+        )
 
 
 def convert_in_place(
@@ -129,8 +158,6 @@ def convert_in_place(
     ``scale`` is the number of fields for each plain channel, in place of the one that ``match`` leads to.
     """
     chain = groups.chain(group) if isinstance(group, str) else (group,)
-    if group_of(model) is not None:
-        raise ValueError(f"{type(model).__name__} is equivariant already; convert the plain network")
     if weights is not None:
         _require_agreement(weights, chain, match, widths, group_pool, basis)
     if head not in ("invariant", "pose") or (head == "pose" and weights is not None):
@@ -257,7 +284,8 @@ def _unknown(path: str, module: nn.Module, own: list[str] | None = None) -> str:
     return (
         f"{path or 'the network'} is a {type(module).__module__}.{type(module).__qualname__}{holds}, which gzoo has no "
         "equivariant counterpart for. Replace it in the plain network by layers that gzoo knows (convolution, batch, "
-        "group and layer norm, pointwise activation, pooling, linear), or teach it with gzoo.convert.rule"
+        "group and layer norm, pointwise activation, pooling, linear), or teach it with gzoo.convert.rule. "
+        f"{WHOLE_NETWORK}"
     )
 
 
@@ -385,7 +413,7 @@ def image_for(probe: nn.Module) -> Tensor:
             reason = error
     raise ValueError(
         f"the converted {type(probe).__name__} does not run ({reason}). Plain widths that its forward fixes in numbers "
-        "must be kept as an attribute, or taken from the shape of a map"
+        f"must be kept as an attribute, or taken from the shape of a map. {WHOLE_NETWORK}"
     ) from reason
 
 

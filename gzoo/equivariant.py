@@ -6,7 +6,7 @@ here in front of it.
 
 from collections.abc import Collection, Mapping
 from itertools import chain as flatten
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from gzoo import groups
 from gzoo.bases import NAMES
 from gzoo.groups import Group
 from gzoo.nn import GroupPool, InvariantConv2d, InvariantLinear, PoseLinear
+from gzoo.nn.constant import Constants, on_default_device
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.front import Front, put_in_front
 from gzoo.nn.linear import Pooling
@@ -55,12 +56,14 @@ def sign(model: nn.Module, chain: tuple[Group, ...]) -> None:
     # Off the grid a network says "steerable" even if all of its kernels are single pixels.
     basis = max([*found, NAMES.index("pixel" if all(group.on_grid for group in chain) else "steerable")])
     (rotations, reflections), *others = ((group.rotations, int(group.reflections)) for group in chain)
-    model.register_buffer(SIGNATURE, torch.tensor([rotations, reflections, basis, *flatten.from_iterable(others)]))
+    signature = torch.tensor([rotations, reflections, basis, *flatten.from_iterable(others)], device="cpu")
+    model.register_buffer(SIGNATURE, on_default_device(signature))
 
 
-class Equivariant(Front):
+class Equivariant(Constants, Front):
     """A converted network of any kind."""
 
+    constants: ClassVar[tuple[str, ...]] = (SIGNATURE,)
     prefix = "Equivariant"
     group: Group
     chain: tuple[Group, ...]

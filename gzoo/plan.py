@@ -2,7 +2,8 @@
 
 `gzoo.trace` finds the segments, channels whose number is free. A segment of C plain channels gets about s * C fields,
 where s = 1 / sqrt|G| keeps the parameters of a dense layer and 1 / |G| its multiply-adds. Where that misses the whole
-network's number by more than 10% (lifting layers, classifiers and rounding follow other laws), s is searched for.
+network's number by more than 10% (lifting layers, classifiers and rounding follow other laws), s is searched for. A
+narrow network over a large group may miss it all the same, as no width is less than a field; `comparison` says so.
 """
 
 import difflib
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from gzoo import groups
 from gzoo.bases import BasisName, lifting_basis, regular_basis
-from gzoo.check import in_channels
+from gzoo.check import group_of, in_channels
 from gzoo.groups import Group
 from gzoo.trace import Segment, Segments, Trace, flat, trace
 
@@ -30,6 +31,8 @@ SCALE: dict[Match, Callable[[int], float]] = {
     "flops": lambda order: 1 / order,
     "width": lambda order: 1.0,
 }
+
+WHOLE_NETWORK = "gzoo.equivarify and gzoo.canonicalize take any network as it is"
 
 _TOLERANCE = 0.1  # of the plain network's parameters or multiply-adds
 
@@ -48,6 +51,10 @@ class Row:
     fields: int
     params: float
     macs: float
+
+    def ratio(self, match: str) -> float:
+        """How many times the plain parameters there are, or for "flops" the plain multiply-adds."""
+        return self.macs / max(self.plain_macs, 1) if match == "flops" else self.params / self.plain_params
 
 
 @dataclass
@@ -159,7 +166,7 @@ class Plan:
         return (
             f"its channels come out of {self.trace.lost[name]!r}, through which gzoo cannot follow them: a step that "
             "mixes channels or pixels, such as attention, a shuffle of channels or a flattened map, has no equivariant "
-            "counterpart here. Use a convolution, or global pooling before a linear layer"
+            f"counterpart here. Use a convolution, or global pooling before a linear layer. {WHOLE_NETWORK}"
         )
 
     def _require_whole(self, channels: int) -> None:
@@ -279,39 +286,67 @@ def plan(
             each width, and where C / |G| is no whole number, `Plan.fields` is an error.
 
     Raises:
-        ValueError: the network has no convolution, does not run, or has fewer stages than groups; ``match`` or
-            ``classifier`` is unknown.
+        ValueError: the network is equivariant already, has no convolution or a linear layer over pixels, does not run,
+            or has fewer stages than groups; ``match`` or ``classifier`` is unknown.
     """
     if match not in SCALE:
         raise ValueError(f"match is {match!r}; accepted are {', '.join(map(repr, SCALE))}")
-    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} has no Conv2d; gzoo converts convolutional networks")
+    if group_of(model) is not None:
+        raise ValueError(f"{type(model).__name__} is equivariant already; convert the plain network")
+    _require_convolution(model)
     if classifier and not isinstance(dict(model.named_modules()).get(classifier), nn.Conv2d | nn.Linear):
         raise ValueError(
             f"classifier is {classifier!r}; {type(model).__name__} has no Conv2d or Linear of that path. Give the path "
             "of the layer that makes the logits, as named_modules() spells it, or '' if there is none"
         )
     seen = trace(model, example(model))
+    if seen.over_pixels:
+        raise ValueError(
+            f"{seen.over_pixels[0]} is linear over pixels or tokens, each with a weight of its own, which has no "
+            f"equivariant counterpart here; use a convolution. {WHOLE_NETWORK}"
+        )
     found = _classifiers(model, seen) if classifier is None else frozenset([classifier] if classifier else [])
     made = Plan(model, chain, match, seen, found, widths or {}, basis, scale or SCALE[match](chain[0].order), fit)
+    if not seen.inputs.keys() & seen.outputs.keys() & {name for name, _ in _layers(model)}:
+        lost = next(
+            (f"{name}: {made.why_lost(name)}" for name in seen.lost), "no layer with parameters runs on an image"
+        )
+        raise ValueError(f"nothing of {type(model).__name__} can be followed. {lost}")
     if fit and match != "width" and scale is None:
         _fit(made, match)
     return made
 
 
+def _require_convolution(model: nn.Module) -> None:
+    """Raises ValueError for a network without a Conv2d, and says what it has."""
+    layers = dict(_layers(model))
+    if any(isinstance(layer, nn.Conv2d) for layer in layers.values()):
+        return
+    text = f"{type(model).__name__} has no Conv2d, and gzoo converts networks of 2D images that begin with one"
+    for name, layer in layers.items():
+        if isinstance(layer, nn.Conv1d | nn.Conv3d):
+            raise ValueError(f"{text}; {name or 'it'} is a {type(layer).__name__}")
+    held = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers.values())) or "none"
+    raise ValueError(f"{text}; its layers with parameters are: {held}. {WHOLE_NETWORK}")
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that have parameters of their own."""
+    return [(name, module) for name, module in model.named_modules() if any(True for _ in module.parameters(False))]
+
+
 def _fit(made: Plan, match: str) -> None:
-    """Searches for the scale that keeps what ``match`` says to 10%, if the first does not."""
+    """Searches for the scale that keeps what ``match`` says to 10%, if the first does not; the nearest if none does."""
 
     def ratio(scale: float) -> float:
         made.scale = scale
         made._known.clear()
-        row = made.total()
-        return row.params / row.plain_params if match == "params" else row.macs / max(row.plain_macs, 1)
+        return made.total().ratio(match)
 
     first = made.scale
     errors = {first: abs(math.log(ratio(first)))}
-    low, high = first / 8, first * 8
-    while errors[min(errors, key=errors.__getitem__)] > math.log(1 + _TOLERANCE) and high / low > 1.005:
+    low, high = first / 8, first * 8  # further down a narrow network comes nearer only by single fields throughout
+    while min(errors.values()) > math.log(1 + _TOLERANCE) and high / low > 1.005:
         middle = math.sqrt(low * high)
         found = ratio(middle)
         errors[middle] = abs(math.log(found))
@@ -354,11 +389,15 @@ def comparison(name: str, group: str, basis: BasisName | None = None) -> str:
         cells = [f"{plain.plain_width:8} {_short(plain.plain_params)} {_short(plain.plain_macs)}"]
         cells += [f"{row.fields:8} {_short(row.params)} {_short(row.macs)}" for row in others]
         lines.append(" | ".join([plain.name.ljust(width), *cells]))
-    total = " | ".join(
-        f"{'':8} {row.params / row.plain_params:7.2f}x {row.macs / max(row.plain_macs, 1):7.2f}x"
-        for row in (made.total() for made in plans.values())
-    )
-    return "\n".join([*lines, f"{'':{width}} | {'':26} | {total}"])
+    totals = {match: made.total() for match, made in plans.items()}
+    total = " | ".join(f"{'':8} {row.ratio('params'):7.2f}x {row.ratio('flops'):7.2f}x" for row in totals.values())
+    missed = [
+        f"match={match} misses its 10%: {row.ratio(match):.2f} times the plain network's. A width is at least one "
+        "field; a smaller group or a wider network comes nearer"
+        for match, row in totals.items()
+        if match != "width" and abs(math.log(row.ratio(match))) > math.log(1 + _TOLERANCE)
+    ]
+    return "\n".join([*lines, f"{'':{width}} | {'':26} | {total}", *missed])
 
 
 def _short(number: float) -> str:
@@ -374,7 +413,7 @@ def example(model: nn.Module, most: int | None = None) -> Tensor:
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
     size = (min(height, most or height), min(width, most or width))
-    x = torch.randn(2, in_channels(model), *size, generator=generator)
+    x = torch.randn(2, in_channels(model), *size, generator=generator, device="cpu")
     return x.to(parameter.device, parameter.dtype)
 
 

@@ -238,6 +238,8 @@ def _transposed_conv(plain: nn.ConvTranspose2d, recipe: Recipe) -> nn.Module:
             f"output_padding={plain.output_padding} adds pixels on one side only; choose kernel, stride and padding "
             "with kernel - 2 * padding = stride, which doubles the size without it"
         )
+    if recipe.lifts:
+        raise ValueError("it enlarges the image itself; begin with a convolution, which lifts the image to fields")
     new = GroupConvTranspose2d(
         recipe.group,
         recipe.in_fields,
@@ -528,7 +530,10 @@ def _unchanged(plain: nn.Module, recipe: Recipe) -> nn.Module:
     return plain
 
 
-ON_IMAGE = (_conv, _standardized_conv, _linear, _pool, _same_pool, _blur_pool, _pad, _space_to_depth, _hgnet_stem)
+ON_IMAGE = (
+    *(_conv, _standardized_conv, _transposed_conv, _linear),
+    *(_pool, _same_pool, _blur_pool, _pad, _space_to_depth, _hgnet_stem),
+)
 """Rules that replace a module that sees the image, too; others leave it, as it acts on each channel alike."""
 
 WHOLE = (tl.EcaModule,)

@@ -104,6 +104,7 @@ class Trace:
         prefixes: the same for the channels before each piece, and for all.
         pixels: positions at which a layer is applied to one image.
         reduced: modules whose own forward takes a mean or maximum over channels.
+        over_pixels: linear layers over something else than channels.
         lost: leaf modules whose input could not be followed, with the operation that lost it.
         later: the functions of feature maps that ran after the last convolution or linear layer, in order.
         result: the network's output.
@@ -116,6 +117,7 @@ class Trace:
     prefixes: dict[str, list[tuple[int, Segments]]] = field(default_factory=dict)
     pixels: dict[str, int] = field(default_factory=dict)
     reduced: list[str] = field(default_factory=list)
+    over_pixels: list[str] = field(default_factory=list)
     lost: dict[str, str] = field(default_factory=dict)
     later: list[str] = field(default_factory=list)
     result: Any = None
@@ -139,7 +141,8 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
         return _run(copy.deepcopy(model), x)
     except Exception as error:
         raise ValueError(
-            f"{type(model).__name__} does not run on a random image of {tuple(x.shape)}: {error}"
+            f"{type(model).__name__} does not run on a random image of {tuple(x.shape)}: {error}. If it takes "
+            "another size only, say so: model.pretrained_cfg = {'input_size': (channels, height, width)}"
         ) from error
 
 
@@ -217,7 +220,9 @@ class _Follow(TorchFunctionMode):
             elif channels and isinstance(module, SpaceToDepth):
                 image = all(segment.image for segment in flat(channels.segments))
                 _mark(output, 1, (Segment(output.shape[1], image, folded=module.bs),))
-            elif channels and isinstance(module, nn.Linear) and channels.dim == inputs[0].ndim - 1:
+            elif channels and isinstance(module, nn.Linear) and channels.dim != inputs[0].ndim - 1:
+                self.seen.over_pixels.append(name)
+            elif channels and isinstance(module, nn.Linear):
                 self.seen.pixels[name] = output[0, ..., 0].numel()
                 _mark(output, output.ndim - 1, self._made(name, (Segment(module.out_features),)))
             result = next((_channels(x) for x in _tensors(output) if _channels(x)), None)

@@ -114,11 +114,22 @@ def test_gzoo_plan_prints_all_three_matches(capsys):
         assert text in printed
 
 
+@pytest.mark.parametrize(("group", "misses"), [("p4", False), ("d8", True)])
+def test_gzoo_plan_says_where_a_match_misses_its_ten_percent(group, misses, capsys):
+    assert main(["plan", "lcnet_050", "--group", group]) == 0
+    printed = capsys.readouterr().out
+    assert ("match=flops misses its 10%: 1.47 times the plain network's" in printed) == misses
+    assert "match=params misses" not in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["resnet19", "--group", "p4"], "timm has no model 'resnet19'; near it are: "),
         (["resnet18", "--group", "p5"], "unknown group 'p5'; accepted are p4"),
+        (["p4_resnet20", "--group", "p4m"], "EquivariantStagedCNN is equivariant already; convert the plain network"),
+        (["d8d4d1_resnet20", "--group", "p4"], "is equivariant already"),
+        (["mixer_s32_224", "--group", "p4"], "blocks.0.mlp_tokens.fc1 is linear over pixels or tokens"),
         (["vit_tiny_patch16_224", "--group", "p4"], "does not convert. blocks.0.norm1: its channels come out of"),
     ],
 )

@@ -54,6 +54,21 @@ def test_importing_gzoo_leaves_global_settings_alone(fresh_import):
     assert fresh_import["settings"]
 
 
+@pytest.mark.parametrize("fill", ["to_empty", "assign"])
+@pytest.mark.parametrize("name", ["p4_resnet20", "c8_resnet20", "d8d4d1_resnet20"])
+def test_a_network_made_on_the_meta_device_is_filled_from_a_checkpoint(name, fill):
+    expected = timm.create_model(name).eval()
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+        assert model(torch.randn(1, 3, 32, 32)).is_meta
+    if fill == "to_empty":
+        model.to("meta").to_empty(device="cpu").load_state_dict(expected.state_dict())
+    else:
+        model.load_state_dict(expected.state_dict(), assign=True)
+    x = torch.randn(1, 3, 32, 32)
+    assert model(x).equal(expected(x))
+
+
 def test_timm_lists_every_entry():
     assert set(NAMES) <= set(timm.list_models())
     assert all(map(timm.is_model, NAMES))

@@ -26,6 +26,9 @@ SAMPLE = (
 REFUSED = {
     "resnet50_clip": r"head is a timm.layers.attention_pool2d.AttentionPool2d with parameters of its own \(pos_embed\)",
     "efficientvit_b0": "its channels come out of 'matmul'",
+    "bat_resnext26ts": r"attn\.ba\.conv_p: kernel_size=\(8, 1\) .* makes the map smaller along one axis only",
+    "edgenext_xx_small": r"stages\.0\.blocks\.0 is a timm\.models\.edgenext\.ConvBlock .* its own \(gamma\)",
+    "pnasnet5large": r"pads \(-1, 1, -1, 1\) pixels .* all four must be the same",
     "nasnetalarge": "all four must be the same",
     "efficientnet_cc_b0_4e": "CondConv2d",
 }

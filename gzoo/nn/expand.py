@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from gzoo.bases import Basis, expand
+from gzoo.nn.constant import Constants, on_default_device
 
 
-class ExpandedLayer(nn.Module):
+class ExpandedLayer(Constants):
     """Holds kernels ``weight`` and gives the `filter` that they expand to.
 
     The filter is computed anew wherever a gradient may flow or a compiler looks on. Else it is cached: it survives
@@ -18,6 +19,7 @@ class ExpandedLayer(nn.Module):
     switched between train and eval. Torch does not count edits through ``weight.data``; call ``eval()`` after one.
     """
 
+    constants: ClassVar[tuple[str, ...]] = ("index", "samples")
     weight: nn.Parameter
     index: Tensor
     samples: Tensor | None
@@ -27,8 +29,9 @@ class ExpandedLayer(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_fields, in_fields, *basis.parameters))
         self.kernel_size, self.basis_name = basis.size, basis.name
         # Not in the state_dict: they follow from the group and the kernel size.
-        self.register_buffer("index", basis.source, persistent=False)
-        self.register_buffer("samples", basis.samples, persistent=False)
+        samples = None if basis.samples is None else on_default_device(basis.samples)
+        self.register_buffer("index", on_default_device(basis.source), persistent=False)
+        self.register_buffer("samples", samples, persistent=False)
         self._cached: tuple[Tensor, int, Tensor] | None = None  # the weight, its version, its filter
 
     def filter(self) -> Tensor:
@@ -50,7 +53,9 @@ class ExpandedLayer(nn.Module):
     @property
     def basis(self) -> Basis:
         """How the weight expands, on the weight's device."""
-        return Basis(tuple(self.weight.shape[2:]), self.index, self.samples, self.kernel_size, self.basis_name)
+        device, samples = self.weight.device, self.samples
+        samples = None if samples is None else samples.to(device)
+        return Basis(tuple(self.weight.shape[2:]), self.index.to(device), samples, self.kernel_size, self.basis_name)
 
     def train(self, mode: bool = True) -> "ExpandedLayer":
         self._cached = None
@@ -59,7 +64,8 @@ class ExpandedLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExpandedLayer":
         self._cached = None  # .to(), .half(), .cuda(): same version, new data
         # In two dimensions: .to(memory_format=torch.channels_last) rejects kernels, whose dimensions are no image's.
-        return super()._apply(lambda x: fn(x.flatten(1)).view(x.shape) if x.ndim > 2 else fn(x), recurse)
+        super()._apply(lambda x: fn(x.flatten(1)).view(x.shape) if x.ndim > 2 else fn(x), recurse)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:  # deepcopy and pickle
         return {**self.__dict__, "_cached": None}

@@ -1,15 +1,16 @@
 """Restriction: fields of a group, read as fields of a subgroup."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from gzoo.groups import Group
+from gzoo.nn.constant import Constants, on_default_device
 from gzoo.nn.front import Front, put_in_front
 
 
-class Restriction(nn.Module):
+class Restriction(Constants):
     """Reads a regular field of G as [G:H] regular fields of its subgroup H; layers behind it need commute with H only.
 
     Nothing is lost or mixed: each right coset Hx of the fibre becomes a field of its own. Exact for every group.
@@ -28,11 +29,14 @@ class Restriction(nn.Module):
     Source: Weiler & Cesa 2019, arXiv:1911.08251, section 2.7; the tests compare with ``escnn.nn.RestrictionModule``.
     """
 
+    constants: ClassVar[tuple[str, ...]] = ("order",)
+
     def __init__(self, group: Group, subgroup: Group) -> None:
         super().__init__()
         self.before, self.after = group, subgroup
         self.order: Tensor
-        self.register_buffer("order", torch.tensor(group.restriction(subgroup)), persistent=False)
+        order = torch.tensor(group.restriction(subgroup), device="cpu")
+        self.register_buffer("order", on_default_device(order), persistent=False)
 
     def forward(self, x: Any) -> Any:
         if isinstance(x, list | tuple):
@@ -40,7 +44,7 @@ class Restriction(nn.Module):
         return self._restrict(x)
 
     def _restrict(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, (-1, len(self.order))).index_select(2, self.order).flatten(1, 2)
+        return x.unflatten(1, (-1, len(self.order))).index_select(2, self.order.to(x.device)).flatten(1, 2)
 
     def extra_repr(self) -> str:
         return f"{self.before.name} to {self.after.name}"

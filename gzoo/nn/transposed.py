@@ -1,6 +1,7 @@
 """The transposed group convolution, which enlarges feature maps."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,7 +40,7 @@ class GroupConvTranspose2d(ExpandedLayer):
         weight: (in_fields, out_fields / groups, ...) as that of a `GroupConv2d` from out to in.
 
     Raises:
-        ValueError: x has other channels.
+        ValueError: x has other channels; ``output_size`` is not the size of the result.
     """
 
     def __init__(
@@ -75,10 +76,16 @@ class GroupConvTranspose2d(ExpandedLayer):
         """The result's escnn type: ``out_fields`` regular fields."""
         return self.group.field_type(self.out_fields)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         require_fields(x, 1, self.in_fields, self.group)
         bias = None if self.bias is None else self.bias.repeat_interleave(self.group.order)
-        return F.conv_transpose2d(x, self.filter(), bias, self.stride, self.padding, 0, self.groups, self.dilation)
+        y = F.conv_transpose2d(x, self.filter(), bias, self.stride, self.padding, 0, self.groups, self.dilation)
+        if output_size is not None and tuple(output_size[-2:]) != y.shape[2:]:
+            raise ValueError(
+                f"output_size is {tuple(output_size)}, but the windows cover {tuple(y.shape[2:])} pixels; others would "
+                "be added on one side only. Choose kernel, stride and padding with kernel - 2 * padding = stride"
+            )
+        return y
 
     def extra_repr(self) -> str:
         return (

@@ -1,0 +1,34 @@
+"""Buffers that follow from the group: they stay what they are where a network has no numbers yet."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Constants(nn.Module):
+    """A module with buffers that hold real numbers even on the meta device, and that ``to_empty`` moves, not empties.
+
+    So a network can be made on the meta device and filled from a checkpoint, which need not hold them.
+
+    Attributes:
+        constants: the names of these buffers.
+    """
+
+    constants: ClassVar[tuple[str, ...]]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = {name: self._buffers[name] for name in self.constants}
+        super()._apply(fn, recurse)
+        for name, numbers in before.items():
+            now = self._buffers[name]
+            if numbers is not None and now is not None:
+                self._buffers[name] = numbers.to(now.dtype) if now.is_meta else numbers.to(now)
+        return self
+
+
+def on_default_device(numbers: Tensor) -> Tensor:
+    """As `Constants` are made: where other buffers are, but real numbers where those would be none."""
+    device = torch.get_default_device()
+    return numbers if device.type == "meta" else numbers.to(device)
