@@ -9,6 +9,7 @@ resampling from n to n' is as exact for quarter turns, but blurs the middle of t
 other rotations notice: the tests compare.) Each axis is treated alone.
 """
 
+import copy
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -120,8 +121,14 @@ class SymmetricPool2d(nn.Module):
         self.window = window or _window(pool)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = resample(x, self.window)[0]
-        return x if self.window.extent == 1 and self.window.symmetric else self.pool(x)
+        x, padding, _ = resample(x, self.window)
+        if self.window.extent == 1 and self.window.symmetric:
+            return x
+        pool: Any = self.pool
+        if padding < (self.window.padding + 1) // 2:  # rounded down, for a single pixel
+            pool = copy.copy(pool)
+            pool.padding = padding
+        return pool(x)
 
 
 class SymmetricBlur2d(nn.Module):
