@@ -122,6 +122,11 @@ def subsets(model: nn.Module) -> Iterator[tuple[str, Subset | Arc]]:
             yield name.removesuffix(".subset").removesuffix(".arc"), module
 
 
+def subset_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What the subsets of a partial network learn, in the order of its layers; nothing in another network."""
+    return [parameter for _, subset in subsets(model) for parameter in subset.parameters()]
+
+
 def parameter_groups(model: nn.Module, rate: float, subset_rate: float) -> list[dict[str, Any]]:
     """The parameters of any network for an optimizer, with a rate of their own for subsets, and no decay of those.
 
@@ -131,8 +136,9 @@ def parameter_groups(model: nn.Module, rate: float, subset_rate: float) -> list[
         subset_rate: learning rate of the subsets. Adam moves a logit by about this much a step, and to drop an element
             it has to come from 2 to below 0.
     """
-    learned = [parameter for _, subset in subsets(model) for parameter in subset.parameters()]
-    others = [parameter for parameter in model.parameters() if all(parameter is not other for other in learned)]
+    learned = subset_parameters(model)
+    apart = set(learned)
+    others = [parameter for parameter in model.parameters() if parameter not in apart]
     groups: list[dict[str, Any]] = [{"params": others, "lr": rate}]
     return [*groups, {"params": learned, "lr": subset_rate, "weight_decay": 0.0}] if learned else groups
 

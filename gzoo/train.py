@@ -62,7 +62,7 @@ from gzoo.data import (
     train_transform,
 )
 from gzoo.evaluate import measure
-from gzoo.partial import subsets
+from gzoo.partial import subset_parameters
 from gzoo.predict import load_model
 from gzoo.soft import penalty
 from gzoo.transfer import grow
@@ -360,11 +360,12 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         optimizer = create_optimizer_v2(model, opt=config.optimizer["name"], layer_decay=config.layer_decay, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"optimizer {config.optimizer}: {error}") from error
-    learned = {parameter for _, subset in subsets(model) for parameter in subset.parameters()}
+    learned = subset_parameters(model)
     if learned:  # at the rate of the weights they would hardly leave the whole group
+        apart = set(learned)
         for group in optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if parameter not in learned]
-        optimizer.add_param_group({"params": list(learned), "lr": config.subset_lr, "weight_decay": 0.0})
+            group["params"] = [parameter for parameter in group["params"] if parameter not in apart]
+        optimizer.add_param_group({"params": learned, "lr": config.subset_lr, "weight_decay": 0.0})
     return optimizer
 
 

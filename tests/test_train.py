@@ -430,6 +430,7 @@ def test_skipped_images_are_listed_in_the_run_folder(settings, tmp_path):
         {"optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}},
         {"ema_decay": 0.9, "mixup_alpha": 0.2, "rotate": 30.0, "model_args": {"drop_rate": 0.3}},
         {"val_fraction": 0, "bf16": True, "image_sizes": [[1, 24], [2, 32]], "re_prob": 0.5},
+        {"model": "p4_cnn7", "model_args": {"partial": True}},
         {
             "augment_batches": True,
             "rotate": 30.0,
