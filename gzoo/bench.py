@@ -30,7 +30,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from gzoo import _escnn
-from gzoo.check import group_of
+from gzoo.equivariant import group_of
 from gzoo.groups import Group
 from gzoo.interop import EscnnLayer
 from gzoo.nn import FibreNorm, GroupConv2d, GroupLinear, InvariantLinear, LiftingConv2d, Restriction, SymmetricPool2d

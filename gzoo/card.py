@@ -17,8 +17,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gzoo import bench
-from gzoo.check import check, group_of
+from gzoo.check import check
 from gzoo.data import open_split
+from gzoo.equivariant import group_of
 from gzoo.evaluate import evaluate
 from gzoo.predict import load_model
 from gzoo.weights import HUB_ORGANIZATION, card_folder, write_pin

@@ -19,8 +19,8 @@ from torch._dynamo import OptimizedModule
 
 from gzoo import groups
 from gzoo.bases import BasisName
-from gzoo.check import first_broken_layer, group_of
-from gzoo.equivariant import make_equivariant
+from gzoo.check import first_broken_layer
+from gzoo.equivariant import group_of, make_equivariant
 from gzoo.groups import Group
 from gzoo.nn import PoseLinear, Restriction, restrict_output
 from gzoo.nn.linear import Head, Pooling

@@ -15,8 +15,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from gzoo.check import KeepDouble, group_of
+from gzoo.check import KeepDouble
 from gzoo.convert import calibrate, check_itself, convert_in_place, randomized
+from gzoo.equivariant import group_of
 
 # timm's modules whose networks are convolutional by design. Some have variants with attention, which are measured, too.
 CONV_MODULES = (

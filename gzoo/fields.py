@@ -9,7 +9,8 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from gzoo import _escnn
-from gzoo.check import group_of, level_groups
+from gzoo.check import level_groups
+from gzoo.equivariant import group_of
 from gzoo.groups import Group
 
 if TYPE_CHECKING:

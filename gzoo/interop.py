@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from gzoo import _escnn, bases
 from gzoo.bases import BasisName
-from gzoo.check import group_of, relative_error
+from gzoo.check import relative_error
 from gzoo.convert import image_for
-from gzoo.equivariant import Equivariant, sign
+from gzoo.equivariant import Equivariant, group_of, sign
 from gzoo.groups import Group
 from gzoo.nn import (
     FibreNorm,

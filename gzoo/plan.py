@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from gzoo import groups
 from gzoo.bases import BasisName, lifting_basis, regular_basis
-from gzoo.check import group_of, in_channels
+from gzoo.check import in_channels
+from gzoo.equivariant import group_of
 from gzoo.groups import Group
 from gzoo.trace import Segment, Segments, Trace, flat, trace
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from gzoo import bench, cli
 from gzoo.bench import Case, EscnnLayer, escnn_twin, plain_twin
-from gzoo.check import group_of, relative_error
+from gzoo.check import relative_error
+from gzoo.equivariant import group_of
 from gzoo.nn import FibreNorm, GroupConv2d, LiftingConv2d, SymmetricPool2d
 
 SMALL = "p4_resnet20"
