@@ -109,14 +109,13 @@ def one_run(
 def table(rows: list[dict[str, Any]]) -> str:
     """Test accuracies in Markdown, a row for each group and number of elements."""
     lines = ["| group | elements | full | partial | training, each |", "|---|---|---|---|---|"]
-    order = list(TITLES)
-    for name, elements in sorted(
-        {(row["model"], row["elements"]) for row in rows}, key=lambda r: (order.index(r[0]), r[1])
-    ):
-        runs = {row["partial"]: row for row in rows if (row["model"], row["elements"]) == (name, elements)}
-        cells = [f"{runs[kind]['accuracy']:.2f}%" if kind in runs else "-" for kind in (False, True)]
-        minutes = max(row["seconds"] for row in runs.values()) / 60
-        lines.append(f"| {TITLES[name]} | {elements} | {' | '.join(cells)} | {minutes:.0f} min |")
+    for name, title in TITLES.items():
+        mine = [row for row in rows if row["model"] == name]
+        for elements in sorted({row["elements"] for row in mine}):
+            runs = {row["partial"]: row for row in mine if row["elements"] == elements}
+            cells = [f"{runs[kind]['accuracy']:.2f}%" if kind in runs else "-" for kind in (False, True)]
+            minutes = max(row["seconds"] for row in runs.values()) / 60
+            lines.append(f"| {title} | {elements} | {' | '.join(cells)} | {minutes:.0f} min |")
     return "\n".join(lines)
 
 

@@ -269,8 +269,8 @@ def rings(size: int, name: BasisName) -> list[tuple[float, float, int]]:
     """Radius and width in pixels, as escnn chooses them, and highest frequency of each ring."""
     count = math.ceil(size / 2)
     chosen = []
-    for i, radius in enumerate(map(float, range(count))):
-        width = 0.6 if i < count - 1 else 0.4
+    for radius in map(float, range(count)):
+        width = 0.6 if radius < count - 1 else 0.4
         if radius == 0 and size % 2:
             width = 0.005  # the central pixel alone; an even size has none
         outermost = radius == size // 2
