@@ -6,6 +6,7 @@ from gzoo.convert import convert, rule
 from gzoo.equivarify import canonicalize, equivarify, pose_loss
 from gzoo.fields import field_types, geometric, transform_features
 from gzoo.interop import from_escnn, to_escnn
+from gzoo.reparameterize import reparameterize
 from gzoo.transfer import grow
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "partial",
     "pose_loss",
     "registry",
+    "reparameterize",
     "rule",
     "soft",
     "to_escnn",

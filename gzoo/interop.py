@@ -157,13 +157,13 @@ def to_escnn(model: nn.Module) -> nn.Module:
             return EscnnLayer(_escnn.load().nn.GroupPooling(field_type))
         return None
 
-    return _replace(model, rule)
+    return replace_modules(model, rule)
 
 
 Rule = Callable[[str, nn.Module], nn.Module | None]
 
 
-def _replace(module: nn.Module, rule: Rule) -> nn.Module:
+def replace_modules(module: nn.Module, rule: Rule) -> nn.Module:
     """``module`` with every submodule replaced, in place, by what ``rule`` gives for it; None keeps and walks on."""
     return _walk(module, rule, "", {})
 
@@ -367,7 +367,7 @@ def from_escnn(model: nn.Module, basis: BasisName | None = None, strides: Stride
         return GeometricLayer(new, module.in_type, module.out_type)
 
     new = rule("", model)
-    new = _replace(model, geometric_rule) if new is None else new.train(model.training)
+    new = replace_modules(model, geometric_rule) if new is None else new.train(model.training)
     if strides == "original":
         keep_original_strides(new)
     if isinstance(new, Equivariant):

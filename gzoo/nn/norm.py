@@ -1,5 +1,7 @@
 """Norms whose statistics and affine parameters are shared along the fibre."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,14 @@ class FibreNorm(nn.Module):
         self.norm = norm
         self.group_order = group_order
         self.subset: Subset | None = None  # of a partial network: statistics over the kept elements only
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias", "running_mean", "running_var"):  # as timm's code for merging branches reads them
+            raise AttributeError(
+                f"{type(self).__name__} has no {name} of its own: its norm has one number a field, in .norm; to merge "
+                "branches for inference use gzoo.reparameterize(model), not timm's reparameterize_model"
+            )
+        return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.subset is not None:

@@ -1,0 +1,203 @@
+"""Reparameterization: the branches of RepVGG and its kin become one convolution, as in timm's `reparameterize_model`.
+
+In eval mode a batch norm scales and shifts each field, so a sum of convolutions, norms and identities is one
+convolution (Ding et al. 2021, "RepVGG", arXiv:2101.03697). The scale is constant along the fibre, and the identity is
+the filter that is 1 in the middle where field and element are the same: equivariant both, and so is the sum. timm's own
+code makes plain convolutions of it, which would break the symmetry where a stride does not fit the image.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.models import byobnet, fastvit, ghostnet, lcnetv2, repghost, repvit
+from torch import Tensor, nn
+
+from gzoo.equivariant import group_of
+from gzoo.interop import replace_modules
+from gzoo.nn import FibreNorm, GroupConv2d, LiftingConv2d, Subset
+from gzoo.nn.merged import MergedConv2d
+from gzoo.soft import residuals
+
+
+class Branch(NamedTuple):
+    """factor * norm(conv(x)); the identity if there is no convolution, and no norm if there is none."""
+
+    conv: Any = None
+    norm: Any = None
+    factor: Any = 1.0  # or (channels, 1, 1, 1)
+
+
+@torch.no_grad()
+def reparameterize(model: nn.Module) -> nn.Module:
+    """A copy for inference in which each block of several branches is one convolution: the same function, faster.
+
+    For RepVGG, MobileOne, FastViT and MobileCLIP, RepViT, RepGhost, GhostNetV3 and LCNetV2, over any group. Of other
+    networks the copy is as it was.
+
+    Args:
+        model: a converted network; stays as it is.
+
+    Returns:
+        The network in eval mode. What was merged has no parameters any more: it is for inference and export, not for
+        training.
+
+    Raises:
+        ValueError: ``model`` is not equivariant, or it is partial or soft.
+    """
+    if group_of(model) is None:
+        raise ValueError(f"{type(model).__name__} is not equivariant; use timm.models.reparameterize_model for it")
+    if residuals(model) or any(isinstance(module, Subset) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} is partial or soft; only equivariant branches can be merged")
+    return replace_modules(copy.deepcopy(model).eval(), lambda path, module: _merged(module))
+
+
+def _merged(module: nn.Module) -> nn.Module | None:
+    """What stands in the place of ``module``: its convolution, or itself with less in it; None keeps it."""
+    merge = _MERGE.get(type(module))
+    return merge(module) if merge else None
+
+
+def _convolution(branches: Iterable[Branch], norm: nn.Module | None = None) -> MergedConv2d:
+    """The one convolution that is the sum of ``branches``, with ``norm`` behind it."""
+    branches = list(branches)
+    largest = max((branch.conv for branch in branches if branch.conv is not None), key=lambda conv: conv.kernel_size)
+    filters, bias = torch.zeros_like(largest.filter()), torch.zeros(len(largest.filter())).to(largest.weight)
+    for conv, inner, factor in branches:
+        own = _identity(largest) if conv is None else conv.filter()
+        own, shift = _behind(inner, own, None if conv is None else conv.channel_bias())
+        frame = (largest.kernel_size - own.shape[-1]) // 2
+        filters += factor * F.pad(own, 4 * (frame,))
+        bias += shift if isinstance(factor, float) else factor.flatten() * shift
+    return MergedConv2d(largest, *_behind(norm, filters, bias))
+
+
+def _identity(conv: LiftingConv2d | GroupConv2d) -> Tensor:
+    channels, inputs = conv.filter().shape[:2]
+    out = torch.arange(channels)
+    filters = torch.zeros(channels, inputs, 1, 1).to(conv.weight)
+    filters[out, out % inputs] = 1
+    return filters
+
+
+def _behind(norm: nn.Module | None, filters: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Filters and bias of a convolution with a batch norm in eval mode behind it."""
+    bias = filters.new_zeros(len(filters)) if bias is None else bias
+    if norm is None or isinstance(norm, nn.Identity):
+        return filters, bias
+    assert isinstance(norm, FibreNorm)
+    plain: Any = norm.norm
+    scale = plain.weight / (plain.running_var + plain.eps).sqrt()
+    shift = plain.bias - plain.running_mean * scale
+    scale, shift = (field.repeat_interleave(norm.group_order) for field in (scale, shift))
+    return filters * scale.view(-1, 1, 1, 1), bias * scale + shift
+
+
+def _parts(*modules: Any) -> Iterable[Branch]:
+    """The branches of timm's modules: convolution and norm, a norm behind the identity, a list of these, or None."""
+    for module in modules:
+        if isinstance(module, nn.ModuleList):
+            yield from _parts(*module)
+        elif isinstance(module, FibreNorm):
+            yield Branch(norm=module)
+        elif module is not None:
+            yield Branch(module.conv, module.bn if hasattr(module, "bn") else module.bn1)
+
+
+_BRANCHES = ("identity", "conv_kxk", "conv_1x1", "conv_scale", "large_conv", "small_conv")
+
+
+def _branches(block: nn.Module) -> Iterable[Branch]:
+    return _parts(*(getattr(block, name, None) for name in _BRANCHES))
+
+
+def _one_of(block: Any) -> nn.Module | None:
+    if block.reparam_conv is not None:
+        return None
+    block.reparam_conv = _convolution(_branches(block))
+    return _without(block, *_BRANCHES, "drop_path")
+
+
+def _rep_mixer(block: Any) -> nn.Module | None:
+    if block.reparam_conv is not None:
+        return None
+    gamma = getattr(block.layer_scale, "gamma", torch.ones(()).to(block.mixer.conv_kxk[0].conv.weight))
+    gamma = gamma.view(-1, 1, 1, 1)
+    mixed = [branch._replace(factor=gamma) for branch in _branches(block.mixer)]
+    normed = [branch._replace(factor=-gamma) for branch in _branches(block.norm)]
+    block.reparam_conv = _convolution([Branch(), *mixed, *normed])
+    return _without(block, "mixer", "norm", "layer_scale")
+
+
+def _position(block: Any) -> nn.Module | None:
+    if block.reparam_conv is not None:
+        return None
+    block.reparam_conv = _convolution([Branch(), Branch(block.pos_enc)])
+    return _without(block, "pos_enc")
+
+
+def _rep_vgg_dw(block: Any) -> nn.Module:
+    one = Branch(block.conv1.c, block.conv1.bn) if block.legacy else Branch(block.conv1)
+    return _convolution([Branch(block.conv.c, block.conv.bn), one, Branch()], block.bn)
+
+
+def _rep_ghost(block: Any) -> nn.Module | None:
+    if len(block.fusion_bn) == 0:
+        return None
+    fused = [
+        Branch(None if isinstance(conv, nn.Identity) else conv, norm)
+        for conv, norm in zip(block.fusion_conv, block.fusion_bn, strict=True)
+    ]
+    block.cheap_operation = _convolution([Branch(*block.cheap_operation), *fused])
+    block.fusion_conv, block.fusion_bn = nn.Sequential(), nn.Sequential()
+    return None  # its other convolution is followed by a norm, as before
+
+
+def _ghost_v3(block: Any) -> nn.Module | None:
+    if block.infer_mode:
+        return None
+    first = _convolution(_parts(block.primary_rpr_conv))
+    second = _convolution(_parts(block.cheap_rpr_skip, block.cheap_rpr_conv, block.cheap_rpr_scale))
+    block.primary_conv = nn.Sequential(first, block.primary_activation)
+    block.cheap_operation = nn.Sequential(second, block.cheap_activation)
+    block.infer_mode = True
+    return _without(
+        block, *(f"{kind}_rpr_{part}" for kind in ("primary", "cheap") for part in ("skip", "conv", "scale"))
+    )
+
+
+def _ghost_v3_bottleneck(block: Any) -> None:
+    if block.stride > 1 and not block.infer_mode:
+        block.conv_dw, block.infer_mode = _convolution(_parts(block.dw_rpr_conv, block.dw_rpr_scale)), True
+        block.bn_dw = nn.Identity()
+        _without(block, "dw_rpr_conv", "dw_rpr_scale")
+
+
+def _lcnet_v2(block: Any) -> None:
+    if block.dw_conv_list is not None:
+        block.dw_conv, block.dw_conv_list = _convolution(_parts(block.dw_conv_list)), None
+
+
+def _without(block: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        if hasattr(block, name):
+            delattr(block, name)
+    return block
+
+
+_MERGE: dict[type[nn.Module], Callable[[Any], nn.Module | None]] = {
+    byobnet.RepVggBlock: _one_of,
+    byobnet.MobileOneBlock: _one_of,
+    fastvit.MobileOneBlock: _one_of,
+    fastvit.ReparamLargeKernelConv: _one_of,
+    fastvit.RepMixer: _rep_mixer,
+    fastvit.RepConditionalPosEnc: _position,
+    repvit.ConvNorm: lambda block: _convolution([Branch(block.c, block.bn)]),
+    repvit.RepVggDw: _rep_vgg_dw,
+    repghost.RepGhostModule: _rep_ghost,
+    ghostnet.GhostModuleV3: _ghost_v3,
+    ghostnet.GhostBottleneckV3: _ghost_v3_bottleneck,
+    lcnetv2.RepDepthwiseSeparable: _lcnet_v2,
+}
