@@ -394,7 +394,7 @@ def calibrate(probe: nn.Module, x: Tensor) -> None:
     With those of another size, squeezed gates let the numbers grow from block to block, and rounding with them.
     """
     for norm in probe.modules():
-        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
             norm.momentum = 1.0
             norm.train()
     probe(torch.cat((x, x.roll(1, 1).flip(-2))))

@@ -22,7 +22,7 @@ from torch import nn
 
 from gzoo import backbones, equivision, foreign, groups, redet, weights
 from gzoo.bases import BasisName
-from gzoo.continuous import ContinuousResNet
+from gzoo.continuous import ContinuousCNN13, ContinuousResNet
 from gzoo.convert import convert_in_place
 from gzoo.nn.linear import Head, Pooling
 from gzoo.plan import Match, plan
@@ -300,6 +300,9 @@ _CONTINUOUS = {
     "t2_resnet": functools.partial(ContinuousResNet, "t2", elements=1),
     "se2_resnet": functools.partial(ContinuousResNet, "se2"),
     "e2_resnet": functools.partial(ContinuousResNet, "e2"),
+    "t2_cnn13": functools.partial(ContinuousCNN13, "t2", elements=1),
+    "se2_cnn13": functools.partial(ContinuousCNN13, "se2"),
+    "e2_cnn13": functools.partial(ContinuousCNN13, "e2"),
 }
 
 
@@ -376,7 +379,7 @@ for _name in _IMPORTED:
     _CONFIGS[_name] = {**_BACKBONES["resnet50"].config, **foreign.PREPROCESSING, "pool_size": None}
 for _name in _CONTINUOUS:
     _CONFIGS[_name] = {
-        **_BACKBONES["cnn7"].config,
+        **_BACKBONES["cnn13" if "cnn13" in _name else "cnn7"].config,
         "first_conv": "stem.conv",
         "classifier": "fc",
         "pool_size": None,
