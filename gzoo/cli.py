@@ -218,8 +218,9 @@ def _eval(args: argparse.Namespace) -> int:
     result = evaluate(
         model, data, args.batch_size, args.workers, args.bf16, args.transforms, rotation_seed=args.rotation_seed
     )
-    views = result.get("transforms", {})
-    rows = {k: v for k, v in result.items() if k != "transforms"} | {f"top1, {k}": v for k, v in views.items()}
+    rows = {name: value for name, value in result.items() if not isinstance(value, dict)}
+    for what, views in (("top1", "transforms"), ("and pose", "transforms_pose")):
+        rows |= {f"{what}, {view}": value for view, value in result.get(views, {}).items()}
     for name, value in rows.items():
         print(f"{name:<24}{value:>12.4f}" if isinstance(value, float) else f"{name:<24}{value:>12}")
     if args.json:

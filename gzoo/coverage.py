@@ -123,9 +123,7 @@ def measure(module: str, name: str, params: int, group: str) -> Row:
     try:
         model = convert_in_place(timm.create_model(name), group)
         ratio = sum(parameter.numel() for parameter in model.parameters()) / params
-        probe, x = randomized(model)
-        with KeepDouble():
-            error = max(_errors(probe, x))
+        error, x = _largest_error(model)
         if not error <= TOLERANCE:
             check_itself(model)
             raise ValueError(f"the logits differ by {error:.0e}")
@@ -133,6 +131,13 @@ def measure(module: str, name: str, params: int, group: str) -> Row:
     except Exception as problem:  # whatever it is, it is what a user would meet
         reason = re.sub(r"\s+", " ", str(problem))[:300] or type(problem).__name__
     return Row(module, name, params, round(ratio, 3), error, round(time.perf_counter() - start, 1), reason)
+
+
+def _largest_error(model: nn.Module) -> tuple[float, Tensor]:
+    """The error of the logits, and the image; the copy in float64 is gone before the step, which needs the memory."""
+    probe, x = randomized(model)
+    with KeepDouble():
+        return max(_errors(probe, x)), x
 
 
 @torch.no_grad()

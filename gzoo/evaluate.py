@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gzoo import groups
 from gzoo.check import relative_error
 from gzoo.data import ImageData, eval_loader, eval_transform, input_config
+from gzoo.equivariant import group_of
 from gzoo.predict import label_names
 
 View = Callable[[Tensor], Tensor]  # images (B, C, H, W) to changed images
@@ -32,6 +33,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model on a data set, with the preprocessing that the model's config asks for.
 
+    Of a model that says class and pose, logits (B, classes, |G|), the class is the one of the largest probability,
+    summed over the poses. Both are right if the likeliest pair is the class and what the image was turned by.
+
     Args:
         transforms: also turn and flip every batch by the eight symmetries of the square: top1 of each, and their mean.
             Those that leave the logits of the first batch as they are have the top1 of the upright images.
@@ -40,7 +44,9 @@ def evaluate(
     Returns:
         top1 and, past five classes, top5 in percent; loss; calibration_error in percent (see `calibration_error`); n;
         images_per_second over all that was asked for, decoding included;
-        if asked for, `transforms` and `transforms_mean`, and `random_rotation`, top1 in percent.
+        if asked for, `transforms` and `transforms_mean`, and `random_rotation`, top1 in percent;
+        of a model with poses also `pose_top1` and, of the transforms that its group has, `transforms_pose`: class and
+        pose both right, in percent.
 
     Raises:
         ValueError: the model has other classes than the data.
@@ -60,6 +66,8 @@ def evaluate(
     if transforms:
         result["transforms"] = {name: measured[name]["top1"] for name in _symmetries()}
         result["transforms_mean"] = sum(result["transforms"].values()) / len(result["transforms"])
+        poses = {name: measured[name]["pose_top1"] for name in _symmetries() if "pose_top1" in measured[name]}
+        result |= {"transforms_pose": poses} if poses else {}
     if rotation_seed is not None:
         result["random_rotation"] = measured["random_rotation"]["top1"]
     return result
@@ -73,13 +81,14 @@ def measure(
     bf16: bool,
     views: dict[str, View] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Loss, top1, (past five classes) top5 and, upright, the calibration error of each view of the batches.
+    """Loss, top1, (past five classes) top5, with poses pose_top1, and, upright, the calibration error of each view.
 
     The model is left in eval mode.
 
     A view that leaves the logits of the first batch as an earlier one does, to rounding, has the figures of that one.
     """
     model.eval()
+    elements = _elements(model)
     to_run = dict(views or {"upright": _same})
     meters: dict[str, dict[str, AverageMeter]] = {name: {} for name in to_run}
     confidences, rights = [], []
@@ -89,12 +98,13 @@ def measure(
         seen: dict[str, Tensor] = {}
         for name, view in list(to_run.items()):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits = model(view(images)).float()  # (B, classes)
+                answer = model(view(images)).float()  # (B, classes), or (B, classes, |G|)
+            logits = without_pose(answer)
             if name == "upright":
                 confidence, guess = logits.softmax(1).max(1)
                 confidences.append(confidence)
                 rights.append(guess == labels)
-            if first:
+            if first and answer.ndim == 2:
                 bar = 0.05 if bf16 else 1e-4
                 same = next((earlier for earlier, y in seen.items() if relative_error(logits, y) < bar), None)
                 if same:
@@ -103,6 +113,9 @@ def measure(
                     continue
                 seen[name] = logits
             _update(meters[name], logits, labels)
+            if answer.ndim == 3 and name in elements:
+                right = answer.flatten(1).argmax(1) == labels * answer.shape[2] + elements[name]
+                _add(meters[name], "pose_top1", 100 * right.double().mean(), len(labels))
     result = {name: {key: float(meter.avg) for key, meter in row.items()} for name, row in meters.items()}
     if confidences:
         result["upright"]["calibration_error"] = calibration_error(torch.cat(confidences), torch.cat(rights))
@@ -130,7 +143,25 @@ def _update(meters: dict[str, AverageMeter], logits: Tensor, labels: Tensor) -> 
     values = {f"top{k}": 100 * right[:, :k].any(1).double().mean() for k in ranks}
     values["loss"] = F.cross_entropy(logits, labels).double()
     for key, value in values.items():
-        meters.setdefault(key, AverageMeter()).update(value, len(labels))
+        _add(meters, key, value, len(labels))
+
+
+def _add(meters: dict[str, AverageMeter], key: str, value: Tensor, count: int) -> None:
+    meters.setdefault(key, AverageMeter()).update(value, count)
+
+
+def without_pose(logits: Tensor) -> Tensor:
+    """Logits of the classes, (B, classes): of those with poses, (B, classes, |G|), the probabilities summed over G."""
+    return logits.logsumexp(2) if logits.ndim == 3 else logits
+
+
+def _elements(model: nn.Module) -> dict[str, int]:
+    """The element of the model's group that each view turns by, of those that it has."""
+    group = group_of(model)
+    if group is None:
+        return {}
+    names, turns = list(_symmetries()), group.rotations
+    return {"upright": 0} | {names[4 * (g // turns) + 4 * (g % turns) // turns]: g for g in group.grid_elements}
 
 
 def match_classes(model: nn.Module, data: ImageData) -> ImageData:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from gzoo.data import decode_file, eval_transform, input_config
+from gzoo.equivariant import group_of
 
 
 def load_model(name: str, pretrained: bool, **model_args: Any) -> nn.Module:
@@ -72,9 +73,12 @@ def predict(model: nn.Module, paths: list[str], topk: int = 5) -> list[Predictio
         except Exception as error:  # PIL's plugins raise a dozen kinds on broken bytes
             predictions.append(Prediction(path, error=f"{type(error).__name__}: {error}"))
             continue
-        logits = model(transform(image)[None].to(parameter))[0]  # (classes,)
-        best = logits.float().softmax(0).topk(min(topk, len(logits)))
+        logits = model(transform(image)[None].to(parameter))[0].float()  # (classes,), or with poses (classes, |G|)
         names = label_names(model, len(logits))
+        group = group_of(model)
+        if logits.ndim == 2 and group is not None:
+            names = [f"{name}, pose {group.label(g)}" for name in names for g in range(group.order)]
+        best = logits.flatten().softmax(0).topk(min(topk, len(names)))
         indices = best.indices.tolist()
         predictions.append(Prediction(path, tuple(names[i] for i in indices), tuple(best.values.tolist())))
     return predictions

@@ -296,7 +296,7 @@ _IMPORTED: dict[str, Callable[..., nn.Module]] = {
 
 
 # Networks over continuous groups, which no recipe makes from a plain one; t2 is the baseline of the other two.
-_CONTINUOUS = {
+_CONTINUOUS: dict[str, functools.partial[Any]] = {
     "t2_resnet": functools.partial(ContinuousResNet, "t2", elements=1),
     "se2_resnet": functools.partial(ContinuousResNet, "se2"),
     "e2_resnet": functools.partial(ContinuousResNet, "e2"),

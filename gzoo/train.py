@@ -61,6 +61,7 @@ from gzoo.data import (
     train_loader,
     train_transform,
 )
+from gzoo.equivariant import group_of
 from gzoo.evaluate import measure
 from gzoo.partial import subset_parameters
 from gzoo.predict import load_model
@@ -249,6 +250,7 @@ class _Run:
     optimizer: torch.optim.Optimizer
     schedule: Scheduler | None
     steps: int  # an epoch
+    poses: int  # |G| of a model that says class and pose, else 1
     processes: PartialState  # this one and how many there are; only the main one measures, prints and writes
     epoch: int = 0  # finished ones
     rows: list[dict[str, Any]] = field(default_factory=list)  # of log.csv
@@ -314,7 +316,9 @@ def _set_up(config: TrainConfig, out: Path, processes: PartialState, fresh: bool
     if config.grown_from and fresh:
         grow(model, load_model(config.grown_from, pretrained=True, num_classes=classes))
     data_config = _input_config(model, config)
-    _try_sizes(model, data_config, config)
+    poses = _try_sizes(model, data_config, config)
+    if poses > 1:
+        _require_upright(model, config)
     if config.soft_penalty:
         penalty(model)  # raises if the model is not soft
     train_transform(data_config, _augmentation(config))
@@ -350,7 +354,7 @@ def _set_up(config: TrainConfig, out: Path, processes: PartialState, fresh: bool
     if skipped and processes.is_main_process:
         (out / "skipped.txt").write_text("\n".join(skipped) + "\n", encoding="utf-8")
     return _Run(
-        config, out, device, train_data, val_data, model, data_config, ema, optimizer, schedule, steps, processes
+        config, out, device, train_data, val_data, model, data_config, ema, optimizer, schedule, steps, poses, processes
     )
 
 
@@ -416,20 +420,37 @@ def _input_config(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
     )
 
 
-def _try_sizes(model: nn.Module, data_config: dict[str, Any], config: TrainConfig) -> None:
-    """Push a blank image of each size through the model."""
+def _try_sizes(model: nn.Module, data_config: dict[str, Any], config: TrainConfig) -> int:
+    """Push a blank image of each size through the model; |G| if it says class and pose, else 1."""
     channels, height, width = data_config["input_size"]
     model.eval()
+    poses = 1
     for h, w in [(height, width)] + [(size, size) for _, size in config.image_sizes or ()]:
         try:
             with torch.no_grad():
-                model(torch.zeros(1, channels, h, w))
+                _, _, *fibre = model(torch.zeros(1, channels, h, w)).shape
         # A model that has one size says so by an assertion, one that shrinks an image to nothing by a RuntimeError.
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{config.model} cannot take images of {h}x{w} with {channels} channels: {error}. "
                 f"Set image_size, or in_chans or img_size in model_args."
             ) from error
+        if len(fibre) > 1:
+            raise ValueError(f"{config.model} gives maps; `gzoo train` trains classifiers")
+        poses = fibre[0] if fibre else 1
+    return poses
+
+
+def _require_upright(model: nn.Module, config: TrainConfig) -> None:
+    """Pose is learned from images that are upright: what turns them would teach that every pose is upright."""
+    group = group_of(model)
+    mirrored = group is not None and group.reflections
+    most = {"hflip": 0.0 if mirrored else 1.0, "vflip": 0.0, "transpose": 0.0, "rotate": 45.0}
+    for name, limit in most.items():
+        if (given := getattr(config, name)) > limit:
+            raise ValueError(
+                f"{name} is {given}, but {config.model} learns its pose from upright images; the most is {limit:g}"
+            )
 
 
 def _augmentation(config: TrainConfig) -> Augmentation:
@@ -489,7 +510,7 @@ def _train_epochs(run: _Run) -> None:
                 measured = measure(validated, val, run.device, config.bf16)["upright"]
                 if not math.isfinite(measured["loss"]):
                     raise _not_finite(run, f"the validation loss after epoch {run.epoch + 1}", measured["loss"])
-                row |= {"val_loss": measured["loss"], "val_top1": measured["top1"]}
+                row |= {"val_loss": measured["loss"], "val_top1": measured.get("pose_top1", measured["top1"])}
             seconds = time.perf_counter() - start
             images = run.steps * min(config.batch_size, len(run.train_data))
             row |= {"seconds": round(seconds, 3), "images_per_second": round(images / trained, 1), "size": size}
@@ -509,7 +530,7 @@ def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[flo
     if index := run.processes.process_index:  # dropout of its own; numpy's mixup stays that of the whole batch
         torch.manual_seed(torch.initial_seed() + index)
     _training_mode(run.model, config)
-    mixup, loss_function = _loss(config, len(run.train_data.classes))
+    mixup, loss_function = _loss(config, len(run.train_data.classes) * run.poses)
     parameters = [p for p in run.model.parameters() if p.requires_grad]
     mean_loss, pending = AverageMeter(), None
     update = run.epoch * run.steps
@@ -519,7 +540,7 @@ def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[flo
         images = images.to(device, non_blocking=True)
         if config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        labels = labels.to(device, non_blocking=True)
+        labels = labels.to(device, non_blocking=True) * run.poses  # upright: at the identity (see `gzoo.pose_loss`)
         if mixup:
             images, labels = mixup(images, labels)
         # Every process reads the whole batch: augmentation and mixup draw once for all of it.
@@ -531,7 +552,7 @@ def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[flo
         parts = zip(images.tensor_split(config.grad_accum), labels.tensor_split(config.grad_accum), strict=True)
         for part, targets in parts:
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                logits = forward(part)
+                logits = forward(part).flatten(1)
             loss = loss_function(logits.float(), targets)
             if config.soft_penalty:
                 loss = loss + config.soft_penalty * penalty(run.model)

@@ -7,8 +7,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from gzoo import groups
 from gzoo.data import ImageData
-from gzoo.evaluate import _RandomRotation, calibration_error, evaluate, match_classes, measure
+from gzoo.evaluate import (
+    _elements,
+    _RandomRotation,
+    _symmetries,
+    calibration_error,
+    evaluate,
+    match_classes,
+    measure,
+    without_pose,
+)
 
 
 class Corner(nn.Module):
@@ -103,6 +113,50 @@ def test_poses_with_the_logits_of_another_are_run_on_the_first_batch_only(corner
     model.register_forward_hook(lambda *_: runs.append(1))
     evaluate(model, many, batch_size=4, transforms=True)
     assert len(runs) == 2 * 3 + 7  # the corner is where it was, or it is not
+
+
+class Pointer(nn.Module):
+    """Over p4: the bright quarter of the image says the pose, and there is one class; where it is dark, the other."""
+
+    num_classes = 2
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.group = groups.get("p4")
+        self.pretrained_cfg = {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
+
+    def forward(self, x):
+        quarters = [x.rot90(-g, (2, 3))[:, 0, :4, :4].mean((1, 2)) for g in range(4)]
+        bright = torch.stack(quarters, 1)
+        return self.scale * 10 * torch.stack([-bright.mean(1, keepdim=True) - 0.4 + 0 * bright, bright], 1)
+
+
+def test_a_model_with_poses_is_right_in_class_and_pose(corners):
+    """The third image is upright with its quarter at the bottom left, a quarter turn off: its class is right."""
+    images = [quarter(0, 0), quarter(0, 0), quarter(1, 0)]
+    data = ImageData(images, [1, 1, 1], corners.classes)
+    result = evaluate(Pointer(), data, batch_size=2, transforms=True)
+    assert result["top1"] == 100
+    assert result["pose_top1"] == pytest.approx(200 / 3)
+    assert result["transforms_pose"] == {f"{90 * g} degrees": pytest.approx(200 / 3) for g in range(4)}
+    assert set(result["transforms"].values()) == {100.0}
+    logits = Pointer()(torch.rand(2, 1, 8, 8))
+    together = logits.flatten(1).softmax(1).unflatten(1, (2, 4)).sum(2)
+    assert without_pose(logits).softmax(1).allclose(together)
+
+
+@pytest.mark.parametrize("group", ["c1", "c2", "p4", "d1", "d2", "p4m", "c8", "d8"])
+def test_each_symmetry_of_the_square_is_one_element_of_the_models_group(group):
+    """The view turns an image as that element does."""
+    own, image = groups.get(group), torch.rand(1, 1, 5, 5)
+    model = nn.Module()
+    model.group = own
+    elements = _elements(model)
+    assert elements.pop("upright") == 0
+    assert sorted(elements.values()) == sorted(own.grid_elements)
+    for name, g in elements.items():
+        assert _symmetries()[name](image).equal(own.transform_image(image, g))
 
 
 def test_random_rotations_follow_from_their_seed():

@@ -51,6 +51,13 @@ def test_predictions_are_the_models_probabilities_best_first(folder, images):
     assert results[0].probabilities[0] == pytest.approx(expected.max().item(), abs=1e-6)
 
 
+def test_a_model_with_poses_names_the_pose(images):
+    model = timm.create_model("p4_resnet20", num_classes=2, head="pose")
+    results = predict(model, images[:1], topk=8)
+    assert set(results[0].names) == {f"{label}, pose {angle}" for label in "01" for angle in (0, 90, 180, 270)}
+    assert sum(results[0].probabilities) == pytest.approx(1)
+
+
 def test_topk_limits_the_classes(folder, images):
     assert [len(result.names) for result in predict(load_model(str(folder), True), images, topk=1)] == [1, 1, 1]
     with pytest.raises(ValueError, match="topk is 0"):

@@ -22,6 +22,9 @@ from PIL import Image
 from torch import nn
 
 import gzoo.train
+from gzoo.data import open_split
+from gzoo.evaluate import evaluate
+from gzoo.predict import load_model
 from gzoo.train import TrainConfig, make_config, merge, read_recipe, resume_config, train, write_atomically
 
 
@@ -687,3 +690,49 @@ def test_what_a_partial_model_keeps_has_a_rate_of_its_own(settings):
         moved.append(max((value - 2).abs().max() for key, value in found.items() if key.endswith("logits")))
     assert moved[0] == 0
     assert moved[1] > 0.1
+
+
+POSE = {"model": "p4_cnn7", "model_args": {"head": "pose", "in_chans": 3}, "hflip": 0.0}
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """Two classes with an upright: the upper half is bright, in red or in blue."""
+    folder = tmp_path_factory.mktemp("halves")
+    for channel, name in ((0, "red"), (2, "blue")):
+        (folder / name).mkdir()
+        for i in range(12):
+            image = np.zeros((28, 28, 3), dtype=np.uint8)
+            image[:14, :, channel] = 200 + i
+            Image.fromarray(image).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_class_and_pose_are_learned_from_upright_images(settings, halves):
+    options = {"data": str(halves), "epochs": 12, "optimizer": {"name": "adamw", "lr": 0.02}, "scale": (1.0, 1.0)}
+    train(make_config(settings | POSE | options | {"image_size": 28, "label_smoothing": 0.1, "mixup_alpha": 0.1}))
+    assert float(log(settings["out"])[-1]["val_top1"]) == 100
+    model = load_model(settings["out"], pretrained=True)
+    result = evaluate(model, open_split(str(halves), "train"), transforms=True)
+    assert (result["top1"], result["pose_top1"]) == (100, 100)
+    assert set(result["transforms_pose"].values()) == {100.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vflip": 0.5}, "vflip is 0.5, but p4_cnn7 learns its pose from upright images; the most is 0"),
+        ({"transpose": 0.5}, "transpose is 0.5, but p4_cnn7"),
+        ({"rotate": 180.0}, "rotate is 180.0, but p4_cnn7 learns its pose from upright images; the most is 45"),
+        ({"model": "p4m_cnn7", "hflip": 0.5}, "hflip is 0.5, but p4m_cnn7"),
+    ],
+)
+def test_images_that_are_turned_do_not_teach_a_pose(settings, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(make_config(settings | POSE | changes))
+    assert not Path(settings["out"]).exists()
+
+
+def test_a_network_of_maps_is_no_classifier(settings):
+    with pytest.raises(ValueError, match="p4m_unet gives maps; `gzoo train` trains classifiers"):
+        train(make_config(settings | {"model": "p4m_unet"}))
