@@ -150,7 +150,8 @@ def _errors(probe: nn.Module, x: Tensor) -> Iterator[float]:
         if probe.num_classes and expected.shape != (1, probe.num_classes):  # without classes it gives features
             raise ValueError(f"the logits have shape {tuple(expected.shape)}, not (1, {probe.num_classes})")
         for g in group.grid_elements[1:]:
-            difference = (probe(group.transform_image(image, g)) - expected).abs().max()
+            moved = expected if expected.ndim == 2 else group.transform_features(expected, g)  # features are a map
+            difference = (probe(group.transform_image(image, g)) - moved).abs().max()
             yield (difference / (other - expected).abs().max()).item()
 
 

@@ -337,7 +337,11 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _fit(made: Plan, match: str) -> None:
-    """Searches for the scale that keeps what ``match`` says to 10%, if the first does not; the nearest if none does."""
+    """Searches for the widths that keep what ``match`` says to 10%, if the first do not; the nearest if none do.
+
+    First for one scale of all, then, as narrow widths of one size all round alike, by a field more or less in one after
+    the other.
+    """
 
     def ratio(scale: float) -> float:
         made.scale = scale
@@ -353,6 +357,14 @@ def _fit(made: Plan, match: str) -> None:
         errors[middle] = abs(math.log(found))
         low, high = (middle, high) if found < 1 else (low, middle)
     ratio(min(errors, key=errors.__getitem__))
+    nearest = min(errors.values())
+    for segment in [segment for segment in made._known if not segment.groups]:
+        if nearest <= math.log(1 + _TOLERANCE):
+            break
+        before = made._known[segment]
+        made._known[segment] = max(1, before + (1 if made.total().ratio(match) < 1 else -1))
+        error = abs(math.log(made.total().ratio(match)))
+        nearest, made._known[segment] = (error, made._known[segment]) if error < nearest else (nearest, before)
 
 
 def comparison(name: str, group: str, basis: BasisName | None = None) -> str:

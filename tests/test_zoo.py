@@ -51,6 +51,13 @@ def test_what_does_not_convert_says_why(name):
     assert re.search(REFUSED[name], reason), reason
 
 
+def test_a_network_that_gives_features_is_measured_as_a_map_that_moves(monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name: create(name, num_classes=0, global_pool=""))
+    row = coverage.measure("", "test_resnet", 1, "p4")
+    assert (row.reason, row.error < 1e-12) == ("", True)
+
+
 def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, monkeypatch, capsys):
     measured = []
     monkeypatch.setattr(
