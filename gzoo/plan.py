@@ -364,7 +364,10 @@ def _fit(made: Plan, match: str) -> None:
         before = made._known[segment]
         made._known[segment] = max(1, before + (1 if made.total().ratio(match) < 1 else -1))
         error = abs(math.log(made.total().ratio(match)))
-        nearest, made._known[segment] = (error, made._known[segment]) if error < nearest else (nearest, before)
+        if error < nearest:
+            nearest = error
+        else:
+            made._known[segment] = before
 
 
 def comparison(name: str, group: str, basis: BasisName | None = None) -> str:
