@@ -101,7 +101,7 @@ def experiment(train: Split, test: Split, epochs: int, seed: int) -> dict[str, o
     turns = torch.randint(P4.order, (len(test[1]),), generator=torch.Generator().manual_seed(seed))
     (x, y), rotated = test, turned(test[0], turns)
 
-    pose = gzoo.equivarify(cnn(16, 10), "p4", "equivariant")
+    pose = gzoo.equivarify(cnn(16, 10), "p4", head="pose")
     seconds = fit(pose, lambda model, x, y: gzoo.pose_loss(model(x), y), *train, epochs)
     found = outputs(pose, rotated).flatten(1).argmax(1)
     digit, turn = found // P4.order == y, found % P4.order == turns

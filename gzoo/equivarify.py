@@ -16,14 +16,14 @@ from gzoo.equivariant import group_of
 from gzoo.groups import Group
 from gzoo.nn.linear import Pooling
 
-Output = Literal["invariant", "equivariant"]
+Head = Literal["invariant", "pose"]
 Mode = Literal["whole", "layerwise"]
 
 
 def equivarify(
     net: nn.Module,
     group: str | Group,
-    output: Output = "invariant",
+    head: Head = "invariant",
     pool: Pooling | nn.Module = "mean",
     batched: bool = True,
     mode: Mode = "whole",
@@ -35,7 +35,7 @@ def equivarify(
     Args:
         net: any network of images (B, C, H, W), to vectors (B, D) or maps (B, D, H', W').
         group: a group on the pixel grid, or its name: p4, p4m, c1, c2, d1, d2.
-        output: "invariant": the poses are pooled; a map moves with the image. "equivariant": a value for each element
+        head: "invariant": the poses are pooled; a map moves with the image. "pose": a value for each element
             of the group, so logits say the class and the pose.
         pool: of the poses: "mean", "max", or a network (B, C, H, W) -> (B, 1) that scores each pose of the image: its
             softmax over the group weighs the mean (lambda-equitune).
@@ -52,17 +52,17 @@ def equivarify(
     Source: Bao & Song 2019, arXiv:1906.07172, definition of the G-product; Basu et al. 2023, arXiv:2305.09900 for the
     learned weights.
     """
-    if output not in ("invariant", "equivariant"):
-        raise ValueError(f"output is {output!r}; accepted are 'invariant' and 'equivariant'")
+    if head not in ("invariant", "pose"):
+        raise ValueError(f"head is {head!r}; accepted are 'invariant' and 'pose'")
     if not isinstance(pool, nn.Module) and pool not in ("mean", "max"):
         raise ValueError(f"pool is {pool!r}; accepted are 'mean', 'max', and a network (B, C, H, W) -> (B, 1)")
-    if output == "equivariant" and pool != "mean":
-        raise ValueError("output='equivariant' pools nothing; leave pool out")
+    if head == "pose" and pool != "mean":
+        raise ValueError("head='pose' pools nothing; leave pool out")
     if mode not in ("whole", "layerwise"):
         raise ValueError(f"mode is {mode!r}; accepted are 'whole' and 'layerwise'")
     if mode == "layerwise" and not isinstance(net, nn.Sequential):
         raise ValueError(f"mode='layerwise' needs an nn.Sequential, not a {type(net).__name__}; take mode='whole'")
-    return Equivarified(net, _grid_group(group), output, pool, batched, mode)
+    return Equivarified(net, _grid_group(group), head, pool, batched, mode)
 
 
 class _AroundNet(nn.Module):
@@ -88,7 +88,7 @@ class Equivarified(_AroundNet):
 
     Shape:
         x: (B, C, H, W), square if the group has quarter turns. "invariant": (B, D) or (B, D, H', W'), as the network's
-        own; "equivariant": (B, D, |G|) or (B, D, |G|, H', W'), of which ``flatten(1, 2)`` are regular fields.
+        own; "pose": (B, D, |G|) or (B, D, |G|, H', W'), of which ``flatten(1, 2)`` are regular fields.
 
     Raises:
         ValueError: images or maps are not square, but turned by 90 degrees; the net's output is neither vectors nor
@@ -96,10 +96,10 @@ class Equivarified(_AroundNet):
     """
 
     def __init__(
-        self, net: nn.Module, group: Group, output: Output, pool: Pooling | nn.Module, batched: bool, mode: Mode
+        self, net: nn.Module, group: Group, head: Head, pool: Pooling | nn.Module, batched: bool, mode: Mode
     ) -> None:
         super().__init__()
-        self.net, self.group, self.output, self.pool = net, group, output, pool
+        self.net, self.group, self.head, self.pool = net, group, head, pool
         self.batched, self.mode = batched, mode
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class Equivarified(_AroundNet):
         _require_output(self.group, values[0])
         if values.ndim == 5:
             values = torch.stack([self.group.transform_image(y, g) for g, y in enumerate(values)])
-        if self.output == "equivariant":
+        if self.head == "pose":
             return values.movedim(0, 2)
         if isinstance(self.pool, nn.Module):
             scores = self._each(self.pool, views)
@@ -138,7 +138,7 @@ def canonicalize(net: nn.Module, group: str | Group, canonizer: nn.Module) -> "C
         net: as `equivarify`.
         group: as `equivarify`.
         canonizer: an equivariant network (B, C, H, W) -> (B, 1, |G|): one of the zoo with ``head="pose"`` and
-            ``num_classes=1``, or what `equivarify` makes with ``output="equivariant"``.
+            ``num_classes=1``, or what `equivarify` makes with ``head="pose"``.
 
     Raises:
         ValueError: elements of the group turn pixels between pixels; the canonizer says that it is over another group.

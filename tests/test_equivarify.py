@@ -53,11 +53,11 @@ def assert_follows(model: nn.Module, group: str) -> None:
             assert relative_error(moved_gradient, G.transform_image(gradient, g)) < 1e-12
 
 
-@pytest.mark.parametrize("output", ["invariant", "equivariant"])
+@pytest.mark.parametrize("head", ["invariant", "pose"])
 @pytest.mark.parametrize("make", [vector_net, map_net])
 @pytest.mark.parametrize("group", GRID_GROUPS)
-def test_equivarified_networks_follow_the_group_in_value_and_gradient(group, make, output):
-    assert_follows(gzoo.equivarify(make(), group, output), group)
+def test_equivarified_networks_follow_the_group_in_value_and_gradient(group, make, head):
+    assert_follows(gzoo.equivarify(make(), group, head), group)
 
 
 def test_a_plain_network_does_not_follow_the_group():
@@ -68,7 +68,7 @@ def test_a_plain_network_does_not_follow_the_group():
 @pytest.mark.parametrize("group", ["p4", "p4m"])
 def test_the_value_at_g_is_the_network_on_the_image_turned_back(group):
     net, G, x = vector_net(), groups.get(group), random_image(2, (9, 9))
-    y = gzoo.equivarify(net, group, "equivariant")(x)
+    y = gzoo.equivarify(net, group, "pose")(x)
     for g in elements(group):
         assert relative_error(y[..., g], net(G.transform_image(x, G.inverse(g)))) < 1e-12
 
@@ -76,10 +76,10 @@ def test_the_value_at_g_is_the_network_on_the_image_turned_back(group):
 @pytest.mark.parametrize("make", [vector_net, map_net])
 def test_layerwise_and_looped_equal_the_whole(make):
     net, x = make(), random_image(2, (9, 9))
-    for output in ("invariant", "equivariant"):
-        whole = gzoo.equivarify(net, "p4m", output)(x)
+    for head in ("invariant", "pose"):
+        whole = gzoo.equivarify(net, "p4m", head)(x)
         for options in ({"mode": "layerwise"}, {"batched": False}, {"mode": "layerwise", "batched": False}):
-            assert relative_error(gzoo.equivarify(net, "p4m", output, **options)(x), whole) < 1e-12
+            assert relative_error(gzoo.equivarify(net, "p4m", head, **options)(x), whole) < 1e-12
 
 
 def test_equivarified_networks_have_the_parameters_of_the_original():
@@ -121,7 +121,7 @@ def test_a_vision_transformer_becomes_invariant():
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
     report = gzoo.check(gzoo.equivarify(vit, "p4m"), 32)
     assert report.worst < 1e-12
-    assert gzoo.check(gzoo.equivarify(vit, "p4m", "equivariant"), 32).worst < 1e-12
+    assert gzoo.check(gzoo.equivarify(vit, "p4m", "pose"), 32).worst < 1e-12
     assert gzoo.check(vit.eval(), 32, groups.get("p4m")).worst > 1e-3
 
 
@@ -134,10 +134,10 @@ def test_an_equivarified_network_without_convolutions_is_checked_on_images_of_th
 
 
 @pytest.mark.parametrize("make", [vector_net, map_net])
-@pytest.mark.parametrize("output", ["invariant", "equivariant"])
-def test_equivarified_networks_follow_the_group_under_autocast(make, output):
+@pytest.mark.parametrize("head", ["invariant", "pose"])
+def test_equivarified_networks_follow_the_group_under_autocast(make, head):
     G, net, x = groups.get("p4m"), make().float(), random_image(2, (9, 9)).float()
-    model = gzoo.equivarify(net, "p4m", output)
+    model = gzoo.equivarify(net, "p4m", head)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = model(x)
         assert y.dtype == torch.bfloat16
@@ -193,7 +193,7 @@ def test_timm_finds_the_preprocessing_and_the_classes_of_the_network_inside():
     inside = resolve_model_data_config(net)
     models = (
         gzoo.equivarify(net, "p4"),
-        gzoo.equivarify(net, "p4", "equivariant"),
+        gzoo.equivarify(net, "p4", "pose"),
         gzoo.canonicalize(net, "p4", timm.create_model("p4_cnn7", num_classes=1, head="pose")),
     )
     for model in models:
@@ -207,7 +207,7 @@ def test_timm_finds_the_preprocessing_and_the_classes_of_the_network_inside():
 
 def canonizer(group: str) -> nn.Module:
     net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 1))
-    return gzoo.equivarify(net.double(), group, "equivariant")
+    return gzoo.equivarify(net.double(), group, "pose")
 
 
 @pytest.mark.parametrize("make", [vector_net, map_net])
@@ -297,9 +297,9 @@ def scores(number: int) -> nn.Sequential:
     [
         (lambda: gzoo.equivarify(vector_net(), "c8"), "c8 turns pixels between pixels"),
         (lambda: gzoo.canonicalize(vector_net(), "c8", canonizer("p4")), "c8 turns pixels between pixels"),
-        (lambda: gzoo.equivarify(vector_net(), "p4", "dense"), "output is 'dense'"),
+        (lambda: gzoo.equivarify(vector_net(), "p4", "dense"), "head is 'dense'"),
         (lambda: gzoo.equivarify(vector_net(), "p4", pool="sum"), "pool is 'sum'"),
-        (lambda: gzoo.equivarify(vector_net(), "p4", "equivariant", pool="max"), "pools nothing"),
+        (lambda: gzoo.equivarify(vector_net(), "p4", "pose", pool="max"), "pools nothing"),
         (lambda: gzoo.equivarify(vector_net(), "p4", mode="lazy"), "mode is 'lazy'"),
         (lambda: gzoo.equivarify(Tokens(), "p4", mode="layerwise"), "needs an nn.Sequential, not a Tokens"),
         (lambda: gzoo.equivarify(Tokens(), "p4")(random_image(2)), "output is .*accepted are vectors"),
@@ -384,7 +384,7 @@ def test_a_zoo_model_with_a_pose_head_is_a_canonizer():
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, in_chans=1, depth=1, num_classes=5)
     dense = nn.Conv2d(1, 2, 3)
     assert gzoo.check(gzoo.canonicalize(dense, "p4", chooser), 32).worst < 1e-12
-    assert gzoo.check(gzoo.equivarify(dense, "p4", "equivariant"), 32).worst < 1e-12
+    assert gzoo.check(gzoo.equivarify(dense, "p4", "pose"), 32).worst < 1e-12
     assert gzoo.check(gzoo.canonicalize(vit, "p4", chooser), 32).worst < 1e-12
 
 
