@@ -38,11 +38,13 @@ def evaluate(
 
     Args:
         transforms: also turn and flip every batch by the eight symmetries of the square: top1 of each, and their mean.
-            Those that leave the logits of the first batch as they are have the top1 of the upright images.
+            Those that leave the logits of the first batch as they are have the top1 of the upright images. With poses
+            all eight are run.
         rotation_seed: also rotate each image by a uniform random angle from this seed (bilinear, borders mirrored).
 
     Returns:
-        top1 and, past five classes, top5 in percent; loss; calibration_error in percent (see `calibration_error`); n;
+        top1 and, past five classes, top5 in percent; loss, with poses that of class and pose; n;
+        calibration_error in percent (see `calibration_error`);
         images_per_second over all that was asked for, decoding included;
         if asked for, `transforms` and `transforms_mean`, and `random_rotation`, top1 in percent;
         of a model with poses also `pose_top1` and, of the transforms that its group has, `transforms_pose`: class and
@@ -85,7 +87,8 @@ def measure(
 
     The model is left in eval mode.
 
-    A view that leaves the logits of the first batch as an earlier one does, to rounding, has the figures of that one.
+    A view that leaves the logits of the first batch as an earlier one does, to rounding, has the figures of that one;
+    logits with poses change with every view.
     """
     model.eval()
     elements = _elements(model)
@@ -112,10 +115,7 @@ def measure(
                     del to_run[name]
                     continue
                 seen[name] = logits
-            _update(meters[name], logits, labels)
-            if answer.ndim == 3 and name in elements:
-                right = answer.flatten(1).argmax(1) == labels * answer.shape[2] + elements[name]
-                _add(meters[name], "pose_top1", 100 * right.double().mean(), len(labels))
+            _update(meters[name], answer, labels, elements.get(name))
     result = {name: {key: float(meter.avg) for key, meter in row.items()} for name, row in meters.items()}
     if confidences:
         result["upright"]["calibration_error"] = calibration_error(torch.cat(confidences), torch.cat(rights))
@@ -137,17 +137,18 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> floa
     return float(100 * gaps.abs().sum() / len(confidence))
 
 
-def _update(meters: dict[str, AverageMeter], logits: Tensor, labels: Tensor) -> None:
+def _update(meters: dict[str, AverageMeter], answer: Tensor, labels: Tensor, element: int | None) -> None:
+    logits = without_pose(answer)
     ranks = (1, 5) if logits.shape[1] > 5 else (1,)
     right = logits.topk(ranks[-1]).indices == labels[:, None]  # (B, ranks)
     values = {f"top{k}": 100 * right[:, :k].any(1).double().mean() for k in ranks}
     values["loss"] = F.cross_entropy(logits, labels).double()
+    if answer.ndim == 3 and element is not None:
+        pairs, target = answer.flatten(1), labels * answer.shape[2] + element
+        values["pose_top1"] = 100 * (pairs.argmax(1) == target).double().mean()
+        values["loss"] = F.cross_entropy(pairs, target).double()
     for key, value in values.items():
-        _add(meters, key, value, len(labels))
-
-
-def _add(meters: dict[str, AverageMeter], key: str, value: Tensor, count: int) -> None:
-    meters.setdefault(key, AverageMeter()).update(value, count)
+        meters.setdefault(key, AverageMeter()).update(value, len(labels))
 
 
 def without_pose(logits: Tensor) -> Tensor:

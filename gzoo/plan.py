@@ -70,6 +70,7 @@ class Plan:
         widths: plain channels -> fields, where they are given.
         basis: of the kernels, as `gzoo.nn.GroupConv2d` takes it.
         scale: fields for each plain channel in the first stage; in the others as ``match`` has it for their group.
+            Where one scale misses what is to be kept, single widths have a field more or less.
         fit: whether widths may give way, to keep what the match says of the whole network.
     """
 
@@ -358,7 +359,10 @@ def _fit(made: Plan, match: str) -> None:
         low, high = (middle, high) if found < 1 else (low, middle)
     ratio(min(errors, key=errors.__getitem__))
     nearest = min(errors.values())
-    for segment in [segment for segment in made._known if not segment.groups]:
+    split = {part for outputs in made.trace.outputs.values() if len(flat(outputs)) > 1 for part in flat(outputs)}
+    for segment in made._known:  # the parts of a split must stay alike
+        if segment in split or segment.groups or segment.size in made.widths:
+            continue
         if nearest <= math.log(1 + _TOLERANCE):
             break
         before = made._known[segment]

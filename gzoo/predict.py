@@ -58,6 +58,8 @@ class Prediction:
 def predict(model: nn.Module, paths: list[str], topk: int = 5) -> list[Prediction]:
     """Classify image files; one that cannot be read gives a `Prediction` with `error`, and the others go on.
 
+    Of a model with poses the pairs of class and pose are ranked, and both named.
+
     Raises:
         ValueError: topk is less than one.
     """

@@ -3,7 +3,8 @@
 In eval mode a batch norm scales and shifts each field, so a sum of convolutions, norms and identities is one
 convolution (Ding et al. 2021, "RepVGG", arXiv:2101.03697). The scale is constant along the fibre, and the identity is
 the filter that is 1 in the middle where field and element are the same: equivariant both, and so is the sum. timm's own
-code makes plain convolutions of it, which would break the symmetry where a stride does not fit the image.
+code looks for plain norms, and would make plain convolutions, which break the symmetry where a stride does not fit the
+image.
 """
 
 import copy
@@ -42,42 +43,62 @@ def reparameterize(model: nn.Module) -> nn.Module:
 
     Returns:
         The network in eval mode. What was merged has no parameters any more: it is for inference and export, not for
-        training.
+        training, nor for timm's function.
 
     Raises:
-        ValueError: ``model`` is not equivariant, or it is partial or soft.
+        ValueError: ``model`` is not equivariant, or it is partial or soft; the branches of a block are plain ones, or
+            have norms that are no fixed scale and shift, such as layer norm. Names the block.
     """
     if group_of(model) is None:
         raise ValueError(f"{type(model).__name__} is not equivariant; use timm.models.reparameterize_model for it")
     if residuals(model) or any(isinstance(module, Subset) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is partial or soft; only equivariant branches can be merged")
-    return replace_modules(copy.deepcopy(model).eval(), lambda path, module: _merged(module))
+    return replace_modules(copy.deepcopy(model).eval(), _merged)
 
 
-def _merged(module: nn.Module) -> nn.Module | None:
+def _merged(path: str, module: nn.Module) -> nn.Module | None:
     """What stands in the place of ``module``: its convolution, or itself with less in it; None keeps it."""
     merge = _MERGE.get(type(module))
-    return merge(module) if merge else None
+    try:
+        return merge(module) if merge else None
+    except ValueError as error:
+        raise ValueError(f"{path or 'the network'}: {error}") from error
 
 
 def _convolution(branches: Iterable[Branch], norm: nn.Module | None = None) -> MergedConv2d:
     """The one convolution that is the sum of ``branches``, with ``norm`` behind it."""
     branches = list(branches)
-    largest = max((branch.conv for branch in branches if branch.conv is not None), key=lambda conv: conv.kernel_size)
-    filters, bias = torch.zeros_like(largest.filter()), torch.zeros(len(largest.filter())).to(largest.weight)
+    convolutions = [branch.conv for branch in branches if branch.conv is not None]
+    for conv in convolutions:
+        if not isinstance(conv, LiftingConv2d | GroupConv2d):
+            raise ValueError(
+                f"its branches are of {type(conv).__name__}, not of gzoo's convolutions; of a plain network inside an "
+                "equivariant one merge that first, with timm.models.reparameterize_model"
+            )
+    largest = max(convolutions, key=lambda conv: conv.kernel_size)
+    dtype = largest.weight.dtype
+    filters = torch.zeros_like(_filter(largest))
+    bias = filters.new_zeros(len(filters))
     for conv, inner, factor in branches:
-        own = _identity(largest) if conv is None else conv.filter()
+        own = _identity(filters) if conv is None else _filter(conv)
         own, shift = _behind(inner, own, None if conv is None else conv.channel_bias())
         frame = (largest.kernel_size - own.shape[-1]) // 2
         filters += factor * F.pad(own, 4 * (frame,))
         bias += shift if isinstance(factor, float) else factor.flatten() * shift
-    return MergedConv2d(largest, *_behind(norm, filters, bias))
+    filters, bias = _behind(norm, filters, bias)
+    return MergedConv2d(largest, filters.to(dtype), bias.to(dtype))
 
 
-def _identity(conv: LiftingConv2d | GroupConv2d) -> Tensor:
-    channels, inputs = conv.filter().shape[:2]
+def _filter(conv: LiftingConv2d | GroupConv2d) -> Tensor:
+    """The filter, in float32 at least, or the sum would round at every branch."""
+    filters = conv.filter() if conv.standardize is None else conv.standardize(conv.filter())
+    return filters.to(torch.promote_types(filters.dtype, torch.float32))
+
+
+def _identity(like: Tensor) -> Tensor:
+    channels, inputs = like.shape[:2]
     out = torch.arange(channels)
-    filters = torch.zeros(channels, inputs, 1, 1).to(conv.weight)
+    filters = like.new_zeros(channels, inputs, 1, 1)
     filters[out, out % inputs] = 1
     return filters
 
@@ -87,10 +108,19 @@ def _behind(norm: nn.Module | None, filters: Tensor, bias: Tensor | None) -> tup
     bias = filters.new_zeros(len(filters)) if bias is None else bias
     if norm is None or isinstance(norm, nn.Identity):
         return filters, bias
-    assert isinstance(norm, FibreNorm)
-    plain: Any = norm.norm
-    scale = plain.weight / (plain.running_var + plain.eps).sqrt()
-    shift = plain.bias - plain.running_mean * scale
+    plain: Any = norm.norm if isinstance(norm, FibreNorm) else norm
+    fixed = isinstance(norm, FibreNorm) and getattr(plain, "running_var", None) is not None
+    if not fixed or not isinstance(getattr(plain, "act", nn.Identity()), nn.Identity):
+        raise ValueError(
+            f"its {type(plain).__name__} is no fixed scale and shift, so the branches are not one convolution; leave "
+            "the network as it is"
+        )
+    scale = 1 / (plain.running_var.to(filters) + plain.eps).sqrt()
+    if plain.weight is not None:
+        scale = scale * plain.weight
+    shift = -plain.running_mean * scale
+    if plain.bias is not None:
+        shift = shift + plain.bias
     scale, shift = (field.repeat_interleave(norm.group_order) for field in (scale, shift))
     return filters * scale.view(-1, 1, 1, 1), bias * scale + shift
 
@@ -123,8 +153,8 @@ def _one_of(block: Any) -> nn.Module | None:
 def _rep_mixer(block: Any) -> nn.Module | None:
     if block.reparam_conv is not None:
         return None
-    gamma = getattr(block.layer_scale, "gamma", torch.ones(()).to(block.mixer.conv_kxk[0].conv.weight))
-    gamma = gamma.view(-1, 1, 1, 1)
+    scaled = not isinstance(block.layer_scale, nn.Identity)
+    gamma = block.layer_scale.gamma.view(-1, 1, 1, 1) if scaled else 1.0
     mixed = [branch._replace(factor=gamma) for branch in _branches(block.mixer)]
     normed = [branch._replace(factor=-gamma) for branch in _branches(block.norm)]
     block.reparam_conv = _convolution([Branch(), *mixed, *normed])

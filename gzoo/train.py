@@ -428,29 +428,37 @@ def _try_sizes(model: nn.Module, data_config: dict[str, Any], config: TrainConfi
     for h, w in [(height, width)] + [(size, size) for _, size in config.image_sizes or ()]:
         try:
             with torch.no_grad():
-                _, _, *fibre = model(torch.zeros(1, channels, h, w)).shape
+                y = model(torch.zeros(1, channels, h, w))
         # A model that has one size says so by an assertion, one that shrinks an image to nothing by a RuntimeError.
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{config.model} cannot take images of {h}x{w} with {channels} channels: {error}. "
                 f"Set image_size, or in_chans or img_size in model_args."
             ) from error
-        if len(fibre) > 1:
-            raise ValueError(f"{config.model} gives maps; `gzoo train` trains classifiers")
-        poses = fibre[0] if fibre else 1
+        group = group_of(model)
+        if isinstance(y, Tensor) and y.ndim == 3 and group is not None and y.shape[2] == group.order:
+            poses = group.order
+        elif not isinstance(y, Tensor) or y.ndim != 2:
+            raise ValueError(f"{config.model} gives no logits (B, classes); `gzoo train` trains classifiers")
     return poses
 
 
 def _require_upright(model: nn.Module, config: TrainConfig) -> None:
     """Pose is learned from images that are upright: what turns them would teach that every pose is upright."""
     group = group_of(model)
-    mirrored = group is not None and group.reflections
-    most = {"hflip": 0.0 if mirrored else 1.0, "vflip": 0.0, "transpose": 0.0, "rotate": 45.0}
+    assert group is not None
+    nearest = 180 / group.rotations  # degrees; beyond, another pose is nearer
+    most = {"hflip": 0.0 if group.reflections else 1.0, "vflip": 0.0, "transpose": 0.0, "rotate": nearest}
     for name, limit in most.items():
         if (given := getattr(config, name)) > limit:
             raise ValueError(
                 f"{name} is {given}, but {config.model} learns its pose from upright images; the most is {limit:g}"
             )
+    if config.auto_augment and nearest < 30:
+        raise ValueError(
+            f"auto_augment is {config.auto_augment}, which turns images by up to 30 degrees, but {config.model} learns "
+            f"poses {2 * nearest:g} degrees apart from upright images; leave it out"
+        )
 
 
 def _augmentation(config: TrainConfig) -> Augmentation:
@@ -782,7 +790,7 @@ def _finish(run: _Run) -> dict[str, Any]:
         "seconds": round(run.seconds, 1),
         "epochs": run.epoch,
         "best_epoch": best.get("epoch"),
-        "best_val_top1": best.get("val_top1") or None,
+        "best_val_top1": None if best.get("val_top1") == "" else best.get("val_top1"),
         "n_train": len(run.train_data),
         "n_val": len(run.val_data) if run.val_data else 0,
     }

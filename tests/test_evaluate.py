@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import gzoo
 from gzoo import groups
 from gzoo.data import ImageData
 from gzoo.evaluate import (
@@ -138,6 +139,8 @@ def test_a_model_with_poses_is_right_in_class_and_pose(corners):
     data = ImageData(images, [1, 1, 1], corners.classes)
     result = evaluate(Pointer(), data, batch_size=2, transforms=True)
     assert result["top1"] == 100
+    x = torch.stack([torch.from_numpy(np.asarray(image).copy()).float()[None] / 127.5 - 1 for image in images])
+    assert result["loss"] == pytest.approx(gzoo.pose_loss(Pointer()(x), torch.ones(3, dtype=torch.long)).item())
     assert result["pose_top1"] == pytest.approx(200 / 3)
     assert result["transforms_pose"] == {f"{90 * g} degrees": pytest.approx(200 / 3) for g in range(4)}
     assert set(result["transforms"].values()) == {100.0}

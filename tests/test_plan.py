@@ -3,6 +3,8 @@
 import pytest
 import timm
 import torch
+from timm.models.res2net import Bottle2neck
+from timm.models.resnet import ResNet
 from torch import nn
 
 import gzoo
@@ -49,6 +51,14 @@ def test_what_is_matched_is_kept_within_ten_percent(name, group, match):
     total = plan(meta(name), groups.chain(group), match).total()
     ratio = total.params / total.plain_params if match == "params" else total.macs / total.plain_macs
     assert 0.9 <= ratio <= 1.1
+
+
+def test_given_widths_and_the_parts_of_a_split_stay_as_they_are():
+    """Where the match misses its 10%, single fields are added; not to these."""
+    cnn7 = plan(meta("cnn7"), groups.chain("p4m"), "flops", widths={20: 5})
+    assert {row.fields for row in cnn7.layers() if row.plain_width == 20} == {5}
+    plain = ResNet(Bottle2neck, [1, 1, 1, 1], base_width=4, block_args={"scale": 4}, channels=(16,) * 4)
+    gzoo.convert(plain, "d8", match="flops")  # its four parts are added to one another
 
 
 def parameters(model):

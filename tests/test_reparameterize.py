@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from timm.layers import LayerNorm2d
 from timm.models import reparameterize_model
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from timm.models.ghostnet import GhostNet
@@ -90,6 +91,9 @@ def test_it_is_exactly_equivariant(size):
     model = gzoo.convert(of_blocks("rep"), "p4m")
     new = gzoo.reparameterize(randomized(model)[0])
     assert gzoo.check(new, size=size).worst < 1e-11
+    broken = copy.deepcopy(new)
+    merged(broken)[2].filters[0, 0, 0, 0] += 1
+    assert gzoo.check(broken, size=size).worst > 1e-6
     lifting, first, *_ = merged(new)
     assert (lifting.in_type.size, lifting.out_type) == (3, first.in_type)
 
@@ -117,6 +121,40 @@ def test_plain_partial_and_soft_networks_are_refused():
     for option in ("partial", "soft"):
         with pytest.raises(ValueError, match="partial or soft"):
             gzoo.reparameterize(timm.create_model("p4_cnn7", **{option: True}))
+
+
+def with_norms(layer):
+    """RepVGG blocks with norms of another kind, converted."""
+    plain = of_blocks("rep")
+    for path, module in list(plain.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            plain.set_submodule(path, layer(module.num_features))
+    return gzoo.convert(plain, "c2")
+
+
+def test_norms_without_affine_parameters_merge_too():
+    model, _ = randomized(with_norms(lambda width: nn.BatchNorm2d(width, affine=False)))
+    image = random_image(3, (33, 48))
+    assert relative(gzoo.reparameterize(model)(image), model(image)) < 1e-11
+
+
+@pytest.mark.parametrize("layer", [LayerNorm2d, lambda width: nn.BatchNorm2d(width, track_running_stats=False)])
+def test_norms_that_follow_the_image_are_refused(layer):
+    with pytest.raises(ValueError, match=r"stem: its .*Norm2d is no fixed scale and shift"):
+        gzoo.reparameterize(with_norms(layer))
+
+
+def test_plain_branches_inside_an_equivariant_network_are_refused():
+    with pytest.raises(ValueError, match=r"net\.stem: its branches are of Conv2d, not of gzoo's convolutions"):
+        gzoo.reparameterize(gzoo.equivarify(of_blocks("rep"), "p4"))
+
+
+def test_the_sum_is_made_in_float32_at_least():
+    model, _ = randomized(gzoo.convert(of_blocks("one"), "c2"))
+    half = copy.deepcopy(model).bfloat16()
+    image, exact = random_image(3, (32, 32)), half.double()
+    new = gzoo.reparameterize(copy.deepcopy(half).bfloat16()).double()
+    assert relative(new(image), exact(image)) < 0.004
 
 
 def test_timms_own_function_says_what_to_use():

@@ -724,6 +724,8 @@ def test_class_and_pose_are_learned_from_upright_images(settings, halves):
         ({"vflip": 0.5}, "vflip is 0.5, but p4_cnn7 learns its pose from upright images; the most is 0"),
         ({"transpose": 0.5}, "transpose is 0.5, but p4_cnn7"),
         ({"rotate": 180.0}, "rotate is 180.0, but p4_cnn7 learns its pose from upright images; the most is 45"),
+        ({"model": "c8_cnn7", "rotate": 30.0}, "rotate is 30.0, but c8_cnn7 .* the most is 22.5"),
+        ({"model": "c8_cnn7", "auto_augment": "rand-m9"}, "by up to 30 degrees, but c8_cnn7 learns poses 45 degrees"),
         ({"model": "p4m_cnn7", "hflip": 0.5}, "hflip is 0.5, but p4m_cnn7"),
     ],
 )
@@ -733,6 +735,7 @@ def test_images_that_are_turned_do_not_teach_a_pose(settings, changes, message):
     assert not Path(settings["out"]).exists()
 
 
-def test_a_network_of_maps_is_no_classifier(settings):
-    with pytest.raises(ValueError, match="p4m_unet gives maps; `gzoo train` trains classifiers"):
-        train(make_config(settings | {"model": "p4m_unet"}))
+@pytest.mark.parametrize("changes", [{"model": "p4m_unet"}, {"model_args": {"features_only": True}}])
+def test_what_gives_no_logits_is_no_classifier(settings, changes):
+    with pytest.raises(ValueError, match=r"gives no logits \(B, classes\); `gzoo train` trains classifiers"):
+        train(make_config(settings | changes))
