@@ -130,7 +130,7 @@ def _parts(*modules: Any) -> Iterable[Branch]:
     for module in modules:
         if isinstance(module, nn.ModuleList):
             yield from _parts(*module)
-        elif isinstance(module, FibreNorm):
+        elif module is not None and not hasattr(module, "conv"):
             yield Branch(norm=module)
         elif module is not None:
             yield Branch(module.conv, module.bn if hasattr(module, "bn") else module.bn1)

@@ -140,8 +140,15 @@ def test_norms_without_affine_parameters_merge_too():
 
 @pytest.mark.parametrize("layer", [LayerNorm2d, lambda width: nn.BatchNorm2d(width, track_running_stats=False)])
 def test_norms_that_follow_the_image_are_refused(layer):
+    model = with_norms(layer)
     with pytest.raises(ValueError, match=r"stem: its .*Norm2d is no fixed scale and shift"):
-        gzoo.reparameterize(with_norms(layer))
+        gzoo.reparameterize(model)
+    model.stem = nn.Identity()
+    with pytest.raises(ValueError, match=r"stages\.0\.0: its .*Norm2d is no fixed"):
+        gzoo.reparameterize(model)
+    model.stages[0][0] = nn.Identity()
+    with pytest.raises(ValueError, match=r"stages\.0\.1: its .*Norm2d is no fixed"):  # the identity comes first
+        gzoo.reparameterize(model)
 
 
 def test_plain_branches_inside_an_equivariant_network_are_refused():
