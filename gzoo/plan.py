@@ -357,19 +357,18 @@ def _fit(made: Plan, match: str) -> None:
         found = ratio(middle)
         errors[middle] = abs(math.log(found))
         low, high = (middle, high) if found < 1 else (low, middle)
-    ratio(min(errors, key=errors.__getitem__))
-    nearest = min(errors.values())
+    found = ratio(min(errors, key=errors.__getitem__))
     split = {part for outputs in made.trace.outputs.values() if len(flat(outputs)) > 1 for part in flat(outputs)}
     for segment in made._known:  # the parts of a split must stay alike
+        if abs(math.log(found)) <= math.log(1 + _TOLERANCE):
+            break
         if segment in split or segment.groups or segment.size in made.widths:
             continue
-        if nearest <= math.log(1 + _TOLERANCE):
-            break
         before = made._known[segment]
-        made._known[segment] = max(1, before + (1 if made.total().ratio(match) < 1 else -1))
-        error = abs(math.log(made.total().ratio(match)))
-        if error < nearest:
-            nearest = error
+        made._known[segment] = max(1, before + (1 if found < 1 else -1))
+        changed = made.total().ratio(match)
+        if abs(math.log(changed)) < abs(math.log(found)):
+            found = changed
         else:
             made._known[segment] = before
 
