@@ -123,7 +123,6 @@ class ContinuousResNet(_Classifier):
         width: int = 32,
         kernel_size: int = 7,
     ) -> None:
-        _require_odd(kernel_size)
         lift, *arcs = (Arc(continuous_group, elements, partial) for _ in range(5))
         stem = _Layer(ContinuousLiftingConv2d(in_chans, width, kernel_size), lift, slope=0.0)
         blocks = (_Block(width, kernel_size, (arcs[0], arcs[1])), _Block(width, kernel_size, (arcs[2], arcs[3])))
@@ -159,8 +158,6 @@ class ContinuousCNN13(_Classifier):
         width: int = 64,
         kernel_size: int = 3,
     ) -> None:
-        _require_odd(kernel_size)
-
         def layer(inner: int, outer: int, size: int = kernel_size) -> _Layer:
             arc = Arc(continuous_group, elements, partial)
             conv = ContinuousConv2d(inner * width, outer * width, size, arc.group.reflections)
@@ -174,8 +171,3 @@ class ContinuousCNN13(_Classifier):
             *(layer(2, 4), layer(4, 2, 1), layer(2, 1, 1)),
         )
         super().__init__(stem, nn.Sequential(*blocks), in_chans, num_classes)
-
-
-def _require_odd(kernel_size: int) -> None:
-    if kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size is {kernel_size}; the kernels turn about a pixel, so it must be odd")

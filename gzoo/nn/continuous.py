@@ -150,6 +150,8 @@ class _Kernels(nn.Module):
 
     def __init__(self, in_fields: int, out_fields: int, size: int, relative: int) -> None:
         super().__init__()
+        if size % 2 == 0:
+            raise ValueError(f"kernel_size is {size}; the kernels turn about a pixel, so it must be odd")
         zero = torch.zeros(1, dtype=torch.float64)
         norm = circular_harmonics(size, zero, zero.bool())[0].norm(dim=1, keepdim=True)  # (functions, 1)
         self.norm: Tensor
@@ -180,6 +182,9 @@ class ContinuousLiftingConv2d(_Kernels):
 
     Shape:
         x: (B, in_channels, H, W); result: maps (B, out_fields, n, H, W).
+
+    Raises:
+        ValueError: the size is even.
     """
 
     def __init__(self, in_channels: int, out_fields: int, size: int) -> None:
@@ -205,6 +210,9 @@ class ContinuousConv2d(_Kernels):
 
     Shape:
         maps: (B, in_fields, n, H, W); of the result (B, out_fields, n', H, W).
+
+    Raises:
+        ValueError: the size is even.
     """
 
     def __init__(self, in_fields: int, out_fields: int, size: int, mirrors: bool) -> None:
