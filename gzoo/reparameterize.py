@@ -59,8 +59,10 @@ def reparameterize(model: nn.Module) -> nn.Module:
 def _merged(path: str, module: nn.Module) -> nn.Module | None:
     """What stands in the place of ``module``: its convolution, or itself with less in it; None keeps it."""
     merge = _MERGE.get(type(module))
+    if merge is None or getattr(module, "reparam_conv", None) is not None:  # or merged already
+        return None
     try:
-        return merge(module) if merge else None
+        return merge(module)
     except ValueError as error:
         raise ValueError(f"{path or 'the network'}: {error}") from error
 
@@ -143,16 +145,12 @@ def _branches(block: nn.Module) -> Iterable[Branch]:
     return _parts(*(getattr(block, name, None) for name in _BRANCHES))
 
 
-def _one_of(block: Any) -> nn.Module | None:
-    if block.reparam_conv is not None:
-        return None
+def _one_of(block: Any) -> nn.Module:
     block.reparam_conv = _convolution(_branches(block))
     return _without(block, *_BRANCHES, "drop_path")
 
 
-def _rep_mixer(block: Any) -> nn.Module | None:
-    if block.reparam_conv is not None:
-        return None
+def _rep_mixer(block: Any) -> nn.Module:
     scaled = not isinstance(block.layer_scale, nn.Identity)
     gamma = block.layer_scale.gamma.view(-1, 1, 1, 1) if scaled else 1.0
     mixed = [branch._replace(factor=gamma) for branch in _branches(block.mixer)]
@@ -161,9 +159,7 @@ def _rep_mixer(block: Any) -> nn.Module | None:
     return _without(block, "mixer", "norm", "layer_scale")
 
 
-def _position(block: Any) -> nn.Module | None:
-    if block.reparam_conv is not None:
-        return None
+def _position(block: Any) -> nn.Module:
     block.reparam_conv = _convolution([Branch(), Branch(block.pos_enc)])
     return _without(block, "pos_enc")
 
