@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import gzoo
 from gzoo import groups
 from gzoo.data import open_split
+from gzoo.evaluate import without_pose
 from gzoo.partial import parameter_groups
 from gzoo.train import machine
 
@@ -73,14 +74,14 @@ def turned(x: Tensor, turns: Tensor) -> Tensor:
 
 
 class WithoutPose(nn.Module):
-    """Pose logits (B, classes, |G|) to the logits of the classes: the probabilities summed over the poses."""
+    """A network of pose logits, with the pose dropped."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x).logsumexp(2)
+        return without_pose(self.net(x))
 
 
 def row(model: nn.Module, upright: Tensor, rotated: Tensor, y: Tensor) -> dict[str, float]:
