@@ -69,8 +69,11 @@ TASKS = {
     ),
 }
 TITLES = {
-    **{"t2_resnet": "T(2)", "se2_resnet": "SE(2)", "e2_resnet": "E(2)"},
-    **{"t2_cnn13": "T(2), 13 layers", "se2_cnn13": "SE(2), 13 layers"},
+    "t2_resnet": "T(2)",
+    "se2_resnet": "SE(2)",
+    "e2_resnet": "E(2)",
+    "t2_cnn13": "T(2), 13 layers",
+    "se2_cnn13": "SE(2), 13 layers",
 }
 RECIPE: dict[str, Any] = {
     "batch_size": 64,
