@@ -264,9 +264,9 @@ def first_broken_layer(
     """The name of the first leaf module whose output does not transform with x; None if all do.
 
     A leaf's own law is not known here: its output may be an image, regular fields with channels first or last, both in
-    one, either with its pixels in a row, what pixels attend to which, or a vector. A leaf is blamed only if no law that
-    fits its shape holds. Where no leaf is to blame, but the network's own output does not follow, the name is "", the
-    network's.
+    one, either with its pixels in a row, what pixels or channels attend to which, or a vector. A leaf is blamed only if
+    no law that fits its shape holds. Where no leaf is to blame, but the network's own output does not follow, the name
+    is "", the network's.
 
     Args:
         model: float64, in eval mode.
@@ -311,6 +311,8 @@ def _possible(group: Group, y: Tensor, g: int, found: Tensor) -> Iterator[Tensor
             yield group.transform_features(y.mT.unflatten(2, (side, side)), g).flatten(2).mT
     if y.ndim == 4 and _is_square(y.shape[2]) and _is_square(y.shape[3]):  # what pixels attend to which
         yield _move_row(group, _move_row(group, y, g).mT, g).mT
+    if y.ndim == 4 and y.shape[2] % group.order == y.shape[3] % group.order == 0:  # what channels attend to which
+        yield _move_fibres(group, _move_fibres(group, y, g).mT, g).mT
     if y.ndim == 4:
         yield group.transform_image(y, g)
         if regular_first:
@@ -332,6 +334,11 @@ def _move_row(group: Group, y: Tensor, g: int) -> Tensor:
     """The pixels of a square image, in a row along the last dimension, moved by g."""
     side = math.isqrt(y.shape[-1])
     return group.transform_image(y.unflatten(-1, (side, side)), g).flatten(-2)
+
+
+def _move_fibres(group: Group, y: Tensor, g: int) -> Tensor:
+    """Regular fibres along the last dimension, moved by g."""
+    return group.transform_features(y.flatten(0, -2), g).view(y.shape)
 
 
 def _is_pose(y: Tensor, group: Group) -> bool:

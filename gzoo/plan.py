@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import timm
 import torch
+from timm.layers import CondConv2d
 from torch import Tensor, nn
 
 from gzoo import groups
@@ -180,7 +181,7 @@ class Plan:
                 f"Choose {f'{low} or ' if low else ''}{low + share} channels, or weights='transfer'"
             )
 
-    def groups_of(self, conv: nn.Conv2d | nn.ConvTranspose2d, in_fields: int, out_fields: int) -> int:
+    def groups_of(self, conv: nn.Conv2d | nn.ConvTranspose2d | CondConv2d, in_fields: int, out_fields: int) -> int:
         """The ``groups`` of the equivariant counterpart of a plain convolution."""
         if 1 < conv.groups == conv.in_channels and out_fields % in_fields == 0:
             return in_fields  # depthwise
@@ -210,13 +211,14 @@ class Plan:
                 own + weights * (fields_in - plain_in),
                 weights * fields_in * pixels,
             )
-        if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+        if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d | CondConv2d | nn.Linear):
             return Row(name, plain_out, own, 0, fields_out, own / plain_in * fields_in, 0)
         group, pixels = self.group_at(name), self.trace.pixels[name]
         order = group.order
         lifts = all(segment.image for segment in inputs)
+        experts = getattr(module, "num_experts", 1)  # an image is convolved with one mixture of their filters
         if isinstance(module, nn.Linear):
-            taps, free, groups = 1, 1 if lifts else order, 1
+            taps, free, groups = 1, 1 if lifts or all(segment.image for segment in outputs) else order, 1
         else:
             taps = max(module.kernel_size) ** 2
             groups = self.groups_of(module, fields_in, fields_out)
@@ -224,7 +226,8 @@ class Plan:
         kernels = fields_out * fields_in / groups
         bias = fields_out if module.bias is not None else 0
         macs = kernels * order * (1 if lifts else order) * taps * pixels
-        return Row(name, plain_out, own, module.weight.numel() * pixels, fields_out, kernels * free + bias, macs)
+        plain_macs, params = module.weight.numel() / experts * pixels, experts * (kernels * free + bias)
+        return Row(name, plain_out, own, plain_macs, fields_out, params, macs)
 
     def total(self) -> Row:
         """All layers together."""

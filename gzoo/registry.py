@@ -110,7 +110,7 @@ _TIMM = (
     *("mixnet_s", "mnasnet_100", "ghostnet_100", "rexnet_100", "lcnet_050", "tinynet_e", "fasternet_t0", "starnet_s1"),
     *("repvgg_a0", "repghostnet_100", "mobileone_s0", "repvit_m0_9", "vgg11_bn", "vgg16_bn", "densenet121", "dla34"),
     *("dpn68", "hrnet_w18", "cspresnet50", "cspdarknet53", "darknet53", "ese_vovnet19b_dw", "selecsls42b"),
-    *("hgnetv2_b0", "inception_v4", "xception41", "tresnet_m", "poolformer_s12"),
+    *("hgnetv2_b0", "inception_v4", "xception41", "tresnet_m", "poolformer_s12", "edgenext_xx_small"),
 )
 
 _BACKBONES = {backbone.name: backbone for backbone in (*_OWN, *map(_timm, _TIMM))}

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import timm.layers as tl
 import torch
@@ -17,7 +17,7 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.layers.pool2d_same import MaxPool2dSame
 from timm.layers.split_attn import RadixSoftmax
 from timm.layers.std_conv import ScaledStdConv2dSame, StdConv2dSame
-from timm.models import convnext, fastvit, hgnet, inception_next, metaformer, nfnet, rdnet, selecsls
+from timm.models import convnext, edgenext, fastvit, hgnet, inception_next, metaformer, nfnet, rdnet, selecsls
 from timm.models.inception_v3 import InceptionB, InceptionD  # the name in timm.models is the function
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]
@@ -26,6 +26,8 @@ from gzoo.bases import balance
 from gzoo.groups import Group
 from gzoo.nn import (
     FibreNorm,
+    FourierPosition,
+    GroupCondConv2d,
     GroupConv2d,
     GroupConvTranspose2d,
     GroupEca,
@@ -46,7 +48,7 @@ from gzoo.nn.fibre import share_along_fibre
 from gzoo.nn.linear import Head, Pooling
 from gzoo.nn.mixed import Run
 from gzoo.nn.resample import Window, square
-from gzoo.plan import REDUCTIONS, Plan
+from gzoo.plan import REDUCTIONS, Plan, nearest_divisor
 from gzoo.trace import Segments, flat
 
 _WITHOUT_FIBRE = "channels that have no fibre (of the image, a mean over channels, an attention map)"
@@ -172,20 +174,7 @@ def _conv(plain: nn.Conv2d, recipe: Recipe) -> nn.Module:
         raise ValueError(f"{_WITHOUT_FIBRE} are the same for all poses here, and each pose's own in the plain network")
     in_fields = sum(run.size for run in given)
     out_fields = sum(run.size for run in gives)
-    padding: int | Literal["same"]
-    if isinstance(plain, tl.Conv2dSame | StdConv2dSame | ScaledStdConv2dSame) or plain.padding == "same":
-        padding = "same"  # TensorFlow pads one side more where it must; here both alike, behind the resampling rule
-    else:
-        padding = _square_padding(plain)
-    height, width = plain.kernel_size
-    options: dict[str, Any] = {
-        "kernel_size": height if height == width else (height, width),
-        "stride": square(plain.stride, "stride"),
-        "padding": padding,
-        "dilation": square(plain.dilation, "dilation"),
-        "bias": plain.bias is not None,
-        "padding_mode": plain.padding_mode,
-    }
+    options = _window_options(plain) | {"padding_mode": plain.padding_mode}
     groups = recipe.plan.groups_of(plain, in_fields, out_fields)
     kind = LiftingConv2d if recipe.lifts else GroupConv2d
     if recipe.folded > 1:  # behind a space-to-depth, which a quarter turn would scramble: the same pixels, unfolded
@@ -202,6 +191,20 @@ def _conv(plain: nn.Conv2d, recipe: Recipe) -> nn.Module:
     return nn.Sequential(*layers) if len(layers) > 1 else new
 
 
+def _window_options(plain: Any) -> dict[str, Any]:
+    """The window of a plain convolution, and whether it has a bias, as arguments of a group convolution."""
+    # TensorFlow pads one side more where it must; here both alike, behind the resampling rule
+    same = isinstance(plain, tl.Conv2dSame | StdConv2dSame | ScaledStdConv2dSame) or plain.padding == "same"
+    height, width = plain.kernel_size
+    return {
+        "kernel_size": height if height == width else (height, width),
+        "stride": square(plain.stride, "stride"),
+        "padding": "same" if same or getattr(plain, "dynamic_padding", False) else _square_padding(plain),
+        "dilation": square(plain.dilation, "dilation"),
+        "bias": plain.bias is not None,
+    }
+
+
 def _square_padding(plain: nn.Conv2d) -> int:
     """The padding of a convolution's kernel, or of the square that the kernel is the middle of."""
     paddings: Any = (0, 0) if plain.padding == "valid" else plain.padding
@@ -213,6 +216,18 @@ def _square_padding(plain: nn.Conv2d) -> int:
             "quarter turn exchanges the axes; choose the padding that keeps the size, or a square kernel"
         )
     return around[0]
+
+
+@rule(tl.CondConv2d)
+def _cond_conv(plain: tl.CondConv2d, recipe: Recipe) -> nn.Module:
+    if recipe.per_element:
+        raise ValueError("its mixture of experts is one for all poses here, and each pose's own in the plain network")
+    in_fields, out_fields, experts = recipe.in_fields, recipe.out_fields, plain.num_experts
+    groups = recipe.plan.groups_of(plain, in_fields, out_fields)
+    options = _window_options(plain) | {"groups": groups, "basis": recipe.plan.basis}
+    new = GroupConv2d(recipe.group, in_fields, experts * out_fields, **options)
+    _initialize_like(new, plain, math.prod(plain.weight_shape[1:]), new.fan_in)
+    return GroupCondConv2d(new, experts)
 
 
 @rule(tl.StdConv2d, StdConv2dSame, tl.ScaledStdConv2d, ScaledStdConv2dSame)
@@ -261,8 +276,12 @@ def _linear(plain: nn.Linear, recipe: Recipe) -> nn.Module:
         raise ValueError("it is linear in the channels of the image; use a 1x1 convolution, which lifts them")
     in_fields, bias = recipe.in_fields, plain.bias is not None
     new: GroupLinear | InvariantLinear
-    if recipe.is_classifier and recipe.head == "invariant":
-        new = InvariantLinear(recipe.group, in_fields, plain.out_features, bias, recipe.group_pool)
+    pools = not (recipe.is_classifier or any(run.regular for run in recipe.out_runs))
+    if pools and recipe.per_element:
+        raise ValueError(f"it gives {_WITHOUT_FIBRE}: one for all poses here, and each pose's own in the plain network")
+    if pools or (recipe.is_classifier and recipe.head == "invariant"):
+        pool = "mean" if pools else recipe.group_pool
+        new = InvariantLinear(recipe.group, in_fields, plain.out_features, bias, pool)
         _initialize_like(new, plain, plain.in_features, in_fields)
     else:
         classes = plain.out_features
@@ -319,6 +338,52 @@ def _multi_query_attention(plain: Any, recipe: Recipe) -> nn.Module:
     _require_one_attention(recipe)
     plain.key_dim, plain.value_dim = (new.proj.out_fields * recipe.group.order for new in (plain.key, plain.value))
     plain.scale = plain.key_dim**-0.5
+    return plain
+
+
+@rule(edgenext.PositionalEncodingFourier)
+def _fourier_position(plain: Any, recipe: Recipe) -> nn.Module:
+    new = FourierPosition(recipe.group, plain.hidden_dim, recipe.out_fields, plain.temperature)
+    _initialize_like(new.token_projection, plain.token_projection, 1, 1)
+    return new
+
+
+class _SplitFibres(edgenext.SplitTransposeBlock):
+    """EdgeNeXt's attention block, which splits its channels in even parts: in whole fields here."""
+
+    sizes: list[int]
+
+    def forward(self, x: Tensor) -> Tensor:
+        *pieces, last = x.split(self.sizes, dim=1)
+        mixed: list[Tensor] = []
+        for conv, piece in zip(self.convs, pieces, strict=True):
+            mixed.append(conv(mixed[-1] + piece if mixed else piece))
+        y = torch.cat([*mixed, last], dim=1)
+        if self.pos_embd is not None:
+            y = y + self.pos_embd((len(y), *y.shape[2:]))
+        tokens = y.flatten(2).transpose(1, 2)
+        tokens = tokens + self.drop_path(self.gamma_xca * self.xca(self.norm_xca(tokens)))
+        tokens = self.mlp(self.norm(tokens))
+        if self.gamma is not None:
+            tokens = self.gamma * tokens
+        return x + self.drop_path(tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+@rule(edgenext.SplitTransposeBlock)
+def _split_fibres(plain: Any, recipe: Recipe) -> nn.Module:
+    plain.__class__ = _SplitFibres
+    plain.sizes = [recipe.plan.channels(segments) for _, segments in recipe.plan.trace.pieces[recipe.path]]
+    return _channel_scale(plain, recipe)
+
+
+@rule(edgenext.CrossCovarianceAttn)
+def _cross_covariance_attention(plain: Any, recipe: Recipe) -> nn.Module:
+    """Channels attend to channels, with weights of all pixels: each head holds whole fibres, so both sides permute."""
+    _require_one_attention(recipe)
+    plain.num_heads = nearest_divisor(recipe.in_fields, plain.num_heads)
+    with torch.no_grad():
+        temperature = plain.temperature.mean().expand(plain.num_heads, 1, 1).clone()
+    plain.temperature = nn.Parameter(temperature, plain.temperature.requires_grad)
     return plain
 
 
@@ -406,13 +471,13 @@ def _layer_norm(plain: Any, recipe: Recipe) -> nn.Module:
 
 @rule(
     *(tl.LayerScale, tl.LayerScale2d, fastvit.LayerScale2d, metaformer.Scale),
-    *(convnext.ConvNeXtBlock, inception_next.MetaNeXtBlock, rdnet.DenseBlock),
+    *(convnext.ConvNeXtBlock, edgenext.ConvBlock, inception_next.MetaNeXtBlock, rdnet.DenseBlock),
 )
 def _channel_scale(plain: Any, recipe: Recipe) -> nn.Module:
     """One number a channel becomes one a field."""
     if isinstance(plain, metaformer.Scale):
         plain.shape = (recipe.in_fields * recipe.group.order, *plain.shape[1:])
-    share_along_fibre(plain, ("gamma", "weight", "bias", "scale"), recipe.group.order, recipe.out_fields)
+    share_along_fibre(plain, ("gamma", "gamma_xca", "weight", "bias", "scale"), recipe.group.order, recipe.out_fields)
     return plain
 
 
@@ -536,5 +601,5 @@ ON_IMAGE = (
 )
 """Rules that replace a module that sees the image, too; others leave it, as it acts on each channel alike."""
 
-WHOLE = (tl.EcaModule,)
+WHOLE = (tl.EcaModule, edgenext.PositionalEncodingFourier)
 """Modules that are replaced with all that is in them."""

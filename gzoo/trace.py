@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import SpaceToDepth
+from timm.layers import CondConv2d, SpaceToDepth
+from timm.models.edgenext import CrossCovarianceAttn, PositionalEncodingFourier
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -66,7 +67,7 @@ def cut(segments: Segments, position: int) -> tuple[Segments, Segments]:
             return flat(segments)[:i], flat(segments)[i:]
         if left < position < left + segment.size:
             segment.cut(position - left)
-            return flat(segments)[: i + 1], flat(segments)[i + 1 :]
+            return cut(segments, position)  # it may stand before this place, too
         left += segment.size
     return flat(segments), ()
 
@@ -159,6 +160,8 @@ def _run(model: nn.Module, x: Tensor) -> Trace:
     seen = Trace()
     follow = _Follow(seen)
     for name, module in model.named_modules():
+        if isinstance(module, CrossCovarianceAttn):  # how many heads follows from the width, not the width from them
+            module.num_heads, module.temperature = 1, nn.Parameter(module.temperature[:1], False)
         module.register_forward_pre_hook(follow.enter(name))
         module.register_forward_hook(follow.leave(name))
     _mark(x, 1, (Segment(x.shape[1], image=True),))
@@ -212,7 +215,10 @@ class _Follow(TorchFunctionMode):
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 self.seen.later.clear()
             channels = _channels(inputs[0]) if inputs else None
-            if channels and isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            if channels and isinstance(module, nn.Conv2d | nn.ConvTranspose2d | CondConv2d):
+                for shares in (_channels(x) for x in inputs[1:]):  # of CondConv's experts, the same for a whole fibre
+                    for segment in flat(shares.segments) if shares else ():
+                        segment.image = True
                 self.seen.pixels[name] = output[0, 0].numel()
                 if isinstance(module, nn.ConvTranspose2d):
                     self.seen.pixels[name] = inputs[0][0, 0].numel()
@@ -220,6 +226,13 @@ class _Follow(TorchFunctionMode):
             elif channels and isinstance(module, SpaceToDepth):
                 image = all(segment.image for segment in flat(channels.segments))
                 _mark(output, 1, (Segment(output.shape[1], image, folded=module.bs),))
+            elif isinstance(module, PositionalEncodingFourier):  # of places, which have no fibre, it makes channels
+                projection = f"{name}.token_projection"
+                self.seen.lost.pop(projection, None)
+                self.seen.inputs[projection] = (Segment(module.token_projection.in_channels, image=True),)
+                self.seen.pixels[projection] = output[0, 0].numel()
+                self.seen.outputs[projection] = self._made(name, (Segment(module.dim),))
+                _mark(output, 1, self.seen.outputs[projection])
             elif channels and isinstance(module, nn.Linear) and channels.dim != inputs[0].ndim - 1:
                 self.seen.over_pixels.append(name)
             elif channels and isinstance(module, nn.Linear):
@@ -405,6 +418,8 @@ class _Follow(TorchFunctionMode):
             place = channels.dim - x.ndim if channels else summed
             if channels and place != summed and outputs[0].ndim == x.ndim:
                 _mark(outputs[0], channels.dim, channels.segments)
+                if _channels(inputs[1]):  # of each channel with each
+                    self.attending.add(self.path[-1])
                 return True
             if channels:
                 summed_over.append(channels.segments)
@@ -481,7 +496,7 @@ _FOLLOWED: dict[str, Callable[..., bool]] = {
 }
 
 
-def _conv_output(module: nn.Conv2d | nn.ConvTranspose2d, segments: Segments) -> Segments:
+def _conv_output(module: nn.Conv2d | nn.ConvTranspose2d | CondConv2d, segments: Segments) -> Segments:
     inputs, outputs, groups = module.in_channels, module.out_channels, module.groups
     if groups > 1 and groups == inputs and not any(segment.image for segment in flat(segments)):
         return segments * (outputs // inputs)  # depthwise: each channel gives its own

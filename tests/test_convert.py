@@ -11,7 +11,8 @@ import timm.layers as tl
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
-from timm.models import fastvit, metaformer
+from timm.models import edgenext, fastvit, metaformer
+from timm.models._efficientnet_blocks import CondConvResidual
 from timm.models.focalnet import FocalNet
 from timm.models.inception_v3 import InceptionB, InceptionD
 from torch import nn
@@ -377,12 +378,20 @@ def test_the_pools_in_the_functions_of_inception_v3_are_symmetric(block, size):
     assert worst_error(model, "p4", image(size), "image", "fields") < 1e-12
 
 
+class PixelsInARow(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x):
+        return self.attention(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
 ATTENTION = {
     "FastViT's": lambda: fastvit.Attention(32, 8, qkv_bias=True),
-    "MetaFormer's": lambda: Network(
-        lambda self, x: self.attention(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:]),
-        attention=metaformer.Attention(32, 8),
-    ),
+    "MetaFormer's": lambda: PixelsInARow(metaformer.Attention(32, 8)),
+    "EdgeNeXt's, of channels": lambda: PixelsInARow(edgenext.CrossCovarianceAttn(32, 8)),
+    "EdgeNeXt's, in uneven parts": lambda: edgenext.SplitTransposeBlock(32, 3, num_heads=4, ls_init_value=1.0),
     "heads within q, k and v": lambda: tl.Attention2d(32, num_heads=4),
     "q, k and v within heads": lambda: tl.Attention2d(32, 24, num_heads=2, head_first=True),
     "one key for all queries": lambda: tl.MultiQueryAttention2d(32, 24, num_heads=4, key_dim=6),
@@ -504,6 +513,28 @@ def test_channels_without_a_fibre_move_as_the_image_does(name, group):
 def test_channels_without_a_fibre_are_as_exact_over_finer_groups(name):
     model = with_random_statistics(gzoo.convert(FIBRELESS[name](), "c8")).eval()
     assert gzoo.check(model, 9).worst < 1e-12
+
+
+@pytest.mark.parametrize("group", GRID_GROUPS)
+@pytest.mark.parametrize("pad_type", ["", "same"])
+def test_a_convolution_whose_filters_depend_on_the_image_converts(pad_type, group):
+    block = CondConvResidual(8, 12, 3, stride=2, pad_type=pad_type, exp_ratio=2.0, num_experts=3)
+    plain = nn.Sequential(conv(3, 8), nn.ReLU(), block, *head(12))
+    model = with_random_statistics(gzoo.convert(plain, group)).eval()
+    for size in ((9, 9), (8, 8), (8, 11)):
+        assert worst_error(model, group, image(size), "image", "invariant") < 1e-12
+
+
+def test_experts_hold_the_parameters_of_the_plain_network_and_its_shares_are_invariant():
+    block = CondConvResidual(32, 32, 3, exp_ratio=2.0, num_experts=3)
+    plain = nn.Sequential(conv(3, 32), nn.ReLU(), block, *head(32))
+    model = convert_in_place(copy.deepcopy(plain), "p4")
+    sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in (plain, model)]
+    assert 0.9 < sizes[1] / sizes[0] < 1.1
+    assert isinstance(model[2].routing_fn, InvariantLinear)
+    assert model[2].conv_pw.num_experts == model[2].routing_fn.out_features == 3
+    with pytest.raises(ValueError, match=r"each pose's own in the plain network"):
+        gzoo.convert(plain, "p4", weights="transfer")
 
 
 @pytest.mark.parametrize("group", ["p4m", "c8"])

@@ -62,6 +62,13 @@ def test_a_string_tied_to_a_shift_of_itself_becomes_periodic():
     assert len({id(segment) for segment in flat((a, b))}) == 1
 
 
+def test_a_cut_in_a_segment_that_stands_there_twice_cuts_it_twice():
+    a = Segment(6)
+    left, right = cut((a, a, a), 8)
+    assert (sizes(left), sizes(right)) == ([2, 4, 2], [4, 2, 4])
+    assert same(left[:1], left[2:])
+
+
 def test_what_is_added_is_tied():
     found = seen(lambda self, x: self.a(x) + self.b(x), a=conv(3, 8), b=conv(3, 8))
     assert same(found.outputs["a"], found.outputs["b"])

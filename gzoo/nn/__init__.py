@@ -1,5 +1,6 @@
 """Equivariant layers. Plain tensors in and out; channel = field * |G| + g, as escnn lays a FieldType out."""
 
+from gzoo.nn.condconv import GroupCondConv2d
 from gzoo.nn.continuous import Arc
 from gzoo.nn.conv import GroupConv2d, LiftingConv2d
 from gzoo.nn.eca import GroupEca
@@ -7,6 +8,7 @@ from gzoo.nn.element import PerElement
 from gzoo.nn.linear import GroupLinear, GroupPool, InvariantConv2d, InvariantLinear, PoseLinear
 from gzoo.nn.mixed import PoolSomeFibres, RepeatAlongFibre
 from gzoo.nn.norm import FibreNorm
+from gzoo.nn.position import FourierPosition
 from gzoo.nn.quotient import QuotientConv2d, QuotientNorm, QuotientPool
 from gzoo.nn.resample import SymmetricBlur2d, SymmetricPool2d, keep_original_strides
 from gzoo.nn.restrict import Restriction, restrict_output
@@ -17,6 +19,8 @@ from gzoo.nn.transposed import GroupConvTranspose2d
 __all__ = [
     "Arc",
     "FibreNorm",
+    "FourierPosition",
+    "GroupCondConv2d",
     "GroupConv2d",
     "GroupConvTranspose2d",
     "GroupEca",

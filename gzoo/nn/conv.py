@@ -67,11 +67,13 @@ class _GroupConv2d(ExpandedLayer):
         """The bias of each channel out."""
         return None if self.bias is None else self.bias.repeat_interleave(self.group.order)
 
-    def _convolve(self, x: Tensor) -> Tensor:
+    def full_filter(self) -> Tensor:
+        """What x is convolved with: the expanded filter, standardized and softened where that is asked for."""
         filters = self.filter() if self.standardize is None else self.standardize(self.filter())
-        if self.residual is not None:
-            filters = filters + self.residual
-        y = convolve(x, filters, self.channel_bias(), self.window, self.padding_mode, self.groups)
+        return filters if self.residual is None else filters + self.residual
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        y = convolve(x, self.full_filter(), self.channel_bias(), self.window, self.padding_mode, self.groups)
         return y if self.subset is None else self.subset(y)
 
     @property
