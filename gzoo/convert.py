@@ -20,9 +20,9 @@ from torch._dynamo import OptimizedModule
 from gzoo import groups
 from gzoo.bases import BasisName
 from gzoo.check import first_broken_layer
-from gzoo.equivariant import group_of, make_equivariant
+from gzoo.equivariant import EquivariantClassifier, group_of, make_equivariant
 from gzoo.groups import Group
-from gzoo.nn import PoseLinear, Restriction, restrict_output
+from gzoo.nn import PoseConv2d, PoseLinear, Restriction, restrict_output
 from gzoo.nn.linear import Head, Pooling
 from gzoo.partial import make_partial
 from gzoo.plan import WHOLE_NETWORK, Match, Plan, example, plan
@@ -89,8 +89,8 @@ def convert(
             was trained without, whose channels are no fields, about 1 / |G| of the sum of squares is left.
 
             `gzoo.transfer` has the formulas.
-        head: "invariant" logits, or "pose": logits (B, classes, |G|) of class and group element, for a classifier that
-            is linear, with fresh weights.
+        head: "invariant" logits, or "pose": logits (B, classes, |G|) of class and group element, with fresh weights.
+            The classifier is linear, or the 1x1 convolution of a timm network.
         partial: whether each convolution learns which elements of the group it keeps, starting with all: see
             `gzoo.partial` and `gzoo.nn.Subset`. For networks whose norms directly follow convolutions, such as ResNets.
         soft: whether each convolution gets a plain one beside it, which starts at zero and which `gzoo.soft.penalty`
@@ -180,8 +180,8 @@ def convert_in_place(
     _restrict(converted, planned)
     if head == "pose" and planned.classifiers and not _has_pose(converted):
         raise ValueError(
-            f"head='pose' needs a linear classifier; that of {type(model).__name__} is {sorted(planned.classifiers)}, "
-            "none of which is an nn.Linear. Give the path of one as classifier"
+            f"head='pose' needs a linear classifier, or a 1x1 convolution in a network with timm's forward_head; those "
+            f"of {type(model).__name__} are {sorted(planned.classifiers)}. Give the path of a linear one as classifier"
         )
     if partial:
         if len(chain) > 1 or head == "pose":
@@ -194,7 +194,9 @@ def convert_in_place(
 
 
 def _has_pose(model: nn.Module) -> bool:
-    return any(isinstance(module, PoseLinear) for module in model.modules())
+    """Whether the logits are of poses; those of a convolution are taken apart in timm's forward_head."""
+    kinds = (PoseLinear, PoseConv2d) if isinstance(model, EquivariantClassifier) else PoseLinear
+    return any(isinstance(module, kinds) for module in model.modules())
 
 
 _MATCH: dict[Weights | None, Match] = {None: "params", "transfer": "width", "project": "flops"}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gzoo import groups
 from gzoo.bases import NAMES
 from gzoo.groups import Group
-from gzoo.nn import GroupPool, InvariantConv2d, InvariantLinear, PoseLinear
+from gzoo.nn import GroupPool, InvariantConv2d, InvariantLinear, PoseConv2d, PoseLinear
 from gzoo.nn.constant import Constants, on_default_device
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.front import Front, put_in_front
@@ -98,17 +98,21 @@ class EquivariantClassifier(Equivariant):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features (B, fields * |G|, H, W) to logits (B, num_classes), or to group-pooled features (B, fields).
 
+        With poses the logits are (B, num_classes, |G|).
+
         Without a classifier (``num_classes=0``) or with ``pre_logits`` the features are pooled over pixels and over the
         fibre, so that whatever a user puts on top is invariant. Without spatial pooling they stay regular fields.
         """
         y = super().forward_head(x, pre_logits=pre_logits)  # type: ignore[misc]
-        without_classifier = pre_logits or isinstance(self.get_classifier(), nn.Identity)  # type: ignore[operator]
-        return self.group_pool(y) if without_classifier and y.ndim == 2 else y
+        classifier = self.get_classifier()  # type: ignore[operator]
+        if pre_logits or isinstance(classifier, nn.Identity):
+            return self.group_pool(y) if y.ndim == 2 else y
+        return y.unflatten(1, (-1, self.group.order)) if isinstance(classifier, PoseConv2d) else y
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, **kwargs: Any) -> None:
         """Replaces the classifier; see timm. The new one pools over the group, or says the pose, like the old one."""
         order, pool = self.group.order, self.group_pool.pool
-        pose = isinstance(self.get_classifier(), PoseLinear)  # type: ignore[operator]
+        pose = isinstance(self.get_classifier(), PoseLinear | PoseConv2d)  # type: ignore[operator]
         self.head_hidden_size *= order  # timm's code counts channels, where there are any to count anew
         try:
             super().reset_classifier(num_classes, global_pool, **kwargs)  # type: ignore[misc]
@@ -120,7 +124,9 @@ class EquivariantClassifier(Equivariant):
             new = PoseLinear(self.group, plain.in_features // order, num_classes)
         elif type(plain) is nn.Linear:
             new = InvariantLinear(self.group, plain.in_features // order, num_classes, True, pool)
-        elif type(plain) is nn.Conv2d:  # logits at every pixel
+        elif type(plain) is nn.Conv2d and pose:  # logits at every pixel
+            new = PoseConv2d(self.group, plain.in_channels // order, num_classes)
+        elif type(plain) is nn.Conv2d:
             new = InvariantConv2d(self.group, plain.in_channels // order, num_classes, True, pool)
         else:
             return

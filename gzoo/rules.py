@@ -38,6 +38,7 @@ from gzoo.nn import (
     LiftingConv2d,
     PerElement,
     PoolSomeFibres,
+    PoseConv2d,
     PoseLinear,
     RepeatAlongFibre,
     SymmetricPool2d,
@@ -165,9 +166,12 @@ def _conv(plain: nn.Conv2d, recipe: Recipe) -> nn.Module:
     gives = [Run(plain.out_channels, True)] if recipe.is_classifier else recipe.out_runs  # pooled in its own way
     mixed, pools = len(given) > 1, not all(run.regular for run in gives)
     if recipe.is_classifier and not (mixed or recipe.lifts) and plain.kernel_size == plain.stride == (1, 1):
-        last = InvariantConv2d(
-            recipe.group, recipe.in_fields, plain.out_channels, plain.bias is not None, recipe.group_pool
-        )
+        bias = plain.bias is not None
+        if recipe.head == "pose":
+            pose = PoseConv2d(recipe.group, recipe.in_fields, plain.out_channels, bias)
+            _initialize_like(pose, plain, plain.in_channels, pose.fan_in)
+            return pose
+        last = InvariantConv2d(recipe.group, recipe.in_fields, plain.out_channels, bias, recipe.group_pool)
         _initialize_like(last, plain, plain.in_channels, last.in_channels)
         return last
     if recipe.per_element and (mixed or pools):

@@ -371,6 +371,24 @@ def test_the_pose_head_survives_save_load_and_reset_classifier():
         timm.create_model("cnn7", head="pose")
 
 
+@pytest.mark.parametrize("group", ["p4", "p4m", "c8"])
+def test_a_classifier_that_is_a_convolution_says_the_pose_of_the_image_or_of_each_pixel(group):
+    plain = timm.create_model("resnetv2_18", num_classes=3, channels=(8, 8, 16, 16), stem_chs=8, layers=(1, 1, 1, 1))
+    model = gzoo.convert(plain, group, head="pose").double().eval()
+    law, x = model.group, random_image(3, (33, 48))
+    for width in (3, 5):
+        y = model(x)
+        assert y.shape == (2, width, law.order)
+        for g in law.grid_elements:
+            assert relative_error(model(law.transform_image(x, g)), expected(law, y, g)) < 1e-12
+        assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, model.head_hidden_size)
+        model.reset_classifier(5)
+    model.reset_classifier(2, global_pool="")
+    y = model(x)
+    assert y.shape == (2, 2, law.order, 2, 2)
+    assert gzoo.check(model, (33, 48)).worst < 1e-12
+
+
 def test_a_converted_network_with_a_pose_head_checks_itself():
     plain = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
     model = gzoo.convert(plain, "p4m", head="pose")

@@ -5,7 +5,7 @@ from gzoo.nn.continuous import Arc
 from gzoo.nn.conv import GroupConv2d, LiftingConv2d
 from gzoo.nn.eca import GroupEca
 from gzoo.nn.element import PerElement
-from gzoo.nn.linear import GroupLinear, GroupPool, InvariantConv2d, InvariantLinear, PoseLinear
+from gzoo.nn.linear import GroupLinear, GroupPool, InvariantConv2d, InvariantLinear, PoseConv2d, PoseLinear
 from gzoo.nn.mixed import PoolSomeFibres, RepeatAlongFibre
 from gzoo.nn.norm import FibreNorm
 from gzoo.nn.position import FourierPosition
@@ -31,6 +31,7 @@ __all__ = [
     "LiftingConv2d",
     "PerElement",
     "PoolSomeFibres",
+    "PoseConv2d",
     "PoseLinear",
     "QuotientConv2d",
     "QuotientNorm",
