@@ -132,7 +132,7 @@ def count(model: nn.Module) -> int:
 def main(text: str, experiment: Callable[[Split, Split, int, int], dict[str, object]], out: Path) -> None:
     """Runs an experiment with the options of the command line, and writes its figures to ``out``."""
     parser = argparse.ArgumentParser(description=text.splitlines()[0])
-    parser.add_argument("--data", required=True, help="MNIST, a folder of parquet files")
+    parser.add_argument("--data", required=True, help="MNIST or rotated MNIST, a folder of parquet files")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--images", type=int, default=20_000, help="train on the first so many")
     parser.add_argument("--seed", type=int, default=0)
@@ -141,9 +141,10 @@ def main(text: str, experiment: Callable[[Split, Split, int, int], dict[str, obj
     start = time.perf_counter()
     images, labels = load(args.data, "train")
     train = images[: args.images], labels[: args.images]
-    figures = experiment(train, load(args.data, "test"), args.epochs, args.seed)
+    test = load(args.data, "test")
+    figures = experiment(train, test, args.epochs, args.seed)
     report = {
-        "data": f"MNIST, {len(train[0]):,} images to train, 10,000 to test",
+        "data": f"{Path(args.data).name}, {len(train[0]):,} images to train, {len(test[0]):,} to test",
         "seed": args.seed,
         "epochs": args.epochs,
         "machine": machine(torch.device("cpu")) | {"load_average": os.getloadavg()[0]},

@@ -430,3 +430,12 @@ def test_of_the_four_ways_the_exact_ones_do_not_notice_a_turn_and_the_others_say
     assert {name for name, row in rows.items() if row["error"] < 1e-12} == exact
     assert all(rows[name]["upright"] == rows[name]["rotated"] for name in exact)
     assert rows["soft, penalty 10"]["error"] < rows["soft, penalty 0.1"]["error"]
+
+
+def test_of_the_canonicalized_networks_only_the_plain_one_notices_a_quarter_turn(monkeypatch):
+    folder = Path(__file__).parent.parent / "benchmarks"
+    monkeypatch.syspath_prepend(folder)  # it imports the scripts beside it
+    script = runpy.run_path(str(folder / "canonicalize_rotmnist.py"))
+    data = torch.rand(200, 1, 28, 28), torch.arange(200) % 10
+    found = script["experiment"](data, data, epochs=1, seed=0)["networks"]
+    assert {name for name, row in found.items() if row["error"] == row["error_turned"]} == set(found) - {"CNN"}

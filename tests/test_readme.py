@@ -62,12 +62,13 @@ def test_readme_shows_the_partial_networks_as_measured(name):
     assert shown[1] == mnist6.table(json.loads((BENCHMARKS / f"{name.replace(' ', '_')}.json").read_text()))
 
 
-def test_readme_shows_the_four_ways_as_measured(monkeypatch):
+@pytest.mark.parametrize(("place", "name"), [("four ways", "four_ways"), ("canonicalize", "canonicalize_rotmnist")])
+def test_readme_shows_the_ways_as_measured(place, name, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)  # the script imports the one beside it
-    table = runpy.run_path(str(BENCHMARKS / "four_ways.py"))["table"]
-    shown = re.search(r"<!-- four ways -->\n(.*?)\n<!-- /four ways -->", README.read_text(), re.DOTALL)
+    table = runpy.run_path(str(BENCHMARKS / f"{name}.py"))["table"]
+    shown = re.search(rf"<!-- {place} -->\n(.*?)\n<!-- /{place} -->", README.read_text(), re.DOTALL)
     assert shown is not None
-    assert shown[1] == table(json.loads((BENCHMARKS / "four_ways.json").read_text()))
+    assert shown[1] == table(json.loads((BENCHMARKS / f"{name}.json").read_text()))
 
 
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("continuous_*.json")), ids=lambda path: path.stem)
