@@ -116,8 +116,7 @@ def _to_escnn(module: nn.Module, group: Group) -> nn.Module | None:
 def _to_plain(module: nn.Module, group: Group) -> nn.Module | None:
     order = group.order
     if isinstance(module, LiftingConv2d | GroupConv2d):
-        in_width = module.in_channels if isinstance(module, LiftingConv2d) else module.in_fields * order
-        return nn.Conv2d(in_width, module.out_fields * order, module.kernel_size, **_window(module))
+        return nn.Conv2d(module.in_channels, module.out_fields * order, module.kernel_size, **_window(module))
     if isinstance(module, FibreNorm) and isinstance(module.norm, nn.BatchNorm2d):
         norm = module.norm
         return _activated(nn.BatchNorm2d(norm.num_features * order, norm.eps, norm.momentum), norm)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gzoo import groups
 from gzoo.bases import NAMES
 from gzoo.groups import Group
-from gzoo.nn import GroupPool, InvariantConv2d, InvariantLinear, PoseConv2d, PoseLinear
+from gzoo.nn import FibreNorm, GroupPool, InvariantConv2d, InvariantLinear, PoseConv2d, PoseLinear
 from gzoo.nn.constant import Constants, on_default_device
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.front import Front, put_in_front
@@ -92,6 +92,7 @@ class Equivariant(Constants, Front):
 class EquivariantClassifier(Equivariant):
     """A converted timm model: its head stays invariant through timm's own calls."""
 
+    num_classes: int
     num_features: int
     head_hidden_size: int
 
@@ -104,34 +105,53 @@ class EquivariantClassifier(Equivariant):
         fibre, so that whatever a user puts on top is invariant. Without spatial pooling they stay regular fields.
         """
         y = super().forward_head(x, pre_logits=pre_logits)  # type: ignore[misc]
-        classifier = self.get_classifier()  # type: ignore[operator]
-        if pre_logits or isinstance(classifier, nn.Identity):
+        parts = [part for head in classifiers(self) for part in head.modules()]
+        if pre_logits or not any(True for part in parts for _ in part.parameters(recurse=False)):
             return self.group_pool(y) if y.ndim == 2 else y
-        return y.unflatten(1, (-1, self.group.order)) if isinstance(classifier, PoseConv2d) else y
+        is_map_of_poses = any(isinstance(part, PoseConv2d) for part in parts)
+        return y.unflatten(1, (-1, self.group.order)) if is_map_of_poses else y
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, **kwargs: Any) -> None:
-        """Replaces the classifier; see timm. The new one pools over the group, or says the pose, like the old one."""
-        order, pool = self.group.order, self.group_pool.pool
-        pose = isinstance(self.get_classifier(), PoseLinear | PoseConv2d)  # type: ignore[operator]
-        self.head_hidden_size *= order  # timm's code counts channels, where there are any to count anew
+        """Replaces the classifier; see timm. The new one pools over the group, or says the pose, like the old one.
+
+        Raises:
+            ValueError: timm's code makes a layer there that gzoo knows no equivariant one for; names it.
+        """
+        pose = any(isinstance(part, PoseLinear | PoseConv2d) for head in classifiers(self) for part in head.modules())
+        kept = set(self.modules())
+        self.head_hidden_size *= self.group.order  # timm's code counts channels, where there are any to count anew
         try:
             super().reset_classifier(num_classes, global_pool, **kwargs)  # type: ignore[misc]
         finally:
-            self.head_hidden_size //= order
-        plain = self.get_classifier()  # type: ignore[operator]
-        new: nn.Module
-        if type(plain) is nn.Linear and pose:
-            new = PoseLinear(self.group, plain.in_features // order, num_classes)
-        elif type(plain) is nn.Linear:
-            new = InvariantLinear(self.group, plain.in_features // order, num_classes, True, pool)
-        elif type(plain) is nn.Conv2d and pose:  # logits at every pixel
-            new = PoseConv2d(self.group, plain.in_channels // order, num_classes)
-        elif type(plain) is nn.Conv2d:
-            new = InvariantConv2d(self.group, plain.in_channels // order, num_classes, True, pool)
-        else:
-            return
-        path = next(name for name, module in self.named_modules() if module is plain)
-        self.set_submodule(path, new.to(plain.weight).train(self.training))
+            self.head_hidden_size //= self.group.order
+        made = [(path, module) for path, module in self.named_modules() if module not in kept]
+        for path, plain in made:
+            if any(True for _ in plain.parameters(recurse=False)):
+                new = self._like(path, plain, pose)
+                self.set_submodule(path, new.to(next(plain.parameters())).train(self.training))
+
+    def _like(self, path: str, plain: Any, pose: bool) -> nn.Module:
+        """The equivariant counterpart of what timm's code made on channels for a classifier."""
+        group, order, pool = self.group, self.group.order, self.group_pool.pool
+        if isinstance(plain, nn.BatchNorm1d):  # before the linear layer
+            return FibreNorm(nn.BatchNorm1d(plain.num_features // order, plain.eps, plain.momentum), order)
+        if not isinstance(plain, nn.Linear | nn.Conv2d):
+            raise ValueError(
+                f"{path}, of the new classifier, is a {type(plain).__name__}: gzoo knows linear layers there"
+            )
+        linear, inputs = isinstance(plain, nn.Linear), plain.weight.shape[1] // order
+        options = group, inputs, plain.weight.shape[0], plain.bias is not None
+        if pose:
+            return (PoseLinear if linear else PoseConv2d)(*options)
+        return (InvariantLinear if linear else InvariantConv2d)(*options, pool)  # a convolution: logits at every pixel
+
+
+def classifiers(model: Any) -> tuple[nn.Module, ...]:
+    """The classifier of a timm model, or the two of one that was distilled; none if it has no classes."""
+    if not getattr(model, "num_classes", True):  # then some of timm's get_classifier fail
+        return ()
+    found = model.get_classifier()
+    return found if isinstance(found, tuple) else (found,)
 
 
 def require_same_group(model: nn.Module, state_dict: Mapping[str, Any]) -> None:

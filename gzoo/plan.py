@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gzoo import groups
 from gzoo.bases import BasisName, lifting_basis, regular_basis
 from gzoo.check import in_channels
-from gzoo.equivariant import group_of
+from gzoo.equivariant import classifiers, group_of
 from gzoo.groups import Group
 from gzoo.trace import Segment, Segments, Trace, flat, trace
 
@@ -452,9 +452,9 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
     1x1 convolution whose map is the output (what makes logits of logits may follow)."""
     modules = dict(model.named_modules())
     if hasattr(model, "get_classifier"):
-        classifier = model.get_classifier()
-        paths = [name for name, module in modules.items() if module is classifier]
-        if isinstance(classifier, nn.Linear | nn.Conv2d) or not paths:
+        heads = classifiers(model)
+        paths = [name for name, module in modules.items() if any(module is head for head in heads)]
+        if not paths or isinstance(heads[0], nn.Linear | nn.Conv2d):
             return frozenset(paths)
         inside = [name for name in modules if name.startswith(f"{paths[0]}.") and isinstance(modules[name], nn.Linear)]
         return frozenset(name for name in inside if modules[name].out_features == model.num_classes)

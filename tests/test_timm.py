@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import gzoo
 from gzoo.check import in_channels
-from gzoo.convert import convert_in_place
+from gzoo.convert import convert_in_place, randomized
+from gzoo.equivariant import EquivariantClassifier
 from gzoo.nn import FibreNorm
 
 OWN = ("p4_resnet20", "p4m_resnet20", "p4_allcnnc", "p4m_allcnnc", "p4_cnn7", "p4m_cnn7")
@@ -186,6 +187,34 @@ def test_reset_classifier_gives_a_new_invariant_classifier(name):
         assert (model.num_classes, model.head_hidden_size) == (num_classes, hidden)
         assert model(random_images(model)).shape == (1, num_classes or hidden)
         assert worst_change(model, model) < 1e-12
+
+
+# Their own ways to make a classifier: a timm.layers.Linear, a head that looks at the layer before it, norms before the
+# linear layer, two classifiers in one module or beside each other, a convolution.
+HEADS = ("ghostnet_050", "mobilenetv3_small_050", "shvit_s1", "repvit_m0_9", "swiftformer_xs", "resnetv2_18")
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_kind_of_classifier_is_reset_to_an_invariant_one(name):
+    model = convert_in_place(timm.create_model(name, num_classes=7), "p4")
+    for num_classes in (3, 0, 5):
+        model.reset_classifier(num_classes)
+        probe, x = randomized(model)
+        y = probe(x)
+        assert y.shape == (1, num_classes or model.head_hidden_size)
+        assert relative(probe(x.rot90(1, (2, 3))), y) < 1e-9
+        assert relative(probe(x.roll(1, 1) * 2), y) > 1e-6
+    without = convert_in_place(timm.create_model(name, num_classes=0), "p4").eval()
+    assert without(x.float()).shape == (1, model.head_hidden_size)
+
+
+def test_a_new_classifier_of_unknown_layers_is_named():
+    model = timm.create_model("p4_resnet20")
+    bilinear = {"reset_classifier": lambda self, n, pool: setattr(self.head, "fc", nn.Bilinear(2, 2, n))}
+    model.__class__ = type("Other", (EquivariantClassifier, type("Plain", (nn.Module,), bilinear)), {})
+    model.get_classifier = lambda: nn.Identity()
+    with pytest.raises(ValueError, match=r"^head\.fc, of the new classifier, is a Bilinear: gzoo knows linear layers"):
+        model.reset_classifier(3)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -200,6 +200,11 @@ class GroupConv2d(_GroupConv2d):
         self.in_fields = in_fields
 
     @property
+    def in_channels(self) -> int:
+        """Channels of x, which timm's code reads."""
+        return self.in_fields * self.group.order
+
+    @property
     def in_type(self) -> "FieldType":
         """The input's escnn type: ``in_fields`` regular fields."""
         return self.group.field_type(self.in_fields)
