@@ -15,6 +15,7 @@ from gzoo.equivariant import make_equivariant
 from gzoo.interop import EscnnLayer, from_escnn, to_escnn
 from gzoo.nn import (
     FibreNorm,
+    GroupCondConv2d,
     GroupConv2d,
     GroupPool,
     LiftingConv2d,
@@ -253,6 +254,12 @@ def test_weight_standardization_stays_gzoos_own():
     twin, x = to_escnn(ours), random_fields("p4", 2).float()
     assert not modules(twin, EscnnLayer)
     assert twin(x).equal(ours(x))
+
+
+def test_a_convolution_with_experts_stays_gzoos_own():
+    ours = GroupCondConv2d(GroupConv2d(groups.get("p4"), 2, 6, 3), num_experts=3)
+    x, shares = random_fields("p4", 2).float(), torch.rand(2, 3)
+    assert to_escnn(ours)(x, shares).equal(ours(x, shares))
 
 
 def test_a_network_of_large_images_only_becomes_one_of_escnns():
