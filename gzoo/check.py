@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from gzoo.equivariant import group_of
 from gzoo.equivarify import Canonicalized, Equivarified
 from gzoo.groups import Group
-from gzoo.nn import FibreNorm, GroupPool, PerElement, PoolSomeFibres, Restriction
+from gzoo.nn import FibreNorm, GroupConv2d, GroupPool, PerElement, PoolSomeFibres, Restriction
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.partial import subsets, symmetry
 from gzoo.soft import residuals
@@ -171,7 +171,7 @@ def in_channels(model: nn.Module) -> int:
         if isinstance(module, SpaceToDepth):
             folded *= module.bs**2
         channels = getattr(module, "in_channels", None)
-        if isinstance(channels, int):
+        if isinstance(channels, int) and not isinstance(module, GroupConv2d):  # which stands behind one, wherever it is
             return channels // folded
     raise ValueError(
         f"{type(model).__name__} has no convolution, which would say how many channels its images have; if it takes "
@@ -264,9 +264,9 @@ def first_broken_layer(
     """The name of the first leaf module whose output does not transform with x; None if all do.
 
     A leaf's own law is not known here: its output may be an image, regular fields with channels first or last, both in
-    one, either with its pixels in a row, what pixels or channels attend to which, or a vector. A leaf is blamed only if
-    no law that fits its shape holds. Where no leaf is to blame, but the network's own output does not follow, the name
-    is "", the network's.
+    one, either with its pixels in a row or in patches, what pixels or channels attend to which, or a vector. A leaf is
+    blamed only if no law that fits its shape holds. Where no leaf is to blame, but the network's own output does not
+    follow, the name is "", the network's.
 
     Args:
         model: float64, in eval mode.
@@ -296,8 +296,8 @@ def _recorded_outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def _possible(group: Group, y: Tensor, g: int, found: Tensor) -> Iterator[Tensor]:
-    """y transformed by g under every law that its shape allows; the last is the channels' permutation nearest to
-    ``found``."""
+    """y transformed by g under every law that its shape allows; of maps also by the channels' permutation that is
+    nearest to ``found``."""
     yield y
     if _is_pose(y, group):
         yield _move_pose(group, y, g)
@@ -306,24 +306,46 @@ def _possible(group: Group, y: Tensor, g: int, found: Tensor) -> Iterator[Tensor
         yield group.transform_features(y, g)
     if y.ndim == 3 and _is_square(y.shape[1]):  # pixels in a row, channels last
         yield _move_row(group, y.mT, g).mT
-        if y.shape[2] % group.order == 0:
-            side = math.isqrt(y.shape[1])
-            yield group.transform_features(y.mT.unflatten(2, (side, side)), g).flatten(2).mT
+    if (
+        y.ndim in (3, 4) and _is_square(y.shape[-2]) and y.shape[-1] % group.order == 0
+    ):  # and these fields, of each head
+        yield _move_row(group, _move_fibres(group, y, g).mT, g).mT
     if y.ndim == 4 and _is_square(y.shape[2]) and _is_square(y.shape[3]):  # what pixels attend to which
         yield _move_row(group, _move_row(group, y, g).mT, g).mT
     if y.ndim == 4 and y.shape[2] % group.order == y.shape[3] % group.order == 0:  # what channels attend to which
         yield _move_fibres(group, _move_fibres(group, y, g).mT, g).mT
     if y.ndim == 4:
-        yield group.transform_image(y, g)
-        if regular_first:
-            yield group.transform_features(y, g)
+        yield from _possible_maps(group, y, g, found)
         if y.shape[-1] % group.order == 0:
             yield group.transform_features(y.permute(0, 3, 1, 2), g).permute(0, 2, 3, 1)
-        moved = group.transform_image(y, g)
-        if moved.shape == found.shape:
-            weights = torch.rand(y.shape[2:], generator=torch.Generator().manual_seed(0)).to(y)
-            old, new = ((x * weights).sum((0, 2, 3)).argsort() for x in (moved, found))  # alike in their order
-            yield moved[:, old[new.argsort()]]
+    if y.ndim == 4 and _is_square(y.shape[2]) and _is_square(y.shape[3]):  # in a patch, and of which patch
+        inside = math.isqrt(y.shape[2])
+        for moved in _possible_maps(group, _folded(y, inside), g, _folded(found, inside)):
+            yield _unfolded(moved, inside)
+
+
+def _possible_maps(group: Group, y: Tensor, g: int, found: Tensor) -> Iterator[Tensor]:
+    """`_possible` for a map (B, C, H, W)."""
+    moved = group.transform_image(y, g)
+    yield moved
+    if y.shape[1] % group.order == 0:
+        yield group.transform_features(y, g)
+    if moved.shape == found.shape:
+        weights = torch.rand(y.shape[2:], generator=torch.Generator().manual_seed(0)).to(y)
+        old, new = ((x * weights).sum((0, 2, 3)).argsort() for x in (moved, found))  # alike in their order
+        yield moved[:, old[new.argsort()]]
+
+
+def _folded(y: Tensor, inside: int) -> Tensor:
+    """Square patches (B, C, pixels of a patch, patches) as a square map; ``inside`` is the side of a patch."""
+    patches = y.unflatten(3, (math.isqrt(y.shape[3]), -1)).unflatten(2, (inside, inside))  # (B, C, y, x, rows, columns)
+    return patches.permute(0, 1, 4, 2, 5, 3).flatten(4).flatten(2, 3)
+
+
+def _unfolded(y: Tensor, inside: int) -> Tensor:
+    """`_folded` undone."""
+    patches = y.unflatten(3, (-1, inside)).unflatten(2, (-1, inside))  # (B, C, rows, y, columns, x)
+    return patches.permute(0, 1, 3, 5, 2, 4).flatten(4).flatten(2, 3)
 
 
 def _is_square(pixels: int) -> bool:

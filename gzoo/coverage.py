@@ -19,14 +19,14 @@ from gzoo.check import KeepDouble
 from gzoo.convert import calibrate, check_itself, convert_in_place, randomized
 from gzoo.equivariant import group_of
 
-# timm's modules whose networks are convolutional by design. Some have variants with attention, which are measured, too.
+# timm's modules whose networks are convolutional by design, a few of them with attention between.
 CONV_MODULES = (
     *("byobnet", "convmixer", "convnext", "cspnet", "cspnext", "densenet", "dla", "dpn", "edgenext", "efficientnet"),
-    *("fasternet", "fastvit", "focalnet", "ghostnet", "hardcorenas", "hgnet", "hrnet", "inception_next"),
-    *("inception_resnet_v2", "inception_v3", "inception_v4", "lcnetv2", "mambaout", "metaformer", "mobilenetv3"),
-    *("mobilenetv5", "nasnet", "nfnet", "pnasnet", "rdnet", "regnet", "repghost", "repvit", "res2net", "resnest"),
-    *("resnet", "resnetv2", "rexnet", "selecsls", "senet", "sknet", "starnet", "tresnet", "vgg", "vovnet", "xception"),
-    "xception_aligned",
+    *("efficientvit_mit", "fasternet", "fastvit", "focalnet", "ghostnet", "hardcorenas", "hgnet", "hrnet"),
+    *("inception_next", "inception_resnet_v2", "inception_v3", "inception_v4", "lcnetv2", "mambaout", "metaformer"),
+    *("mobilenetv3", "mobilenetv5", "mobilevit", "nasnet", "nfnet", "pnasnet", "rdnet", "regnet", "repghost"),
+    *("repvit", "res2net", "resnest", "resnet", "resnetv2", "rexnet", "selecsls", "senet", "shvit", "sknet"),
+    *("starnet", "swiftformer", "tresnet", "vgg", "vovnet", "xception", "xception_aligned"),
 )
 
 TOLERANCE = 1e-9  # of the logits in float64; networks without norms enlarge rounding

@@ -17,7 +17,19 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.layers.pool2d_same import MaxPool2dSame
 from timm.layers.split_attn import RadixSoftmax
 from timm.layers.std_conv import ScaledStdConv2dSame, StdConv2dSame
-from timm.models import convnext, edgenext, fastvit, hgnet, inception_next, metaformer, nfnet, rdnet, selecsls
+from timm.models import (
+    convnext,
+    edgenext,
+    efficientvit_mit,
+    fastvit,
+    hgnet,
+    inception_next,
+    metaformer,
+    nfnet,
+    rdnet,
+    selecsls,
+    swiftformer,
+)
 from timm.models.inception_v3 import InceptionB, InceptionD  # the name in timm.models is the function
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]
@@ -391,6 +403,23 @@ def _cross_covariance_attention(plain: Any, recipe: Recipe) -> nn.Module:
     return plain
 
 
+@rule(efficientvit_mit.LiteMLA)
+def _linear_attention(plain: Any, recipe: Recipe) -> nn.Module:
+    """Each head holds whole fibres, as queries, keys and values do: their products sum over them."""
+    _require_one_attention(recipe)
+    return plain
+
+
+@rule(swiftformer.EfficientAdditiveAttention)
+def _additive_attention(plain: Any, recipe: Recipe) -> nn.Module:
+    """What weighs the pixels is one number for a whole fibre of the queries."""
+    _require_one_attention(recipe)
+    fields = plain.to_query.out_fields
+    plain.scale_factor = (fields * recipe.group.order) ** -0.5
+    share_along_fibre(plain, ("w_g",), recipe.group.order, fields)
+    return plain
+
+
 def _require_one_attention(recipe: Recipe) -> None:
     if recipe.per_element:
         raise ValueError("its attention is one for all poses here, and each pose's own in the plain network")
@@ -474,7 +503,7 @@ def _layer_norm(plain: Any, recipe: Recipe) -> nn.Module:
 
 
 @rule(
-    *(tl.LayerScale, tl.LayerScale2d, fastvit.LayerScale2d, metaformer.Scale),
+    *(tl.LayerScale, tl.LayerScale2d, fastvit.LayerScale2d, swiftformer.LayerScale2d, metaformer.Scale),
     *(convnext.ConvNeXtBlock, edgenext.ConvBlock, inception_next.MetaNeXtBlock, rdnet.DenseBlock),
 )
 def _channel_scale(plain: Any, recipe: Recipe) -> nn.Module:

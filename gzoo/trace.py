@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from timm.layers import CondConv2d, SpaceToDepth
 from timm.models.edgenext import CrossCovarianceAttn, PositionalEncodingFourier
+from timm.models.efficientvit_mit import LiteMLA
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -160,14 +161,21 @@ def _run(model: nn.Module, x: Tensor) -> Trace:
     seen = Trace()
     follow = _Follow(seen)
     for name, module in model.named_modules():
-        if isinstance(module, CrossCovarianceAttn):  # how many heads follows from the width, not the width from them
-            module.num_heads, module.temperature = 1, nn.Parameter(module.temperature[:1], False)
+        _make_followable(module)
         module.register_forward_pre_hook(follow.enter(name))
         module.register_forward_hook(follow.leave(name))
     _mark(x, 1, (Segment(x.shape[1], image=True),))
     with torch.no_grad(), follow:
         seen.result = model.eval()(x)
     return seen
+
+
+def _make_followable(module: Any) -> None:
+    """Puts what treats channels alike, and can be followed, in place of a step of a module that cannot."""
+    if isinstance(module, CrossCovarianceAttn):  # how many heads follows from the width, not the width from them
+        module.num_heads, module.temperature = 1, nn.Parameter(module.temperature[:1], False)
+    elif isinstance(module, LiteMLA):  # sums over channels, over pixels, over channels: values, as wide as the queries
+        module._attn = lambda q, k, v: q + k + v[..., :-1]  # type: ignore[method-assign]
 
 
 def _mark(x: Tensor, dim: int, segments: Segments) -> None:

@@ -16,7 +16,17 @@ from gzoo.registry import ENTRIES
 SAMPLE = (
     *("test_byobnet", "cs3darknet_focus_s", "cspnext_tiny", "densenet121", "densenetblur121d", "dla46x_c"),
     *("dpn48b", "edgenext_xx_small", "test_efficientnet", "tf_efficientnet_lite0", "fasternet_t0"),
-    *("fastvit_t8", "ghostnetv2_100", "hgnetv2_b0", "hrnet_w18_small", "inception_next_atto"),
+    *(
+        "efficientvit_b0",
+        "swiftformer_xs",
+        "shvit_s1",
+        "mobilevitv2_050",
+        "fastvit_t8",
+        "ghostnetv2_100",
+        "hgnetv2_b0",
+        "hrnet_w18_small",
+        "inception_next_atto",
+    ),
     *("lcnetv2_small", "test_mambaout", "mobilenetv3_small_050", "mixnet_s", "poolformerv2_s12", "repvit_m1"),
     *("repghostnet_050", "regnetz_005", "res2net50_14w_8s", "resnest14d", "test_resnet", "eca_resnet33ts"),
     *("gcresnet33ts", "resnetv2_18", "resnetv2_50d_evos", "nf_regnet_b0", "rexnet_100", "selecsls42"),
@@ -25,7 +35,8 @@ SAMPLE = (
 
 REFUSED = {
     "resnet50_clip": r"head is a timm.layers.attention_pool2d.AttentionPool2d with parameters of its own \(pos_embed\)",
-    "efficientvit_b0": "its channels come out of 'matmul'",
+    "efficientformerv2_s0": "its channels come out of 'matmul'",
+    "mobilevit_xxs": "its channels come out of 'reshape'",
     "bat_resnext26ts": r"attn\.ba\.conv_p: kernel_size=\(8, 1\) .* makes the map smaller along one axis only",
     "pnasnet5large": r"pads \(-1, 1, -1, 1\) pixels .* all four must be the same",
     "nasnetalarge": "all four must be the same",
