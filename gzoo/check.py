@@ -304,14 +304,19 @@ def _possible(group: Group, y: Tensor, g: int, found: Tensor) -> Iterator[Tensor
     regular_first = y.ndim > 1 and y.shape[1] % group.order == 0
     if y.ndim == 2 and regular_first:
         yield group.transform_features(y, g)
+    rows: list[Tensor] = []
     if y.ndim == 3 and _is_square(y.shape[1]):  # pixels in a row, channels last
-        yield _move_row(group, y.mT, g).mT
+        rows.append(_move_row(group, y.mT, g).mT)
     if (
         y.ndim in (3, 4) and _is_square(y.shape[-2]) and y.shape[-1] % group.order == 0
     ):  # and these fields, of each head
-        yield _move_row(group, _move_fibres(group, y, g).mT, g).mT
+        rows.append(_move_row(group, _move_fibres(group, y, g).mT, g).mT)
     if y.ndim == 4 and _is_square(y.shape[2]) and _is_square(y.shape[3]):  # what pixels attend to which
-        yield _move_row(group, _move_row(group, y, g).mT, g).mT
+        rows.append(_move_row(group, _move_row(group, y, g).mT, g).mT)
+    yield from rows
+    if _is_square(len(y)):  # the pixels of a patch in place of images
+        for moved in rows:
+            yield _move_row(group, moved.movedim(0, -1), g).movedim(-1, 0)
     if y.ndim == 4 and y.shape[2] % group.order == y.shape[3] % group.order == 0:  # what channels attend to which
         yield _move_fibres(group, _move_fibres(group, y, g).mT, g).mT
     if y.ndim == 4:

@@ -111,6 +111,7 @@ _TIMM = (
     *("repvgg_a0", "repghostnet_100", "mobileone_s0", "repvit_m0_9", "vgg11_bn", "vgg16_bn", "densenet121", "dla34"),
     *("dpn68", "hrnet_w18", "cspresnet50", "cspdarknet53", "darknet53", "ese_vovnet19b_dw", "selecsls42b"),
     *("hgnetv2_b0", "inception_v4", "xception41", "tresnet_m", "poolformer_s12", "edgenext_xx_small"),
+    *("efficientvit_b1", "mobilevitv2_100", "swiftformer_xs", "shvit_s1"),
 )
 
 _BACKBONES = {backbone.name: backbone for backbone in (*_OWN, *map(_timm, _TIMM))}

@@ -337,7 +337,7 @@ def _eca(plain: tl.EcaModule, recipe: Recipe) -> nn.Module:
     return GroupEca(recipe.group, plain.conv.kernel_size[0], plain.gate)
 
 
-@rule(fastvit.Attention, metaformer.Attention, tl.Attention2d)
+@rule(fastvit.Attention, metaformer.Attention, tl.Attention, tl.Attention2d)
 def _attention(plain: Any, recipe: Recipe) -> nn.Module:
     """Each head holds whole fibres, so the product of a query with a key does not change when both are transformed."""
     _require_one_attention(recipe)
@@ -346,6 +346,8 @@ def _attention(plain: Any, recipe: Recipe) -> nn.Module:
         plain.dim_head = width
     else:
         plain.head_dim, plain.scale = width, width**-0.5
+    if isinstance(plain, tl.Attention):
+        plain.attn_dim = plain.num_heads * width
     return plain
 
 

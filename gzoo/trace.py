@@ -6,6 +6,7 @@ concatenation strings them; a split cuts them in two. What is left after the run
 
 import copy
 import math
+import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import torch
 from timm.layers import CondConv2d, SpaceToDepth
 from timm.models.edgenext import CrossCovarianceAttn, PositionalEncodingFourier
 from timm.models.efficientvit_mit import LiteMLA
+from timm.models.mobilevit import MobileVitBlock
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -176,6 +178,16 @@ def _make_followable(module: Any) -> None:
         module.num_heads, module.temperature = 1, nn.Parameter(module.temperature[:1], False)
     elif isinstance(module, LiteMLA):  # sums over channels, over pixels, over channels: values, as wide as the queries
         module._attn = lambda q, k, v: q + k + v[..., :-1]  # type: ignore[method-assign]
+    elif isinstance(module, MobileVitBlock):
+        module.forward = types.MethodType(_without_patches, module)  # type: ignore[method-assign]
+
+
+def _without_patches(block: Any, x: Tensor) -> Tensor:
+    """MobileViT's block on one large patch in place of many small ones."""
+    y = block.conv_1x1(block.conv_kxk(x))
+    tokens = block.norm(block.transformer(y.flatten(2).transpose(1, 2)))
+    y = block.conv_proj(tokens.transpose(1, 2).unflatten(2, y.shape[2:]))
+    return y if block.conv_fusion is None else block.conv_fusion(torch.cat((x, y), dim=1))
 
 
 def _mark(x: Tensor, dim: int, segments: Segments) -> None:

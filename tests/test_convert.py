@@ -392,6 +392,7 @@ class PixelsInARow(nn.Module):
 
 ATTENTION = {
     "FastViT's": lambda: fastvit.Attention(32, 8, qkv_bias=True),
+    "ViT's": lambda: PixelsInARow(tl.Attention(32, 8)),
     "MetaFormer's": lambda: PixelsInARow(metaformer.Attention(32, 8)),
     "EfficientViT's": lambda: LiteMLA(32, 32, dim=8),
     "SwiftFormer's": lambda: EfficientAdditiveAttention(32, 32),

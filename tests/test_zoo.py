@@ -20,6 +20,7 @@ SAMPLE = (
         "efficientvit_b0",
         "swiftformer_xs",
         "shvit_s1",
+        "mobilevit_xxs",
         "mobilevitv2_050",
         "fastvit_t8",
         "ghostnetv2_100",
@@ -36,7 +37,6 @@ SAMPLE = (
 REFUSED = {
     "resnet50_clip": r"head is a timm.layers.attention_pool2d.AttentionPool2d with parameters of its own \(pos_embed\)",
     "efficientformerv2_s0": "its channels come out of 'matmul'",
-    "mobilevit_xxs": "its channels come out of 'reshape'",
     "bat_resnext26ts": r"attn\.ba\.conv_p: kernel_size=\(8, 1\) .* makes the map smaller along one axis only",
     "pnasnet5large": r"pads \(-1, 1, -1, 1\) pixels .* all four must be the same",
     "nasnetalarge": "all four must be the same",
