@@ -3,9 +3,9 @@
     uv run python benchmarks/canonicalize_rotmnist.py --data data/rotmnist --images 12000 --epochs 40
 
 The experiment of Kaba et al. 2022, arXiv:2211.06489, table 1, over p4: the CNN alone, behind a canonizer that learns
-with it from the task alone, behind one with random weights that stay, and the G-CNN. Ours is the 7-layer CNN of the zoo
-behind four convolutions of 2 to 8 fields. All have the same optimizer, rates and steps; no option was chosen on test
-images. Writes canonicalize_rotmnist.json.
+with it from the task alone, behind one whose random weights stay (the statistics of its norms do not), and the G-CNN.
+Ours is the 7-layer CNN of the zoo behind four convolutions of 2 to 8 fields. All have the same optimizer, rates and
+steps; no option was chosen on test images. Writes canonicalize_rotmnist.json.
 """
 
 from pathlib import Path

@@ -144,7 +144,7 @@ def main(text: str, experiment: Callable[[Split, Split, int, int], dict[str, obj
     test = load(args.data, "test")
     figures = experiment(train, test, args.epochs, args.seed)
     report = {
-        "data": f"{Path(args.data).name}, {len(train[0]):,} images to train, {len(test[0]):,} to test",
+        "data": f"{Path(args.data).resolve().name}, {len(train[0]):,} images to train, {len(test[0]):,} to test",
         "seed": args.seed,
         "epochs": args.epochs,
         "machine": machine(torch.device("cpu")) | {"load_average": os.getloadavg()[0]},

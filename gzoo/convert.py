@@ -178,6 +178,8 @@ def convert_in_place(
         fill(converted, plain, chain[0], weights)
     make_equivariant(converted, chain, group_pool)
     _restrict(converted, planned)
+    if isinstance(converted, EquivariantClassifier):
+        converted.says_pose = head == "pose"
     if head == "pose" and planned.classifiers and not _has_pose(converted):
         raise ValueError(
             f"head='pose' needs a linear classifier, or a 1x1 convolution in a network with timm's forward_head; those "

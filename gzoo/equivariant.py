@@ -95,6 +95,7 @@ class EquivariantClassifier(Equivariant):
     num_classes: int
     num_features: int
     head_hidden_size: int
+    says_pose = False
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features (B, fields * |G|, H, W) to logits (B, num_classes), or to group-pooled features (B, fields).
@@ -117,7 +118,6 @@ class EquivariantClassifier(Equivariant):
         Raises:
             ValueError: timm's code makes a layer there that gzoo knows no equivariant one for; names it.
         """
-        pose = any(isinstance(part, PoseLinear | PoseConv2d) for head in classifiers(self) for part in head.modules())
         kept = set(self.modules())
         self.head_hidden_size *= self.group.order  # timm's code counts channels, where there are any to count anew
         try:
@@ -127,10 +127,10 @@ class EquivariantClassifier(Equivariant):
         made = [(path, module) for path, module in self.named_modules() if module not in kept]
         for path, plain in made:
             if any(True for _ in plain.parameters(recurse=False)):
-                new = self._like(path, plain, pose)
+                new = self._like(path, plain)
                 self.set_submodule(path, new.to(next(plain.parameters())).train(self.training))
 
-    def _like(self, path: str, plain: Any, pose: bool) -> nn.Module:
+    def _like(self, path: str, plain: Any) -> nn.Module:
         """The equivariant counterpart of what timm's code made on channels for a classifier."""
         group, order, pool = self.group, self.group.order, self.group_pool.pool
         if isinstance(plain, nn.BatchNorm1d):  # before the linear layer
@@ -141,7 +141,7 @@ class EquivariantClassifier(Equivariant):
             )
         linear, inputs = isinstance(plain, nn.Linear), plain.weight.shape[1] // order
         options = group, inputs, plain.weight.shape[0], plain.bias is not None
-        if pose:
+        if self.says_pose:
             return (PoseLinear if linear else PoseConv2d)(*options)
         return (InvariantLinear if linear else InvariantConv2d)(*options, pool)  # a convolution: logits at every pixel
 

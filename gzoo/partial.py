@@ -19,7 +19,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gzoo.groups import Group
-from gzoo.nn import Arc, FibreNorm, GroupConv2d, GroupLinear, GroupPool, LiftingConv2d, PerElement, Subset
+from gzoo.nn import (
+    Arc,
+    FibreNorm,
+    GroupCondConv2d,
+    GroupConv2d,
+    GroupLinear,
+    GroupPool,
+    LiftingConv2d,
+    PerElement,
+    Subset,
+)
 from gzoo.nn.linear import Pooling
 
 
@@ -69,7 +79,7 @@ def make_partial(model: nn.Module, group: Group, pool: Pooling, x: Tensor) -> No
                 "f(0) = 0, and pools, as in cnn7 and resnet18"
             )
 
-    mixing = (LiftingConv2d, GroupConv2d, FibreNorm, GroupLinear, PerElement)
+    mixing = (LiftingConv2d, GroupConv2d, GroupCondConv2d, FibreNorm, GroupLinear, PerElement)
     handles = [
         module.register_forward_hook(after)
         for module in model.modules()

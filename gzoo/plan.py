@@ -456,7 +456,8 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
         paths = [name for name, module in modules.items() if any(module is head for head in heads)]
         if not paths or isinstance(heads[0], nn.Linear | nn.Conv2d):
             return frozenset(paths)
-        inside = [name for name in modules if name.startswith(f"{paths[0]}.") and isinstance(modules[name], nn.Linear)]
+        starts = tuple(f"{path}." for path in paths)
+        inside = [name for name in modules if name.startswith(starts) and isinstance(modules[name], nn.Linear)]
         return frozenset(name for name in inside if modules[name].out_features == model.num_classes)
     layers = [name for name in seen.order if isinstance(modules[name], nn.Conv2d | nn.Linear)]
     if not layers:

@@ -25,6 +25,7 @@ from timm.models import (
     hgnet,
     inception_next,
     metaformer,
+    mobilevit,
     nfnet,
     rdnet,
     selecsls,
@@ -325,7 +326,8 @@ def _initialize_like(new: Any, plain: Any, plain_fan_in: int, fan_in: int) -> No
 def _global_context(plain: Any, recipe: Recipe) -> nn.Module:
     if plain.conv_attn is not None and recipe.per_element:
         raise ValueError("its attention map is one for all poses here, and each pose's own in the plain network")
-    if plain.conv_attn is not None:  # one attention map for all poses
+    if plain.conv_attn is not None:
+        plain.one_for_all_poses = True
         plain.conv_attn = nn.Sequential(plain.conv_attn, GroupPool(recipe.group.order))
     return plain
 
@@ -340,7 +342,7 @@ def _eca(plain: tl.EcaModule, recipe: Recipe) -> nn.Module:
 @rule(fastvit.Attention, metaformer.Attention, tl.Attention, tl.Attention2d)
 def _attention(plain: Any, recipe: Recipe) -> nn.Module:
     """Each head holds whole fibres, so the product of a query with a key does not change when both are transformed."""
-    _require_one_attention(recipe)
+    _one_for_all_poses(plain, recipe)
     width = plain.qkv.out_fields // (3 * plain.num_heads) * recipe.group.order
     if isinstance(plain, tl.Attention2d):  # its scale is that of the width it finds
         plain.dim_head = width
@@ -353,7 +355,7 @@ def _attention(plain: Any, recipe: Recipe) -> nn.Module:
 
 @rule(tl.MultiQueryAttention2d)
 def _multi_query_attention(plain: Any, recipe: Recipe) -> nn.Module:
-    _require_one_attention(recipe)
+    _one_for_all_poses(plain, recipe)
     plain.key_dim, plain.value_dim = (new.proj.out_fields * recipe.group.order for new in (plain.key, plain.value))
     plain.scale = plain.key_dim**-0.5
     return plain
@@ -397,7 +399,7 @@ def _split_fibres(plain: Any, recipe: Recipe) -> nn.Module:
 @rule(edgenext.CrossCovarianceAttn)
 def _cross_covariance_attention(plain: Any, recipe: Recipe) -> nn.Module:
     """Channels attend to channels, with weights of all pixels: each head holds whole fibres, so both sides permute."""
-    _require_one_attention(recipe)
+    _one_for_all_poses(plain, recipe)
     plain.num_heads = nearest_divisor(recipe.in_fields, plain.num_heads)
     with torch.no_grad():
         temperature = plain.temperature.mean().expand(plain.num_heads, 1, 1).clone()
@@ -408,23 +410,25 @@ def _cross_covariance_attention(plain: Any, recipe: Recipe) -> nn.Module:
 @rule(efficientvit_mit.LiteMLA)
 def _linear_attention(plain: Any, recipe: Recipe) -> nn.Module:
     """Each head holds whole fibres, as queries, keys and values do: their products sum over them."""
-    _require_one_attention(recipe)
+    _one_for_all_poses(plain, recipe)
     return plain
 
 
 @rule(swiftformer.EfficientAdditiveAttention)
 def _additive_attention(plain: Any, recipe: Recipe) -> nn.Module:
     """What weighs the pixels is one number for a whole fibre of the queries."""
-    _require_one_attention(recipe)
+    _one_for_all_poses(plain, recipe)
     fields = plain.to_query.out_fields
     plain.scale_factor = (fields * recipe.group.order) ** -0.5
     share_along_fibre(plain, ("w_g",), recipe.group.order, fields)
     return plain
 
 
-def _require_one_attention(recipe: Recipe) -> None:
+def _one_for_all_poses(plain: Any, recipe: Recipe) -> None:
+    """Marks a module that attends from all poses at once, for `gzoo.grow`."""
     if recipe.per_element:
         raise ValueError("its attention is one for all poses here, and each pose's own in the plain network")
+    plain.one_for_all_poses = True
 
 
 # --- norms and scales
@@ -585,6 +589,12 @@ class _SymmetricInceptionD(_SymmetricPoolLast, InceptionD): ...
 def _inception_reduction(plain: Any, recipe: Recipe) -> nn.Module:
     plain.__class__ = _SymmetricInceptionB if isinstance(plain, InceptionB) else _SymmetricInceptionD
     plain.pool = SymmetricPool2d(nn.MaxPool2d(3, stride=2))
+    return plain
+
+
+@rule(mobilevit.MobileVitBlock, mobilevit.MobileVitV2Block)
+def _patches(plain: Any, recipe: Recipe) -> nn.Module:
+    square(plain.patch_size, "patch_size")
     return plain
 
 

@@ -658,6 +658,10 @@ REFUSED = {
         lambda: nn.Sequential(conv(3, 16), nn.Conv2d(16, 16, (2, 3), padding=(0, 0)), *head(16)),
         r"^1: kernel_size=\(2, 3\)",
     ),
+    "patches that are no squares": (
+        lambda: nn.Sequential(conv(3, 16), nn.ReLU(), MobileVitV2Block(16, patch_size=(2, 4)), *head(16)),
+        r"^2: patch_size=\(2, 4\) differs between the axes",
+    ),
     "asymmetric transposed convolution": (
         lambda: nn.Sequential(
             conv(3, 16), nn.ConvTranspose2d(16, 16, 3, stride=2, padding=1, output_padding=1), *head(16)

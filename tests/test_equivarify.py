@@ -382,6 +382,8 @@ def test_a_classifier_that_is_a_convolution_says_the_pose_of_the_image_or_of_eac
         for g in law.grid_elements:
             assert relative_error(model(law.transform_image(x, g)), expected(law, y, g)) < 1e-12
         assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, model.head_hidden_size)
+        model.reset_classifier(0)
+        assert model(x).shape == (2, model.head_hidden_size)
         model.reset_classifier(5)
     model.reset_classifier(2, global_pool="")
     y = model(x)

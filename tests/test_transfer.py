@@ -19,6 +19,7 @@ from torch import nn
 import gzoo
 from gzoo import groups
 from gzoo.bases import expand
+from gzoo.convert import convert_in_place
 from gzoo.nn import FibreNorm, GroupConv2d, InvariantLinear
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.rules import RULES
@@ -413,6 +414,15 @@ def test_a_grown_network_pools_by_the_maximum_over_all_cosets():
     fibres = [smaller[:-1](y).unflatten(1, (-1, 4)) for y in (x, x.flip(-1))]
     pooled = torch.cat(fibres, 2).amax(2)
     assert relative(model(x), F.linear(pooled, model[-1].weight, model[-1].bias)) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["edgenext_xx_small", "mobilevit_xxs", "gcresnext26ts"])
+def test_a_network_that_attends_from_all_poses_at_once_does_not_grow(name):
+    model, smaller = (convert_in_place(timm.create_model(name, num_classes=3), group) for group in ("p4", "c1"))
+    before = model.state_dict()
+    with pytest.raises(ValueError, match=r": its attention, or mixture of filters, is one for all poses"):
+        gzoo.grow(model, smaller)
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
 
 
 def test_new_weights_of_a_grown_network_train():
