@@ -9,6 +9,7 @@ from itertools import chain as flatten
 from typing import Any, ClassVar
 
 import torch
+from timm.layers import NormMlpClassifierHead
 from torch import Tensor, nn
 
 from gzoo import groups
@@ -116,8 +117,16 @@ class EquivariantClassifier(Equivariant):
         """Replaces the classifier; see timm. The new one pools over the group, or says the pose, like the old one.
 
         Raises:
-            ValueError: timm's code makes a layer there that gzoo knows no equivariant one for; names it.
+            ValueError: timm's code makes a layer there that gzoo knows no equivariant one for; or a head with a hidden
+                layer would go from vectors to maps or back, which makes another layer of that.
         """
+        head: Any = getattr(self, "head", None)
+        has_hidden = isinstance(head, NormMlpClassifierHead) and head.hidden_size
+        if has_hidden and global_pool is not None and bool(global_pool) == head.use_conv:
+            raise ValueError(
+                f"global_pool={global_pool!r} would exchange the hidden layer of this head, which is a convolution on "
+                f"maps and linear on vectors; create the model with global_pool={global_pool!r} instead"
+            )
         kept = set(self.modules())
         self.head_hidden_size *= self.group.order  # timm's code counts channels, where there are any to count anew
         try:

@@ -208,6 +208,18 @@ def test_every_kind_of_classifier_is_reset_to_an_invariant_one(name):
     assert without(x.float()).shape == (1, model.head_hidden_size)
 
 
+def test_a_hidden_layer_that_would_change_its_kind_is_refused():
+    model = convert_in_place(timm.create_model("test_convnext", head_hidden_size=32), "p4")
+    before = str(model)
+    with pytest.raises(
+        ValueError, match=r"global_pool='' would exchange the hidden layer .* create the model with global_"
+    ):
+        model.reset_classifier(5, "")
+    assert str(model) == before
+    model.reset_classifier(5, "max")
+    assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+
+
 def test_a_new_classifier_of_unknown_layers_is_named():
     model = timm.create_model("p4_resnet20")
     bilinear = {"reset_classifier": lambda self, n, pool: setattr(self.head, "fc", nn.Bilinear(2, 2, n))}
