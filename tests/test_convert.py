@@ -477,7 +477,7 @@ FIBRELESS = {
     ),
     "several gates": lambda: nn.Sequential(conv(3, 12), nn.ReLU(), Gated(12, 3), conv(12, 8), *head(8)),
     "one query for all keys, in patches": lambda: nn.Sequential(
-        conv(3, 16), nn.ReLU(), MobileVitV2Block(16, transformer_depth=1), nn.ReLU(), *head(16)
+        conv(3, 16), nn.ReLU(), MobileVitV2Block(16, transformer_depth=1, patch_size=2), nn.ReLU(), *head(16)
     ),
     "the image again": lambda: Network(
         lambda self, x: self.head(self.b(torch.cat([x, self.a(x), x.amax(1, keepdim=True)], 1))),

@@ -11,6 +11,7 @@ from timm.models import get_pretrained_cfg
 
 import gzoo
 from gzoo import groups, registry
+from gzoo.equivariant import classifiers
 from gzoo.registry import ENTRIES, GROUPS, Entry
 from tests.conftest import core_entries
 
@@ -114,7 +115,8 @@ def test_the_config_names_the_first_convolution_and_the_classifier(backbone):
     first = (config.first_conv,) if isinstance(config.first_conv, str) else config.first_conv
     assert all(isinstance(plain.get_submodule(path), torch.nn.Conv2d) for path in first)
     classifier = (config.classifier,) if isinstance(config.classifier, str) else config.classifier
-    assert {plain.get_submodule(path) for path in classifier} <= set(plain.get_classifier().modules())
+    inside = {module for head in classifiers(plain) for module in head.modules()}
+    assert {plain.get_submodule(path) for path in classifier} <= inside
     assert plain.num_classes == config.num_classes
 
 
