@@ -93,7 +93,7 @@ def _convolution(branches: Iterable[Branch], norm: nn.Module | None = None) -> M
 
 def _filter(conv: LiftingConv2d | GroupConv2d) -> Tensor:
     """The filter, in float32 at least, or the sum would round at every branch."""
-    filters = conv.filter() if conv.standardize is None else conv.standardize(conv.filter())
+    filters = conv.full_filter()
     return filters.to(torch.promote_types(filters.dtype, torch.float32))
 
 
