@@ -237,8 +237,7 @@ def _square_padding(plain: nn.Conv2d) -> int:
 
 @rule(tl.CondConv2d)
 def _cond_conv(plain: tl.CondConv2d, recipe: Recipe) -> nn.Module:
-    if recipe.per_element:
-        raise ValueError("its mixture of experts is one for all poses here, and each pose's own in the plain network")
+    _one_for_all_poses(plain, recipe, "mixture of experts")
     in_fields, out_fields, experts = recipe.in_fields, recipe.out_fields, plain.num_experts
     groups = recipe.plan.groups_of(plain, in_fields, out_fields)
     options = _window_options(plain) | {"groups": groups, "basis": recipe.plan.basis}
@@ -324,10 +323,8 @@ def _initialize_like(new: Any, plain: Any, plain_fan_in: int, fan_in: int) -> No
 
 @rule(tl.GlobalContext)
 def _global_context(plain: Any, recipe: Recipe) -> nn.Module:
-    if plain.conv_attn is not None and recipe.per_element:
-        raise ValueError("its attention map is one for all poses here, and each pose's own in the plain network")
     if plain.conv_attn is not None:
-        plain.one_for_all_poses = True
+        _one_for_all_poses(plain, recipe, "attention map")
         plain.conv_attn = nn.Sequential(plain.conv_attn, GroupPool(recipe.group.order))
     return plain
 
@@ -424,10 +421,10 @@ def _additive_attention(plain: Any, recipe: Recipe) -> nn.Module:
     return plain
 
 
-def _one_for_all_poses(plain: Any, recipe: Recipe) -> None:
-    """Marks a module that attends from all poses at once, for `gzoo.grow`."""
+def _one_for_all_poses(plain: Any, recipe: Recipe, what: str = "attention") -> None:
+    """Marks a module that attends from all poses at once, for `gzoo.grow`; raises ValueError if each must by itself."""
     if recipe.per_element:
-        raise ValueError("its attention is one for all poses here, and each pose's own in the plain network")
+        raise ValueError(f"its {what} is one for all poses here, and each pose's own in the plain network")
     plain.one_for_all_poses = True
 
 

@@ -32,16 +32,7 @@ from torch import Tensor, nn
 from gzoo.bases import expand
 from gzoo.equivariant import SIGNATURE
 from gzoo.groups import Group
-from gzoo.nn import (
-    FibreNorm,
-    GroupCondConv2d,
-    GroupEca,
-    InvariantConv2d,
-    InvariantLinear,
-    LiftingConv2d,
-    PerElement,
-    PoolSomeFibres,
-)
+from gzoo.nn import FibreNorm, GroupEca, InvariantConv2d, InvariantLinear, LiftingConv2d, PerElement
 from gzoo.nn.expand import ExpandedLayer
 
 Weights = Literal["transfer", "project"]
@@ -92,7 +83,7 @@ def grow(model: nn.Module, smaller: nn.Module) -> None:
             weighs pixels by what it sees in all of them. ``model`` then is as it was.
     """
     for path, module in model.named_modules():
-        if isinstance(module, GroupCondConv2d | PoolSomeFibres) or getattr(module, "one_for_all_poses", False):
+        if getattr(module, "one_for_all_poses", False):
             raise ValueError(
                 f"{path}: its attention, or mixture of filters, is one for all poses, which would not be the mean of "
                 "those over the subgroup; train it over its own group"

@@ -30,6 +30,8 @@ class GroupCondConv2d(nn.Module):
     Source: Yang et al. 2019, arXiv:1904.04971, equation 2.
     """
 
+    one_for_all_poses = True  # for `gzoo.grow`
+
     def __init__(self, experts: GroupConv2d, num_experts: int) -> None:
         super().__init__()
         self.experts, self.num_experts = experts, num_experts

@@ -65,6 +65,8 @@ class PoolSomeFibres(_Runs):
         ValueError: x has another number of channels.
     """
 
+    one_for_all_poses = True  # for `gzoo.grow`
+
     def forward(self, x: Tensor) -> Tensor:
         order = self.group_order
         parts = self._split(x, [run.size * order for run in self.runs])
