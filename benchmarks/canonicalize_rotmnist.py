@@ -14,7 +14,7 @@ from typing import Any
 import timm
 import torch
 from four_ways import cnn, supervised
-from pose_mnist import P4, Split, count, fit, main, outputs
+from pose_mnist import P4, Split, accuracy, count, fit, main
 from torch import nn
 
 import gzoo
@@ -49,20 +49,16 @@ def experiment(train: Split, test: Split, epochs: int, seed: int) -> dict[str, o
         torch.manual_seed(seed)
         model = networks()[name]
         seconds = fit(model, supervised, *train, epochs)
-        errors = [error(model, images, test[1]) for images in (test[0], P4.transform_image(test[0], 1))]
+        images, turned = test[0], P4.transform_image(test[0], 1)
         found[name] = {
-            "error": errors[0],
-            "error_turned": errors[1],
+            "error": round(100 - accuracy(model, images, test[1]), 2),
+            "error_turned": round(100 - accuracy(model, turned, test[1]), 2),
             "parameters": count(model),
             "multiply_adds": multiply_adds(model, (1, 28, 28)),
             "train_seconds": round(seconds, 1),
         }
         print(name, found[name], flush=True)
     return {"networks": found}
-
-
-def error(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
-    return round(100 * (outputs(model, images).argmax(1) != labels).float().mean().item(), 2)
 
 
 def table(report: dict[str, Any]) -> str:

@@ -84,9 +84,14 @@ class WithoutPose(nn.Module):
         return without_pose(self.net(x))
 
 
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """In percent."""
+    return 100 * (outputs(model, x).argmax(1) == y).float().mean().item()
+
+
 def row(model: nn.Module, upright: Tensor, rotated: Tensor, y: Tensor) -> dict[str, float]:
     """Accuracy in percent on both, and images per second: the median of five passes of 2,000."""
-    accuracies = [100 * (outputs(model, x).argmax(1) == y).float().mean().item() for x in (upright, rotated)]
+    accuracies = [accuracy(model, x, y) for x in (upright, rotated)]
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
