@@ -307,9 +307,7 @@ def _possible(group: Group, y: Tensor, g: int, found: Tensor) -> Iterator[Tensor
     rows: list[Tensor] = []
     if y.ndim == 3 and _is_square(y.shape[1]):  # pixels in a row, channels last
         rows.append(_move_row(group, y.mT, g).mT)
-    if (
-        y.ndim in (3, 4) and _is_square(y.shape[-2]) and y.shape[-1] % group.order == 0
-    ):  # and these fields, of each head
+    if y.ndim in (3, 4) and _is_square(y.shape[-2]) and y.shape[-1] % group.order == 0:  # and fields, of each head
         rows.append(_move_row(group, _move_fibres(group, y, g).mT, g).mT)
     if y.ndim == 4 and _is_square(y.shape[2]) and _is_square(y.shape[3]):  # what pixels attend to which
         rows.append(_move_row(group, _move_row(group, y, g).mT, g).mT)

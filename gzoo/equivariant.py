@@ -107,10 +107,10 @@ class EquivariantClassifier(Equivariant):
         fibre, so that whatever a user puts on top is invariant. Without spatial pooling they stay regular fields.
         """
         y = super().forward_head(x, pre_logits=pre_logits)  # type: ignore[misc]
-        parts = [part for head in classifiers(self) for part in head.modules()]
-        if pre_logits or not any(True for part in parts for _ in part.parameters(recurse=False)):
+        heads = classifiers(self)
+        if pre_logits or not any(True for head in heads for _ in head.parameters()):
             return self.group_pool(y) if y.ndim == 2 else y
-        is_map_of_poses = any(isinstance(part, PoseConv2d) for part in parts)
+        is_map_of_poses = any(isinstance(part, PoseConv2d) for head in heads for part in head.modules())
         return y.unflatten(1, (-1, self.group.order)) if is_map_of_poses else y
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, **kwargs: Any) -> None:

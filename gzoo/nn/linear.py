@@ -93,20 +93,10 @@ class PoseLinear(GroupLinear):
 class PoseConv2d(GroupLinear):
     """Classifier of class and pose of each pixel: a 1x1 convolution, whose logits move as regular fields. Exact.
 
-    Args:
-        group: any point group.
-        in_fields: number of regular fields in.
-        out_features: number of classes.
-        bias: whether each class has one.
+    Arguments, weight, error and source are those of `PoseLinear`.
 
     Shape:
         x: (B, in_fields * |G|, H, W); result: (B, out_features * |G|, H, W), channel = class * |G| + g.
-        weight: (out_features, in_fields, |G|).
-
-    Raises:
-        ValueError: x does not have in_fields * |G| channels.
-
-    Source: as `PoseLinear`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
