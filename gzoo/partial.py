@@ -1,8 +1,9 @@
 """Partial equivariance: each group convolution learns which elements of the group it keeps.
 
-`make_partial` gives every group convolution of a converted network a `Subset`, `report` says what they learned, `plot`
-draws it. Where a norm follows the convolution, the subset stands in the norm, which then takes its statistics over the
-kept elements only; what is dropped behind the norm is never seen, as if the convolution had dropped it.
+`make_partial` gives the layers of a converted network a `Subset` each, `report` says what they learned, `plot` draws
+it. Where a norm follows the convolution, the subset stands in the norm; what is dropped behind it is never seen, as if
+the convolution had dropped it. Norms of single fields (batch, group, instance norm) take their statistics over the
+kept elements only, norms over channels (layer norm, GRN) over the whole fibre: the same for all poses of an image.
 
 The networks of `gzoo.continuous` learn an interval of rotations in each layer; `report` and `plot` show it, too.
 
@@ -10,12 +11,14 @@ Source: Romero & Lohit 2022, "Learning Partial Equivariances From Data", arXiv:2
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from gzoo.groups import Group
@@ -31,10 +34,16 @@ from gzoo.nn import (
     Subset,
 )
 from gzoo.nn.linear import Pooling
+from gzoo.nn.norm import channel_dim
+
+_MAPS = (LiftingConv2d, GroupConv2d, GroupCondConv2d, GroupLinear)
 
 
 def make_partial(model: nn.Module, group: Group, pool: Pooling, x: Tensor) -> None:
-    """Gives each convolution of ``model``, in place, a subset of the group to learn; they start with all of it.
+    """Gives the layers of ``model``, in place, subsets of the group to learn; they start with all of it.
+
+    Every norm has one. Where a convolution or the head would still see what no norm has dropped, so has every
+    convolution and linear map that no norm directly follows; and if that is not enough, all of them.
 
     Args:
         model: a converted network.
@@ -43,9 +52,9 @@ def make_partial(model: nn.Module, group: Group, pool: Pooling, x: Tensor) -> No
         x: images (B, C, H, W) that it takes, to see which norm follows which convolution.
 
     Raises:
-        ValueError: the head pools by the maximum, in which the zeros of dropped elements would count; or a layer mixes
-            kept with dropped elements: a norm that does not follow a convolution, or that is not taken field by field,
-            or a linear map along the fibre; or an activation makes a number of the zeros. Names the layer.
+        ValueError: the head pools by the maximum, in which the zeros of dropped elements would count; or a layer makes
+            other numbers of those zeros: a norm of each element by itself, attention between channels, an activation
+            with f(0) != 0. Names the layer.
     """
     if pool != "mean":
         raise ValueError(
@@ -53,72 +62,83 @@ def make_partial(model: nn.Module, group: Group, pool: Pooling, x: Tensor) -> No
             "does not"
         )
     names = {module: name for name, module in model.named_modules()}
-    made_by: dict[int, nn.Module] = {}  # the convolution whose output a tensor is, by the tensor's id
-    holders: dict[nn.Module, None] = {}  # ordered by execution
+    made_by: dict[int, nn.Module] = {}  # the map whose output a tensor is, by the tensor's id
+    maps: dict[nn.Module, None] = {}  # ordered by execution
+    norms: dict[nn.Module, nn.Module | None] = {}  # and the map that each directly follows
     alive: list[Tensor] = []  # an id is taken again when its tensor is gone
 
     def after(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        if isinstance(module, FibreNorm):
-            convolution = made_by.get(id(inputs[0]))
-            if convolution is None:
-                raise ValueError(
-                    f"{names[module]} normalises a map that no convolution gives directly, so its elements may be kept "
-                    "by one layer and dropped by another; partial=True takes networks whose norms follow convolutions, "
-                    "such as cnn7 and resnet18"
-                )
-            holders.pop(convolution, None)
-            holders[module] = None
-        elif isinstance(module, LiftingConv2d | GroupConv2d):
+        if isinstance(module, PerElement):
+            raise ValueError(
+                f"{names[module]} normalises each element by itself, and so makes other numbers of the zeros at those "
+                "that a layer drops, which weights='transfer' asks for; leave that out"
+            )
+        if isinstance(module, _MAPS):
             alive.append(output)
             made_by[id(output)] = module
-            holders[module] = None
+            maps[module] = None
         else:
-            raise ValueError(
-                f"{names[module]} is a {type(module).__name__}, which mixes the elements that a layer keeps with those "
-                "that it drops; partial=True takes convolutions, batch, group and instance norms, activations with "
-                "f(0) = 0, and pools, as in cnn7 and resnet18"
-            )
+            norms[module] = made_by.get(id(inputs[0]))
 
-    mixing = (LiftingConv2d, GroupConv2d, GroupCondConv2d, FibreNorm, GroupLinear, PerElement)
+    looked_at = (*_MAPS, PerElement, FibreNorm, GlobalResponseNorm)
     handles = [
         module.register_forward_hook(after)
         for module in model.modules()
-        if isinstance(module, mixing) or hasattr(module, "normalized_shape")
+        if isinstance(module, looked_at) or hasattr(module, "normalized_shape")
     ]
     _run(model, x, handles)
-    for holder in holders:
-        parameter = next(holder.parameters(), x)
-        holder.subset = Subset(group).to(parameter.device, parameter.dtype)
-    _require_zeros(model, group, x)
+    followed = set(norms.values())
+    unkept: nn.Module | None = None
+    for layers in (norms, [m for m in maps if m not in followed], [m for m in maps if m in followed]):
+        _learn_subsets(layers, group, x)
+        unkept = _first_unkept(model, group, x)
+        if unkept is None:
+            return
+    raise ValueError(
+        f"{names[unkept]} would see dropped elements as other numbers than zero, behind attention between channels or "
+        "an activation with f(0) != 0, such as sigmoid or softplus; partial=True takes attention between pixels and "
+        "activations with f(0) = 0: ReLU, SiLU, GELU, tanh"
+    )
 
 
-def _require_zeros(model: nn.Module, group: Group, x: Tensor) -> None:
-    """Raises ValueError if a layer would see anything but zeros at dropped elements: an activation had f(0) != 0."""
-    names = {module: name for name, module in model.named_modules()}
+def _learn_subsets(layers: Iterable[nn.Module], group: Group, x: Tensor) -> None:
+    for layer in layers:
+        parameter = next(layer.parameters(), x)
+        subset = Subset(group).to(parameter.device, parameter.dtype)
+        if isinstance(layer, FibreNorm):
+            layer.subset = subset
+        elif isinstance(layer, _MAPS):
+            subset.follow(layer, channels_last=isinstance(layer, GroupLinear))
+        else:
+            subset.follow(layer, channels_last=channel_dim(layer) == -1)
+
+
+def _first_unkept(model: nn.Module, group: Group, x: Tensor) -> nn.Module | None:
+    """The first layer that would see anything but zeros at the elements that the subsets of ``model`` drop."""
+    found: list[nn.Module] = []
 
     def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        fibres = inputs[0].unflatten(1, (-1, group.order))
-        if fibres[:, :, 1:].any():
-            raise ValueError(
-                f"{names[module]} would see dropped elements as other numbers than zero, behind an activation with "
-                "f(0) != 0, such as sigmoid or softplus; partial=True takes those with f(0) = 0: ReLU, SiLU, GELU, tanh"
-            )
+        channels = inputs[0].movedim(-1, 1) if isinstance(module, GroupLinear) else inputs[0]
+        if channels.unflatten(1, (-1, group.order))[:, :, 1:].any():
+            found.append(module)
 
     learned = [subset for _, subset in subsets(model) if isinstance(subset, Subset)]
     for subset in learned:
         subset.keep([0])
-    readers = [module for module in model.modules() if isinstance(module, GroupConv2d | GroupPool)]
-    _run(model, x, [module.register_forward_pre_hook(look) for module in readers])
+    readers = [module for module in model.modules() if isinstance(module, (*_MAPS[1:], GroupPool))]
+    biases = {name: torch.ones_like(p) for name, p in model.named_parameters() if name.endswith("bias")}  # fresh: zeros
+    _run(model, x, [module.register_forward_pre_hook(look) for module in readers], biases)
     for subset in learned:
         subset.keep(range(group.order))
+    return found[0] if found else None
 
 
 @torch.no_grad()
-def _run(model: nn.Module, x: Tensor, handles: list[RemovableHandle]) -> None:
-    """The network on x in eval mode, under hooks that are gone afterwards."""
+def _run(model: nn.Module, x: Tensor, handles: list[RemovableHandle], changed: dict[str, Tensor] | None = None) -> None:
+    """The network on x in eval mode, with some parameters ``changed``, under hooks that are gone afterwards."""
     was_training = model.training
     try:
-        model.eval()(x)
+        functional_call(model.eval(), changed or {}, x)
     finally:
         model.train(was_training)
         for handle in handles:

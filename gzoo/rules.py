@@ -61,6 +61,7 @@ from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.fibre import share_along_fibre
 from gzoo.nn.linear import Head, Pooling
 from gzoo.nn.mixed import Run
+from gzoo.nn.norm import CHANNELS_FIRST, channel_dim
 from gzoo.nn.resample import Window, square
 from gzoo.plan import REDUCTIONS, Plan, nearest_divisor
 from gzoo.trace import Segments, flat
@@ -481,14 +482,8 @@ def _fibre_norm(plain: nn.Module, fields: int, recipe: Recipe) -> FibreNorm:
     return FibreNorm(plain, recipe.group.order)
 
 
-_CHANNELS_FIRST = (
-    *(tl.LayerNorm2d, tl.LayerNorm2dFp32, tl.LayerNormAct2d, tl.LayerNormAct2dFp32, metaformer.LayerNorm2dNoBias),
-    *(tl.RmsNorm2d, tl.RmsNorm2dFp32, tl.RmsNormAct2d, tl.RmsNormAct2dFp32, tl.SimpleNorm2d, tl.SimpleNorm2dFp32),
-)
-
-
 @rule(
-    *(*_CHANNELS_FIRST, nn.LayerNorm, nn.RMSNorm, metaformer.LayerNormNoBias),
+    *(*CHANNELS_FIRST, nn.LayerNorm, nn.RMSNorm, metaformer.LayerNormNoBias),
     *(tl.LayerNorm, tl.LayerNormFp32, tl.LayerNormAct, tl.LayerNormActFp32),
     *(tl.RmsNorm, tl.RmsNormFp32, tl.RmsNormAct, tl.RmsNormActFp32, tl.SimpleNorm, tl.SimpleNormFp32),
 )
@@ -498,7 +493,7 @@ def _layer_norm(plain: Any, recipe: Recipe) -> nn.Module:
             f"layer norm over {tuple(plain.normalized_shape)} holds one parameter per pixel; norm channels only"
         )
     if recipe.per_element:
-        return PerElement(plain, recipe.group.order, dim=1 if isinstance(plain, _CHANNELS_FIRST) else -1)
+        return PerElement(plain, recipe.group.order, channel_dim(plain))
     fields = recipe.in_fields
     plain.normalized_shape = (fields * recipe.group.order,)
     share_along_fibre(plain, ("weight", "bias"), recipe.group.order, fields)
@@ -520,7 +515,7 @@ def _channel_scale(plain: Any, recipe: Recipe) -> nn.Module:
 @rule(GlobalResponseNorm)
 def _response_norm(plain: GlobalResponseNorm, recipe: Recipe) -> nn.Module:
     if recipe.per_element:
-        return PerElement(plain, recipe.group.order, plain.channel_dim)
+        return PerElement(plain, recipe.group.order, channel_dim(plain))
     return _channel_scale(plain, recipe)
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from timm.models import save_for_hf
+from timm.models import metaformer, save_for_hf
 from torch import nn
 
 import gzoo
@@ -27,6 +27,34 @@ def partial_resnet(group="p4"):
     """A residual network with random statistics, in eval mode, which keeps the whole group."""
     plain = timm.create_model("resnet18", channels=(8, 8, 16, 16), stem_width=8, num_classes=5)
     return keeping(with_random_statistics(gzoo.convert(plain, group, partial=True)).eval(), range(100))
+
+
+REPVGG = timm.models.ByoModelCfg(
+    blocks=tuple(timm.models.ByoBlockCfg("rep", d=2, c=8, s=s) for s in (2, 1)),
+    stem_type="rep",
+    stem_chs=8,
+)
+NETWORKS = {  # norms of sums, of concatenations, of the image's shortcut, over channels in either order; linear maps
+    "wide_resnet": lambda: backbones.wide_resnet(10, 1, num_classes=5),
+    "resnetv2": lambda: timm.create_model("resnetv2_18", channels=(8, 8, 16, 16), stem_chs=8, num_classes=5),
+    "densenet": lambda: timm.models.DenseNet(growth_rate=8, block_config=(2, 2), num_classes=5),
+    "convnext": lambda: timm.models.ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=5),
+    "convnextv2": lambda: timm.models.ConvNeXt(
+        depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), use_grn=True, conv_mlp=True, ls_init_value=None, num_classes=5
+    ),
+    "poolformer": lambda: metaformer.MetaFormer(
+        depths=(1, 1, 1, 1),
+        dims=(8, 8, 16, 16),
+        token_mixers=metaformer.Pooling,
+        mlp_act=nn.GELU,
+        mlp_bias=True,
+        downsample_norm=None,
+        norm_layers=timm.layers.GroupNorm1,
+        use_mlp_head=False,
+        num_classes=5,
+    ),
+    "repvgg": lambda: timm.models.ByobNet(REPVGG, num_classes=5),
+}
 
 
 def keeping(model, kept):
@@ -51,6 +79,20 @@ def test_a_partial_network_starts_as_the_fully_equivariant_one(group, size):
     assert not report.given_up
     x = random_image(3, (size, size) if isinstance(size, int) else size)
     assert model(x).equal(without(model, "subset")(x))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_whose_norms_follow_no_convolution_are_exact_for_what_they_keep_too(name):
+    model = with_random_statistics(gzoo.convert(NETWORKS[name](), "p4m", partial=True)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # layer scales and GRN's numbers start next to zero
+            if parameter.ndim == 1:
+                parameter.add_(torch.rand_like(parameter))
+    x = random_image(3, (48, 33))
+    assert keeping(model, range(8))(x).allclose(without(model, "subset")(x), rtol=1e-12)
+    report = gzoo.check(keeping(model, (0, 2, 4, 6)), (48, 33))
+    assert tuple(report.errors["logits"]) == (0, 2, 4, 6)
+    assert report.worst < 1e-12 < 1e-6 < min(report.given_up.values())
 
 
 @pytest.mark.parametrize("size", [64, (65, 48)])
@@ -130,9 +172,9 @@ def test_the_report_shows_what_each_layer_keeps(tmp_path):
     [
         (small(), {"group": "p4", "group_pool": "max"}, "needs group_pool='mean'"),
         (small(), {"group": "c1"}, "c1 has no element beside the identity"),
-        (small(last=[nn.ReLU(), nn.BatchNorm2d(16)]), {"group": "p4"}, "5 normalises a map that no convolution gives"),
-        (timm.create_model("convnext_atto"), {"group": "p4"}, "stem.1 is a FibreLayerNorm2d, which mixes"),
+        (small(nn.InstanceNorm2d), {"group": "p4", "weights": "transfer"}, "1 normalises each element by itself"),
         (small(last=[nn.Softplus()]), {"group": "p4"}, r"would see dropped .* f\(0\) != 0"),
+        (small(last=[metaformer.StarReLU()]), {"group": "p4"}, r"would see dropped .* f\(0\) != 0"),
     ],
 )
 def test_what_would_bring_dropped_elements_back_is_refused(plain, options, message):

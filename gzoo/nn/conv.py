@@ -11,7 +11,6 @@ from gzoo.bases import Basis, BasisName, balance, lifting_basis, regular_basis
 from gzoo.groups import Group
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.resample import Window, resample
-from gzoo.nn.subset import Subset
 
 if TYPE_CHECKING:
     from escnn.nn import FieldType
@@ -43,7 +42,6 @@ class _GroupConv2d(ExpandedLayer):
         self.padding_mode = padding_mode
         self.bias = nn.Parameter(torch.empty(self.out_fields)) if bias else None
         self.standardize: nn.Module | None = None  # of `WeightStandardization`
-        self.subset: Subset | None = None  # of a partial network, where no norm follows
         self.residual: nn.Parameter | None = None  # of a soft network: a plain filter beside the equivariant one
         self.reset_parameters()
 
@@ -73,8 +71,7 @@ class _GroupConv2d(ExpandedLayer):
         return filters if self.residual is None else filters + self.residual
 
     def _convolve(self, x: Tensor) -> Tensor:
-        y = convolve(x, self.full_filter(), self.channel_bias(), self.window, self.padding_mode, self.groups)
-        return y if self.subset is None else self.subset(y)
+        return convolve(x, self.full_filter(), self.channel_bias(), self.window, self.padding_mode, self.groups)
 
     @property
     def out_type(self) -> "FieldType":

@@ -2,10 +2,25 @@
 
 from typing import Any
 
+import timm.layers as tl
 import torch
+from timm.layers.grn import GlobalResponseNorm
+from timm.models import metaformer
 from torch import Tensor, nn
 
 from gzoo.nn.subset import Subset
+
+CHANNELS_FIRST = (
+    *(tl.LayerNorm2d, tl.LayerNorm2dFp32, tl.LayerNormAct2d, tl.LayerNormAct2dFp32, metaformer.LayerNorm2dNoBias),
+    *(tl.RmsNorm2d, tl.RmsNorm2dFp32, tl.RmsNormAct2d, tl.RmsNormAct2dFp32, tl.SimpleNorm2d, tl.SimpleNorm2dFp32),
+)
+
+
+def channel_dim(norm: nn.Module) -> int:
+    """Where a norm over channels takes them to be: 1, or -1 for channels last."""
+    if isinstance(norm, GlobalResponseNorm):
+        return norm.channel_dim
+    return 1 if isinstance(norm, CHANNELS_FIRST) else -1
 
 
 class FibreNorm(nn.Module):

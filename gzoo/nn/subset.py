@@ -1,6 +1,7 @@
 """The elements of the group that a layer keeps: learned, one probability for each."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,8 @@ class Subset(nn.Module):
             values = norm(rows).view_as(values)
         scale = weights[kept] * (order / weights[kept].sum())
         values = values * scale.to(values.dtype).view(-1, *(1,) * (values.ndim - 3))
-        return values.new_zeros(fibres.shape).index_copy(2, kept, values).flatten(1, 2)
+        zeros = torch.zeros_like(fibres, dtype=values.dtype)  # in the memory format of x
+        return zeros.index_copy(2, kept, values).flatten(1, 2)
 
     def _draw(self) -> Tensor:
         """(|G|,) of zeros and ones, with the gradient of the relaxed variables."""
@@ -122,5 +124,21 @@ class Subset(nn.Module):
         for g in range(1, self.group.order):
             self.logits[g - 1] = FIRST_LOGIT if g in chosen else -FIRST_LOGIT
 
+    def follow(self, layer: nn.Module, channels_last: bool = False) -> None:
+        """Has ``layer`` keep S of what it gives from now on; stands in it as ``layer.subset``."""
+        layer.subset = self
+        layer.register_forward_hook(_keep_last if channels_last else _keep)
+
     def extra_repr(self) -> str:
         return f"{self.group.name}, kept: {', '.join(map(self.group.label, self.kept))}"
+
+
+# Functions of this module, so that a layer can be copied and pickled with its hook.
+
+
+def _keep(layer: Any, inputs: tuple[Any, ...], y: Tensor) -> Tensor:
+    return y if layer.subset is None else layer.subset(y)
+
+
+def _keep_last(layer: Any, inputs: tuple[Any, ...], y: Tensor) -> Tensor:
+    return _keep(layer, inputs, y.movedim(-1, 1)).movedim(1, -1)
