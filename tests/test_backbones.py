@@ -11,7 +11,7 @@ from tests.conftest import core_entries, with_random_statistics
 
 # Deep or wide: one small image each, not square, odd after the first stride. The others: a power of two, one more, and
 # not square.
-SLOW = ("resnet56", "resnet110", "resnet26_cifar", "wrn16_8", "resnet18", "resnet50", "unet")
+SLOW = ("resnet32", "resnet44", "resnet56", "resnet110", "resnet26_cifar", "wrn16_8", "resnet18", "resnet50", "unet")
 SIZES = {
     "cnn6": (28, 33, (24, 27)),
     "cnn7": (28, 31, (33, 36)),
@@ -44,7 +44,9 @@ def test_every_entry_is_exact_in_float64(model, size):
 
 
 @pytest.mark.parametrize(
-    ("model", "size"), [pytest.param(e, sizes(e)[-1], id=e.name) for e in EQUIVARIANT], indirect=["model"]
+    ("model", "size"),
+    [pytest.param(e, sizes(e)[-1], id=e.name) for e in EQUIVARIANT if e.group in ("p4m", "c8")],
+    indirect=["model"],
 )
 def test_every_entry_is_exact_to_rounding_in_float32(model, size):
     assert gzoo.check(model, size, dtype=torch.float32).worst < 1e-5

@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.metadata import version
 
 import datasets
 import numpy as np
@@ -116,6 +117,12 @@ def test_what_stops_a_run_is_exit_code_1(recipe, monkeypatch, capsys, error):
     monkeypatch.setattr(gzoo.train, "train", stop)
     assert main(["train", "--recipe", recipe]) == 1
     assert f"gzoo: error: {error}" in capsys.readouterr().err
+
+
+def test_the_version_names_gzoo_and_what_it_stands_on(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == ", ".join(f"{n} {version(n)}" for n in ("gzoo", "timm", "torch", "escnn")) + "\n"
 
 
 def test_help_lists_every_entry_of_a_recipe(capsys):
