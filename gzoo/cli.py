@@ -8,6 +8,7 @@ import functools
 import json
 import shlex
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("gzoo", description="Group-equivariant CNNs for timm.")
+    of = ", ".join(f"{name} {version(name)}" for name in ("gzoo", "timm", "torch", "escnn"))
+    parser.add_argument("--version", action="version", version=of, help="versions of gzoo and of what it stands on")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("train", help="train or fine-tune a model")
