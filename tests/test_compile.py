@@ -3,6 +3,7 @@
 import copy
 import shutil
 
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -81,3 +82,14 @@ def test_a_model_exports_for_any_batch_size():
     exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
     with torch.no_grad():
         torch.testing.assert_close(exported.module()(x[:1]), model(x[:1]), rtol=1e-4, atol=1e-4)
+
+
+def test_onnx_runtime_gives_the_same_for_any_batch_size(tmp_path):
+    model, x = model_and_image("c8_mobilenetv3_small_100")
+    file, batch = tmp_path / "model.onnx", {0: torch.export.Dim("batch", min=1, max=64)}
+    torch.onnx.export(model, (x,), file, dynamo=True, dynamic_shapes=(batch,), verbose=False)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for images in (x, x[:1]):
+        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), model(images), rtol=1e-4, atol=1e-4)
