@@ -143,7 +143,7 @@ class InvariantLinear(nn.Linear):
         x: (B, in_fields * |G|); result: (B, out_features). weight: (out_features, in_fields).
 
     Raises:
-        ValueError: x does not have in_fields * |G| channels.
+        ValueError: x does not have in_fields * |G| channels, or is a map.
     """
 
     def __init__(
@@ -160,6 +160,11 @@ class InvariantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         require_fields(x, 1, self.in_features, self.group)
+        if x.ndim != 2:
+            raise ValueError(
+                f"the classifier takes pooled features (B, C), not a map of shape {tuple(x.shape)}; give the model a "
+                "global_pool such as 'avg', or num_classes=0 with global_pool='' for the map itself"
+            )
         return super().forward(self.group_pool(x))
 
 

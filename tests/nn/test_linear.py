@@ -94,3 +94,8 @@ def test_types_say_how_many_regular_fields():
 def test_channels_that_are_not_the_layers_fields_are_refused(layer):
     with pytest.raises(ValueError, match=r"has 8 channels, not 3 fields \* \|G\| = 4"):
         layer(groups.get("p4"), 3, 5)(torch.zeros(2, 8))
+
+
+def test_a_map_is_refused_by_the_linear_classifier():
+    with pytest.raises(ValueError, match=r"takes pooled features .* not a map of shape \(2, 12, 4, 4\)"):
+        InvariantLinear(groups.get("p4"), 3, 5)(torch.zeros(2, 12, 4, 4))
