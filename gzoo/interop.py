@@ -9,6 +9,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -414,7 +415,7 @@ def _gzoo_layer(path: str, module: Any, basis: BasisName | None, window: Window 
     if type(module) in _pointwise():
         new: Any = _pointwise()[type(module)](module)
         if window is not None:  # a pool that `to_escnn` made, whose own padding does not tell an odd one
-            new.pool.padding, new.window = (window.padding + 1) // 2, window._replace(symmetric=True)
+            new.pool.padding, new.window = (window.padding + 1) // 2, replace(window, symmetric=True)
         return new
     raise ValueError(
         f"{_named(path, module)} of type {module.in_type}, which gzoo has no layer for; it has counterparts of R2Conv, "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gzoo.bases import Basis, BasisName, balance, lifting_basis, regular_basis
 from gzoo.groups import Group
-from gzoo.nn.expand import ExpandedLayer
+from gzoo.nn.expand import ExpandedLayer, along_fibre
 from gzoo.nn.resample import Window, resample
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class _GroupConv2d(ExpandedLayer):
 
     def channel_bias(self) -> Tensor | None:
         """The bias of each channel out."""
-        return None if self.bias is None else self.bias.repeat_interleave(self.group.order)
+        return None if self.bias is None else along_fibre(self.bias, self.group.order)
 
     def full_filter(self) -> Tensor:
         """What x is convolved with: the expanded filter, standardized and softened where that is asked for."""

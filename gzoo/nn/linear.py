@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gzoo.bases import regular_basis
 from gzoo.groups import Group
 from gzoo.nn.conv import require_fields
-from gzoo.nn.expand import ExpandedLayer
+from gzoo.nn.expand import ExpandedLayer, along_fibre
 
 if TYPE_CHECKING:
     from escnn.nn import FieldType
@@ -61,7 +61,7 @@ class GroupLinear(ExpandedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         require_fields(x, -1, self.in_fields, self.group)
-        bias = None if self.bias is None else self.bias.repeat_interleave(self.group.order)
+        bias = None if self.bias is None else along_fibre(self.bias, self.group.order)
         return F.linear(x, self.filter().flatten(1), bias)
 
     def extra_repr(self) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gzoo.bases import BasisName, balance, choose, quotient_basis
 from gzoo.groups import Group
 from gzoo.nn.conv import PaddingMode, convolve, window_of
-from gzoo.nn.expand import ExpandedLayer
+from gzoo.nn.expand import ExpandedLayer, along_fibre
 from gzoo.nn.linear import GroupPool, Pooling
 from gzoo.nn.norm import FibreNorm
 
@@ -120,7 +120,7 @@ class QuotientConv2d(nn.Module):
         if self.bias is None:
             return None
         kinds = zip(self.bias.split(list(self.out_fields.values())), self.fibres, strict=True)
-        return torch.cat([numbers.repeat_interleave(fibre) for numbers, fibre in kinds])
+        return torch.cat([along_fibre(numbers, fibre) for numbers, fibre in kinds])
 
     def forward(self, x: Tensor) -> Tensor:
         _require_channels(x, self.in_channels, self.group, self.in_fields)

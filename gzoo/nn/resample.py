@@ -10,13 +10,15 @@ other rotations notice: the tests compare.) Each axis is treated alone.
 """
 
 import copy
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Window(NamedTuple):
+@dataclass(frozen=True)  # torch.compile of torch 2.5 and 2.7 reads no property of a named tuple
+class Window:
     """A window operation along one axis, in pixels. Both axes share it, or a quarter turn would mix them up.
 
     ``padding`` is the sum over both ends. An odd sum, as "same" padding with an even kernel has, is rounded up and
@@ -170,7 +172,7 @@ def keep_original_strides(model: nn.Module) -> nn.Module:
     for module in model.modules():
         window = getattr(module, "window", None)
         if isinstance(window, Window):
-            module.window = window._replace(symmetric=False)  # type: ignore[assignment]  # no submodule
+            module.window = replace(window, symmetric=False)  # type: ignore[assignment]  # no submodule
     return model
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gzoo.bases import regular_basis
 from gzoo.groups import Group
 from gzoo.nn.conv import require_fields
-from gzoo.nn.expand import ExpandedLayer
+from gzoo.nn.expand import ExpandedLayer, along_fibre
 
 if TYPE_CHECKING:
     from escnn.nn import FieldType
@@ -78,7 +78,7 @@ class GroupConvTranspose2d(ExpandedLayer):
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         require_fields(x, 1, self.in_fields, self.group)
-        bias = None if self.bias is None else self.bias.repeat_interleave(self.group.order)
+        bias = None if self.bias is None else along_fibre(self.bias, self.group.order)
         y = F.conv_transpose2d(x, self.filter(), bias, self.stride, self.padding, 0, self.groups, self.dilation)
         if output_size is not None and tuple(output_size[-2:]) != y.shape[2:]:
             raise ValueError(

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -204,7 +205,7 @@ def test_original_strides_are_those_of_the_plain_operation(pool):
         x = torch.randn(1, 2, size, size)
         plain = pool(F.conv2d(x, convolution.filter(), convolution.bias.repeat_interleave(4), 2, 1))
         for module in (convolution, layers[1]):
-            module.window = module.window._replace(symmetric=True)
+            module.window = replace(module.window, symmetric=True)
         assert size % 2 or not layers(x).equal(plain)
         assert keep_original_strides(layers)(x).equal(plain)
 
