@@ -92,7 +92,8 @@ def convert(
         head: "invariant" logits, or "pose": logits (B, classes, |G|) of class and group element, with fresh weights.
             The classifier is linear, or the 1x1 convolution of a timm network.
         partial: whether each convolution learns which elements of the group it keeps, starting with all: see
-            `gzoo.partial` and `gzoo.nn.Subset`. Not for attention between channels and activations with f(0) != 0.
+            `gzoo.partial` and `gzoo.nn.Subset`. Not for softmax attention between channels and activations with
+            f(0) != 0.
         soft: whether each convolution gets a plain one beside it, which starts at zero and which `gzoo.soft.penalty`
             holds there: see `gzoo.soft`. Not with ``partial``.
 

@@ -27,78 +27,73 @@ from gzoo.nn import (
     FibreNorm,
     GroupCondConv2d,
     GroupConv2d,
+    GroupConvTranspose2d,
     GroupLinear,
     GroupPool,
     LiftingConv2d,
     PerElement,
     Subset,
 )
+from gzoo.nn.fibre import shared_along_fibre
 from gzoo.nn.linear import Pooling
 from gzoo.nn.norm import channel_dim
 
-_MAPS = (LiftingConv2d, GroupConv2d, GroupCondConv2d, GroupLinear)
+_MAPS = (LiftingConv2d, GroupConv2d, GroupCondConv2d, GroupConvTranspose2d, GroupLinear)
 
 
 def make_partial(model: nn.Module, group: Group, pool: Pooling, x: Tensor) -> None:
     """Gives the layers of ``model``, in place, subsets of the group to learn; they start with all of it.
 
-    Every norm has one. Where a convolution or the head would still see what no norm has dropped, so has every
-    convolution and linear map that no norm directly follows; and if that is not enough, all of them.
+    Every norm of fibres has one, and so has every convolution or linear map from which a dropped element would reach
+    another one, the head or the output past all norms. A gate, as of squeeze-and-excite, needs none: it multiplies
+    zeros.
 
     Args:
         model: a converted network.
         group: its group.
         pool: how its head pools a fibre.
-        x: images (B, C, H, W) that it takes, to see which norm follows which convolution.
+        x: images (B, C, H, W) that it takes.
 
     Raises:
         ValueError: the head pools by the maximum, in which the zeros of dropped elements would count; or a layer makes
             other numbers of those zeros: a norm of each element by itself, attention between channels, an activation
-            with f(0) != 0. Names the layer.
+            with f(0) != 0; or the network is on the meta device, or made in inference mode. Names the layer.
     """
     if pool != "mean":
         raise ValueError(
             "partial=True needs group_pool='mean': dropped elements are zeros, which a mean leaves out and the maximum "
             "does not"
         )
+    if x.is_meta or any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "partial=True runs the network, which the meta device cannot; create it on the CPU, then move it"
+        )
+    if torch.is_inference_mode_enabled():
+        raise ValueError("partial=True takes a derivative; create the network outside torch.inference_mode()")
     names = {module: name for name, module in model.named_modules()}
-    made_by: dict[int, nn.Module] = {}  # the map whose output a tensor is, by the tensor's id
-    maps: dict[nn.Module, None] = {}  # ordered by execution
-    norms: dict[nn.Module, nn.Module | None] = {}  # and the map that each directly follows
-    alive: list[Tensor] = []  # an id is taken again when its tensor is gone
+    norms: dict[nn.Module, None] = {}  # ordered by execution; without those of the image
 
-    def after(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if isinstance(module, PerElement):
             raise ValueError(
                 f"{names[module]} normalises each element by itself, and so makes other numbers of the zeros at those "
                 "that a layer drops, which weights='transfer' asks for; leave that out"
             )
-        if isinstance(module, _MAPS):
-            alive.append(output)
-            made_by[id(output)] = module
-            maps[module] = None
-        else:
-            norms[module] = made_by.get(id(inputs[0]))
+        norms[module] = None
 
-    looked_at = (*_MAPS, PerElement, FibreNorm, GlobalResponseNorm)
-    handles = [
-        module.register_forward_hook(after)
-        for module in model.modules()
-        if isinstance(module, looked_at) or hasattr(module, "normalized_shape")
-    ]
-    _run(model, x, handles)
-    followed = set(norms.values())
-    unkept: nn.Module | None = None
-    for layers in (norms, [m for m in maps if m not in followed], [m for m in maps if m in followed]):
-        _learn_subsets(layers, group, x)
-        unkept = _first_unkept(model, group, x)
-        if unkept is None:
-            return
-    raise ValueError(
-        f"{names[unkept]} would see dropped elements as other numbers than zero, behind attention between channels or "
-        "an activation with f(0) != 0, such as sigmoid or softplus; partial=True takes attention between pixels and "
-        "activations with f(0) = 0: ReLU, SiLU, GELU, tanh"
-    )
+    over_channels = [m for m in model.modules() if hasattr(m, "normalized_shape") or isinstance(m, GlobalResponseNorm)]
+    watched = [m for m in over_channels if shared_along_fibre(m)]
+    watched += [m for m in model.modules() if isinstance(m, PerElement | FibreNorm)]
+    with torch.no_grad():
+        _run(model, x, [module.register_forward_hook(after) for module in watched])
+    _learn_subsets(norms, group, x)
+    _learn_subsets(_unkept_maps(model, group, x), group, x)
+    if (reader := _first_unkept(model, group, x)) is not None:
+        raise ValueError(
+            f"{names[reader]} would see dropped elements as other numbers than zero; the cause is in front of it: an "
+            "activation with f(0) != 0, such as sigmoid or softplus (ReLU, SiLU, GELU and tanh are 0 there), an "
+            "offset, padding with a number, attention between channels, or the image beside feature maps"
+        )
 
 
 def _learn_subsets(layers: Iterable[nn.Module], group: Group, x: Tensor) -> None:
@@ -113,32 +108,88 @@ def _learn_subsets(layers: Iterable[nn.Module], group: Group, x: Tensor) -> None
             subset.follow(layer, channels_last=channel_dim(layer) == -1)
 
 
+def _dropped(module: nn.Module | None, y: Tensor, group: Group) -> Tensor:
+    """The channels of all elements but the identity, in what a layer gives or takes."""
+    channels = y.movedim(-1, 1) if isinstance(module, GroupLinear) else y
+    return channels.unflatten(1, (-1, group.order))[:, :, 1:]
+
+
+def _unkept_maps(model: nn.Module, group: Group, x: Tensor) -> list[nn.Module]:
+    """The maps from which a dropped element reaches another one, the head or the output past the subsets there are.
+
+    Found by a derivative: of what those see at dropped elements with respect to what each map gives there.
+    """
+    given: dict[nn.Module, list[Tensor]] = {}  # by a layer that is called twice, two
+    seen: list[Tensor] = []
+
+    def cut(module: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> Tensor:
+        leaf = y.detach().requires_grad_()
+        given.setdefault(module, []).append(leaf)
+        return leaf.clone()  # which an activation may overwrite
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(_weighed(_dropped(module, inputs[0], group)))
+
+    maps = [module for module in model.modules() if isinstance(module, _MAPS)]
+    handles = [module.register_forward_hook(cut) for module in maps]
+    handles += [module.register_forward_pre_hook(look) for module in _readers(model)]
+    with torch.enable_grad():
+        output = _run_dropping(model, group, x, handles)
+        for y in output if isinstance(output, list | tuple) else [output]:
+            if y.shape[1] % group.order == 0:  # may be fibres; if it is not, the head saw them before
+                seen.append(_weighed(_dropped(None, y, group)))
+        total = torch.stack([value.float() for value in seen]).sum()
+        if total.requires_grad:
+            total.backward()
+    found = []
+    for module, leaves in given.items():
+        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        if any(_dropped(module, gradient, group).any() for gradient in gradients):
+            found.append(module)
+    return found
+
+
+def _weighed(values: Tensor) -> Tensor:
+    """A sum with irregular weights, in which nothing cancels."""
+    weights = torch.arange(values.numel(), dtype=values.dtype, device=values.device).cos()
+    return (values.flatten() * weights).sum()
+
+
 def _first_unkept(model: nn.Module, group: Group, x: Tensor) -> nn.Module | None:
     """The first layer that would see anything but zeros at the elements that the subsets of ``model`` drop."""
     found: list[nn.Module] = []
 
     def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        channels = inputs[0].movedim(-1, 1) if isinstance(module, GroupLinear) else inputs[0]
-        if channels.unflatten(1, (-1, group.order))[:, :, 1:].any():
+        if _dropped(module, inputs[0], group).any():
             found.append(module)
 
-    learned = [subset for _, subset in subsets(model) if isinstance(subset, Subset)]
-    for subset in learned:
-        subset.keep([0])
-    readers = [module for module in model.modules() if isinstance(module, (*_MAPS[1:], GroupPool))]
-    biases = {name: torch.ones_like(p) for name, p in model.named_parameters() if name.endswith("bias")}  # fresh: zeros
-    _run(model, x, [module.register_forward_pre_hook(look) for module in readers], biases)
-    for subset in learned:
-        subset.keep(range(group.order))
+    with torch.no_grad():
+        _run_dropping(model, group, x, [module.register_forward_pre_hook(look) for module in _readers(model)])
     return found[0] if found else None
 
 
-@torch.no_grad()
-def _run(model: nn.Module, x: Tensor, handles: list[RemovableHandle], changed: dict[str, Tensor] | None = None) -> None:
+def _readers(model: nn.Module) -> list[nn.Module]:
+    """The layers that sum over fibres."""
+    return [m for m in model.modules() if isinstance(m, (*_MAPS, GroupPool)) and not isinstance(m, LiftingConv2d)]
+
+
+def _run_dropping(model: nn.Module, group: Group, x: Tensor, handles: list[RemovableHandle]) -> Any:
+    """`_run` with subsets that keep the identity alone, and ones for zeros that training may change: biases, gains."""
+    learned = [subset for _, subset in subsets(model) if isinstance(subset, Subset)]
+    for subset in learned:
+        subset.keep([0])
+    changed = {name: p.detach().where(p.detach() != 0, 1.0) for name, p in model.named_parameters()}
+    output = _run(model, x, handles, changed)
+    for subset in learned:
+        subset.keep(range(group.order))
+    return output
+
+
+def _run(model: nn.Module, x: Tensor, handles: list[RemovableHandle], changed: dict[str, Tensor] | None = None) -> Any:
     """The network on x in eval mode, with some parameters ``changed``, under hooks that are gone afterwards."""
     was_training = model.training
     try:
-        functional_call(model.eval(), changed or {}, x)
+        return functional_call(model.eval(), changed or {}, x)
     finally:
         model.train(was_training)
         for handle in handles:

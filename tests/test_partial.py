@@ -53,6 +53,12 @@ NETWORKS = {  # norms of sums, of concatenations, of the image's shortcut, over 
         use_mlp_head=False,
         num_classes=5,
     ),
+    "transposed": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 8, 2, stride=2),
+        *list(small())[4:],
+    ).insert(3, nn.Conv2d(8, 16, 3)),
     "repvgg": lambda: timm.models.ByobNet(REPVGG, num_classes=5),
 }
 
@@ -67,6 +73,45 @@ def test_each_convolution_has_one_subset_in_its_norm_or_behind_it():
     model = gzoo.convert(small(), "p4", partial=True)
     assert [name for name, _ in subsets(model)] == ["1", "3"]
     assert [name for name, _ in subsets(gzoo.convert(small(), "p4"))] == []
+
+
+@pytest.mark.parametrize("channels", [3, 4])  # 4: as many as p4 has elements
+def test_a_norm_of_the_image_drops_nothing(channels):
+    plain = nn.Sequential(timm.layers.LayerNorm2d(channels), nn.Conv2d(channels, 16, 3, padding=1), *list(small())[1:])
+    assert [name for name, _ in subsets(gzoo.convert(plain, "p4", partial=True))] == ["2", "4"]
+
+
+def test_a_gate_drops_nothing_as_it_multiplies_zeros():
+    model = gzoo.convert(timm.create_model("legacy_seresnet18"), "p4", partial=True)
+    gates = {name.rpartition(".")[2] for name, _ in subsets(model) if "se_module" in name}
+    assert gates == {"fc1"}  # fc2 sums over what that gives
+
+
+@pytest.mark.parametrize("conv_mlp", [False, True])
+def test_a_norm_drops_for_the_convolution_before_it_in_either_memory_layout(conv_mlp):
+    plain = timm.models.ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), conv_mlp=conv_mlp)
+    found = {name.rpartition("blocks.0.")[2] for name, _ in subsets(gzoo.convert(plain, "p4", partial=True))}
+    assert {name for name in found if not name.startswith(("s", "head"))} == {"norm", "mlp.fc1", "mlp.fc2"}
+
+
+def test_what_training_may_turn_from_zero_counts():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.inner = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 1)
+            self.scale, self.last = timm.layers.LayerScale2d(16, 0.0), nn.Conv2d(16, 16, 3)
+            self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+
+        def forward(self, x):
+            x = self.norm(self.first(x)).relu()
+            return self.head(self.last(x + self.scale(self.inner(x))))
+
+    assert [name for name, _ in subsets(gzoo.convert(Scaled(), "p4", partial=True))] == ["norm", "inner", "last"]
+
+
+def test_the_last_convolution_of_a_feature_extractor_has_a_subset():
+    features = nn.Sequential(*list(small())[:-3])
+    assert [name for name, _ in subsets(gzoo.convert(features, "p4", partial=True, classifier=""))] == ["1", "3"]
 
 
 @pytest.mark.parametrize("size", [64, 65, (48, 65)])
@@ -187,6 +232,10 @@ def test_networks_without_partial_layers_are_named():
         timm.create_model("cnn7", partial=True)
     with pytest.raises(ValueError, match="has no partial layers; create it with partial=True"):
         gzoo.partial.report(gzoo.convert(small(), "p4"))
+    with torch.device("meta"), pytest.raises(ValueError, match="runs the network, which the meta device cannot"):
+        timm.create_model("p4_cnn7", partial=True)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"outside torch\.inference_mode"):
+        timm.create_model("p4_cnn7", partial=True)
     with pytest.raises(ValueError, match="is partial: escnn has no fields"):
         gzoo.to_escnn(gzoo.convert(small(), "p4", partial=True))
 

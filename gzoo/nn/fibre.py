@@ -33,6 +33,11 @@ def share_along_fibre(module: nn.Module, names: tuple[str, ...], group_order: in
     module.__class__ = _sharing_class(type(module), held, group_order)  # type: ignore[arg-type]
 
 
+def shared_along_fibre(module: nn.Module) -> bool:
+    """Whether `share_along_fibre` was here; else the module is one of the image, or of channels without fibres."""
+    return hasattr(module, "shared_by_order")
+
+
 @cache
 def _sharing_class(plain: type[nn.Module], names: tuple[str, ...], group_order: int) -> type[nn.Module]:
     def repeated(name: str) -> property:
@@ -48,7 +53,8 @@ def _sharing_class(plain: type[nn.Module], names: tuple[str, ...], group_order: 
         return _rebuild, (plain, names, group_order), self.__dict__.copy()
 
     members: dict[str, Any] = {name: repeated(name) for name in names}
-    return type(f"Fibre{plain.__name__}", (plain,), {**members, "__reduce_ex__": reduce, "__module__": __name__})
+    members |= {"shared_by_order": group_order, "__reduce_ex__": reduce, "__module__": __name__}
+    return type(f"Fibre{plain.__name__}", (plain,), members)
 
 
 def _rebuild(plain: type[nn.Module], names: tuple[str, ...], group_order: int) -> nn.Module:

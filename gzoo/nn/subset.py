@@ -125,7 +125,7 @@ class Subset(nn.Module):
             self.logits[g - 1] = FIRST_LOGIT if g in chosen else -FIRST_LOGIT
 
     def follow(self, layer: nn.Module, channels_last: bool = False) -> None:
-        """Has ``layer`` keep S of what it gives from now on; stands in it as ``layer.subset``."""
+        """Has ``layer``, where it is called and not its ``forward``, keep S from now on; stands there as ``subset``."""
         layer.subset = self
         layer.register_forward_hook(_keep_last if channels_last else _keep)
 
@@ -137,7 +137,7 @@ class Subset(nn.Module):
 
 
 def _keep(layer: Any, inputs: tuple[Any, ...], y: Tensor) -> Tensor:
-    return y if layer.subset is None else layer.subset(y)
+    return y if getattr(layer, "subset", None) is None else layer.subset(y)
 
 
 def _keep_last(layer: Any, inputs: tuple[Any, ...], y: Tensor) -> Tensor:
