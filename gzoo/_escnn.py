@@ -28,7 +28,7 @@ def load() -> ModuleType:
     with warnings.catch_warnings():
         # Without py3nj escnn warns that 3D Clebsch-Gordan coefficients are slow; its own docstrings hold bad escapes.
         warnings.filterwarnings("ignore", message="`py3nj` package not found")
-        warnings.filterwarnings("ignore", category=SyntaxWarning, module="escnn")
+        warnings.filterwarnings("ignore", message=".*invalid escape sequence", category=SyntaxWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         import escnn
         import escnn.group

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import nn
 
-from gzoo import bench, cli
+from gzoo import _escnn, bench, cli
 from gzoo.bench import Case, EscnnLayer, escnn_twin, plain_twin
 from gzoo.check import relative_error
 from gzoo.equivariant import group_of
@@ -79,11 +79,10 @@ def test_the_plain_twin_is_not_invariant(model):
 
 
 def test_the_escnn_twin_has_the_same_fields(model):
-    from escnn.nn import InnerBatchNorm, R2Conv
-
+    enn = _escnn.load().nn
     twin = escnn_twin(model)
-    assert all(isinstance(layer.module, R2Conv | InnerBatchNorm) for layer in layers(twin, EscnnLayer))
-    convolutions = [layer.module for layer in layers(twin, EscnnLayer) if isinstance(layer.module, R2Conv)]
+    assert all(isinstance(layer.module, enn.R2Conv | enn.InnerBatchNorm) for layer in layers(twin, EscnnLayer))
+    convolutions = [layer.module for layer in layers(twin, EscnnLayer) if isinstance(layer.module, enn.R2Conv)]
     ours = layers(model, LiftingConv2d, GroupConv2d)
     assert [conv.out_type for conv in convolutions] == [conv.out_type for conv in ours]
 
