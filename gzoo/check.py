@@ -137,11 +137,11 @@ def check(
     for g in group.grid_elements:
         for name, value in _outputs(model, group.transform_image(x, g)).items():
             moved, law = expected[name], levels.get(name, own_group) or group
-            own_g, row = law.element(g, group) if g in kept else None, errors[name]
-            if own_g is None and asked is not None:  # held to what was asked for
+            own_g, row = law.element(g, group), errors[name]
+            if asked is not None and (own_g is None or g not in kept):  # held to what was asked for
                 law, own_g = group, g
-            if own_g is None or (soft and g):
-                row = given_up  # of a soft network's outputs the logits come last, and stay
+            elif own_g is None or g not in kept or (soft and g):
+                row = given_up  # of a partial or soft network's outputs the logits, or the last map, come last and stay
             if moved.ndim == 4 and (own_group is None or (pooled and name == "logits")):
                 moved = group.transform_image(moved, g)
             elif moved.ndim == 4:

@@ -150,6 +150,14 @@ def test_a_residual_network_that_keeps_a_subgroup_is_exact_for_it_and_for_no_mor
     assert min(report.given_up.values()) > 1e-6
 
 
+def test_maps_show_what_was_given_up():
+    model = timm.create_model("p4_resnet20", partial=True, features_only=True)
+    assert not gzoo.check(keeping(model, range(4)), 33).given_up
+    report = gzoo.check(keeping(model, (0, 2)), 33)
+    assert report.worst < 1e-12 < 1e-6 < min(report.given_up.values())
+    assert set(report.given_up) == {1, 3}
+
+
 def test_off_the_grid_the_turns_on_the_grid_stay_exact():
     model = with_random_statistics(gzoo.convert(small(), "c8", partial=True)).eval()
     report = gzoo.check(keeping(model, (0, 4)), 33)
