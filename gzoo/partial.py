@@ -19,6 +19,7 @@ import torch
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from gzoo.groups import Group
@@ -135,8 +136,9 @@ def _unkept_maps(model: nn.Module, group: Group, x: Tensor) -> list[nn.Module]:
     handles += [module.register_forward_pre_hook(look) for module in _readers(model)]
     with torch.enable_grad():
         output = _run_dropping(model, group, x, handles)
-        for y in output if isinstance(output, list | tuple) else [output]:
-            if y.shape[1] % group.order == 0:  # may be fibres; if it is not, the head saw them before
+        for y in tree_leaves(output):
+            if isinstance(y, Tensor) and y.ndim > 1 and y.shape[1] % group.order == 0:
+                # May be fibres; if it is not, the head saw them before.
                 seen.append(_weighed(_dropped(None, y, group)))
         total = torch.stack([value.float() for value in seen]).sum()
         if total.requires_grad:

@@ -114,6 +114,20 @@ def test_the_last_convolution_of_a_feature_extractor_has_a_subset():
     assert [name for name, _ in subsets(gzoo.convert(features, "p4", partial=True, classifier=""))] == ["1", "3"]
 
 
+def test_the_network_may_return_more_than_one_tensor_of_any_shape():
+    class Regression(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = small()
+
+        def forward(self, x):
+            y = self.layers(x)
+            return {"out": y[:, 0], "more": [y, None]}
+
+    model = gzoo.convert(Regression(), "p4", partial=True)
+    assert [name for name, _ in subsets(model)] == ["layers.1", "layers.3"]
+
+
 @pytest.mark.parametrize("size", [64, 65, (48, 65)])
 @pytest.mark.parametrize("group", ["p4", "p4m"])
 def test_a_partial_network_starts_as_the_fully_equivariant_one(group, size):
