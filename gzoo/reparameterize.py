@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gzoo.equivariant import group_of
 from gzoo.interop import replace_modules
 from gzoo.nn import FibreNorm, GroupConv2d, LiftingConv2d, Subset
+from gzoo.nn.expand import along_fibre
 from gzoo.nn.merged import MergedConv2d
 from gzoo.soft import residuals
 
@@ -111,8 +112,8 @@ def _behind(norm: nn.Module | None, filters: Tensor, bias: Tensor | None) -> tup
     if norm is None or isinstance(norm, nn.Identity):
         return filters, bias
     plain: Any = norm.norm if isinstance(norm, FibreNorm) else norm
-    fixed = isinstance(norm, FibreNorm) and getattr(plain, "running_var", None) is not None
-    if not fixed or not isinstance(getattr(plain, "act", nn.Identity()), nn.Identity):
+    fixed = getattr(plain, "running_var", None) is not None
+    if not isinstance(norm, FibreNorm) or not fixed or not isinstance(getattr(plain, "act", nn.Identity()), nn.Identity):
         raise ValueError(
             f"its {type(plain).__name__} is no fixed scale and shift, so the branches are not one convolution; leave "
             "the network as it is"
@@ -123,7 +124,7 @@ def _behind(norm: nn.Module | None, filters: Tensor, bias: Tensor | None) -> tup
     shift = -plain.running_mean * scale
     if plain.bias is not None:
         shift = shift + plain.bias
-    scale, shift = (field.repeat_interleave(norm.group_order) for field in (scale, shift))
+    scale, shift = (along_fibre(field, norm.group_order) for field in (scale, shift))
     return filters * scale.view(-1, 1, 1, 1), bias * scale + shift
 
 

@@ -72,9 +72,9 @@ class ExpandedLayer(Constants):
 
 
 def along_fibre(numbers: Tensor, order: int) -> Tensor:
-    """One number a field, (fields,), to one a channel, (fields * order,).
+    """One number a field, (fields, ...), to one a channel, (fields * order, ...).
 
     A stack, because torch.compile of torch 2.5 to 2.7 takes no view as the bias of a convolution, such as
     `repeat_interleave` becomes there, and ONNX none of those without a dimension.
     """
-    return torch.stack(order * [numbers], 1).flatten()
+    return torch.stack(order * [numbers], 1).flatten(0, 1)

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gzoo.nn.expand import along_fibre
+
 
 def share_along_fibre(module: nn.Module, names: tuple[str, ...], group_order: int, fields: int) -> None:
     """Shrinks parameters of ``module``, in place, from one number per channel to one per field.
@@ -35,7 +37,7 @@ def share_along_fibre(module: nn.Module, names: tuple[str, ...], group_order: in
 
 def shared_along_fibre(module: nn.Module) -> bool:
     """Whether `share_along_fibre` was here; else the module is one of the image, or of channels without fibres."""
-    return hasattr(module, "shared_by_order")
+    return type(module).__module__ == __name__
 
 
 @cache
@@ -44,7 +46,7 @@ def _sharing_class(plain: type[nn.Module], names: tuple[str, ...], group_order: 
         def read(self: nn.Module) -> Tensor:
             parameter = self._parameters[name]
             assert parameter is not None
-            return parameter.repeat_interleave(group_order, 0)
+            return along_fibre(parameter, group_order)
 
         return property(read)
 
@@ -53,8 +55,7 @@ def _sharing_class(plain: type[nn.Module], names: tuple[str, ...], group_order: 
         return _rebuild, (plain, names, group_order), self.__dict__.copy()
 
     members: dict[str, Any] = {name: repeated(name) for name in names}
-    members |= {"shared_by_order": group_order, "__reduce_ex__": reduce, "__module__": __name__}
-    return type(f"Fibre{plain.__name__}", (plain,), members)
+    return type(f"Fibre{plain.__name__}", (plain,), {**members, "__reduce_ex__": reduce, "__module__": __name__})
 
 
 def _rebuild(plain: type[nn.Module], names: tuple[str, ...], group_order: int) -> nn.Module:
