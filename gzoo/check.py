@@ -138,9 +138,10 @@ def check(
         for name, value in _outputs(model, group.transform_image(x, g)).items():
             moved, law = expected[name], levels.get(name, own_group) or group
             own_g, row = law.element(g, group), errors[name]
-            if asked is not None and (own_g is None or g not in kept):  # held to what was asked for
+            follows = own_g is not None and g in kept
+            if not follows and asked is not None:  # held to what was asked for
                 law, own_g = group, g
-            elif own_g is None or g not in kept or (soft and g):
+            elif not follows or (soft and g):
                 row = given_up  # of a partial or soft network's outputs the logits, or the last map, come last and stay
             if moved.ndim == 4 and (own_group is None or (pooled and name == "logits")):
                 moved = group.transform_image(moved, g)

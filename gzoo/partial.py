@@ -82,9 +82,15 @@ def make_partial(model: nn.Module, group: Group, pool: Pooling, x: Tensor) -> No
             )
         norms[module] = None
 
-    over_channels = [m for m in model.modules() if hasattr(m, "normalized_shape") or isinstance(m, GlobalResponseNorm)]
-    watched = [m for m in over_channels if shared_along_fibre(m)]
-    watched += [m for m in model.modules() if isinstance(m, PerElement | FibreNorm)]
+    watched = [
+        module
+        for module in model.modules()
+        if isinstance(module, PerElement | FibreNorm)
+        or (
+            shared_along_fibre(module)
+            and (hasattr(module, "normalized_shape") or isinstance(module, GlobalResponseNorm))
+        )
+    ]
     with torch.no_grad():
         _run(model, x, [module.register_forward_hook(after) for module in watched])
     _learn_subsets(norms, group, x)
@@ -140,15 +146,14 @@ def _unkept_maps(model: nn.Module, group: Group, x: Tensor) -> list[nn.Module]:
             if isinstance(y, Tensor) and y.ndim > 1 and y.shape[1] % group.order == 0:
                 # May be fibres; if it is not, the head saw them before.
                 seen.append(_weighed(_dropped(None, y, group)))
-        total = torch.stack([value.float() for value in seen]).sum()
+        total = sum(seen, torch.zeros(()))
         if total.requires_grad:
             total.backward()
-    found = []
-    for module, leaves in given.items():
-        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
-        if any(_dropped(module, gradient, group).any() for gradient in gradients):
-            found.append(module)
-    return found
+    return [
+        module
+        for module, leaves in given.items()
+        if any(leaf.grad is not None and _dropped(module, leaf.grad, group).any() for leaf in leaves)
+    ]
 
 
 def _weighed(values: Tensor) -> Tensor:
