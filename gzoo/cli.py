@@ -31,10 +31,17 @@ def main(argv: list[str] | None = None) -> int:
     return 1
 
 
+class _Versions(argparse.Action):
+    """As argparse's own, but reads the versions where they are asked for, not in every command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(", ".join(f"{name} {version(name)}" for name in ("gzoo", "timm", "torch", "escnn")))
+        parser.exit()
+
+
 def _parser(argv: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("gzoo", description="Group-equivariant CNNs for timm.")
-    of = ", ".join(f"{name} {version(name)}" for name in ("gzoo", "timm", "torch", "escnn"))
-    parser.add_argument("--version", action="version", version=of, help="versions of gzoo and of what it stands on")
+    parser.add_argument("--version", action=_Versions, nargs=0, help="versions of gzoo and of what it stands on")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("train", help="train or fine-tune a model")
