@@ -113,7 +113,8 @@ def _behind(norm: nn.Module | None, filters: Tensor, bias: Tensor | None) -> tup
         return filters, bias
     plain: Any = norm.norm if isinstance(norm, FibreNorm) else norm
     fixed = getattr(plain, "running_var", None) is not None
-    if not isinstance(norm, FibreNorm) or not fixed or not isinstance(getattr(plain, "act", nn.Identity()), nn.Identity):
+    linear = isinstance(getattr(plain, "act", None), nn.Identity | None)
+    if not isinstance(norm, FibreNorm) or not fixed or not linear:
         raise ValueError(
             f"its {type(plain).__name__} is no fixed scale and shift, so the branches are not one convolution; leave "
             "the network as it is"
