@@ -25,7 +25,7 @@ from gzoo.predict import load_model
 from gzoo.weights import HUB_ORGANIZATION, card_folder, write_pin
 
 COSTS = "costs.json"  # beside the cards
-_COPIED = ("model/model.safetensors", "model/config.json", "curves.png")
+_COPIED = ("model/model.safetensors", "model/config.json")
 
 # How a card names a data set: its title and its name on the Hub.
 _DATASETS = {
@@ -81,6 +81,7 @@ def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = Fals
     target.mkdir(parents=True, exist_ok=True)
     for path in _COPIED:
         shutil.copy(source / path, target)
+    (target / "curves.png").write_bytes(plot_curves(_log(source, training)))
     (target / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (target / "README.md").write_text(render(results))
     write_pin(target)
@@ -107,15 +108,19 @@ def render(results: dict[str, Any]) -> str:
     if "calibration_error" in test:  # not in the cards of older versions
         calibration = f"\n| calibration error (15 bins of confidence) | {test['calibration_error']:.2f}% |"
     turned = " ".join(f"{100 - top1:.2f}" for top1 in test["transforms"].values())
-    *earlier, _ = runs = _runs(training)
+    runs = _runs(training)
+    trained = [run for run in runs if run["epochs"]]
     start = "It went on from earlier weights of this name: " if config["pretrained"] else ""
-    if earlier:
-        steps = (f"{_epochs(run)} over {run['config']['model_args'].get('subgroup')}" for run in earlier)
-        start = f"It grew from a network over a subgroup (`gzoo.grow`): {', '.join(steps)}, then over {group} "
+    epochs = _epochs(trained[-1])
+    if len(runs) > 1:
+        start = "It grew from a network over a subgroup (`gzoo.grow`): "
+        epochs = ", ".join(
+            f"{_epochs(run)} over {run['config']['model_args'].get('subgroup', group)}" for run in trained
+        )
     commands = "\n".join(run["command"] for run in runs)
     validation = "the last epoch's weights, without validation"
     if training["n_val"]:
-        validation = f"{training['n_val']:,} more chose the weights of epoch {training['best_epoch']}"
+        validation = f"{training['n_val']:,} more chose the weights of epoch {trained[-1]['best_epoch']}"
     return f"""---
 library_name: timm
 license: apache-2.0
@@ -158,7 +163,7 @@ The eight symmetries are the rotations by 0, 90, 180 and 270 degrees, then the s
 {commands}
 ```
 
-{start}{_epochs(training)} on {training["n_train"]:,} images of {title}; {validation}. Seed {config["seed"]}.
+{start}{epochs} on {training["n_train"]:,} images of {title}; {validation}. Seed {config["seed"]}.
 {_seconds(runs) / 60:.0f} minutes on {machine["gpu"] or machine["cpu"]}, {_threads(machine)}, with torch
 {training["torch"]} and timm {training["timm"]}. The recipe is `recipes/{name}.yaml`; all numbers are in results.json.
 
@@ -194,6 +199,36 @@ def _runs(training: dict[str, Any]) -> list[dict[str, Any]]:
     """The results of the runs that a network was grown in, the smallest group first."""
     earlier = training.get("grown_from")
     return [*(_runs(earlier) if earlier else ()), training]
+
+
+def _log(run: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The epochs of a run, with those of the runs that it grew from before them."""
+    earlier = _log(Path(results["config"]["grown_from"]), results["grown_from"]) if "grown_from" in results else []
+    log = run / "log.csv"  # a run of no epochs has none
+    return [*earlier, *(csv.DictReader(io.StringIO(log.read_text())) if log.is_file() else ())]
+
+
+def plot_curves(rows: list[dict[str, Any]]) -> bytes:
+    """Loss and accuracy over the epochs, as a PNG.
+
+    Args:
+        rows: of log.csv, as numbers or as text.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    loss, top1 = figure.subplots(1, 2)
+    epochs = range(1, len(rows) + 1)
+    loss.plot(epochs, [float(row["train_loss"]) for row in rows], label="train")
+    if rows[0]["val_top1"] != "":
+        loss.plot(epochs, [float(row["val_loss"]) for row in rows], label="validation")
+        top1.plot(epochs, [float(row["val_top1"]) for row in rows])
+    loss.set(xlabel="epoch", ylabel="loss")
+    loss.legend()
+    top1.set(xlabel="epoch", ylabel="validation top1 (%)")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
 
 
 def _epochs(run: dict[str, Any]) -> str:

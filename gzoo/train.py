@@ -46,7 +46,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from gzoo.augment import BatchTransform, Resident, make_resident, resident_loader
-from gzoo.card import render_trained
+from gzoo.card import plot_curves, render_trained
 from gzoo.data import (
     Augmentation,
     ImageData,
@@ -91,7 +91,7 @@ class TrainConfig:
     pretrained: bool = _option(False, "start from pretrained weights")
     grown_from: str | None = _option(None, "start from a run over a subgroup, see gzoo.grow: with model_args subgroup")
     freeze_backbone: bool = _option(False, "train the classifier only; norm statistics stay as they are")
-    epochs: int = _option(10, "passes over the training images")
+    epochs: int = _option(10, "passes over the training images; 0 saves the start, such as what grown_from gives")
     batch_size: int = _option(64, "images a step")
     grad_accum: int = _option(1, "take the gradient of a batch in this many parts, one after another, to save memory")
     optimizer: dict[str, Any] = field(
@@ -151,7 +151,7 @@ class TrainConfig:
             if not _fits(value, hint):
                 raise ValueError(f"{name} is {value!r}; it takes {_spell(hint)}")
         for name, low in {
-            "epochs": 1,
+            "epochs": 0,
             "batch_size": 1,
             "grad_accum": 1,
             "workers": 0,
@@ -344,7 +344,7 @@ def _set_up(config: TrainConfig, out: Path, processes: PartialState, fresh: bool
         raise ValueError(f"grad_accum is {config.grad_accum}; a batch of {share} images has {share} parts at most")
     steps = len(train_data) // batch_size
     optimizer = _optimizer(model, config)
-    schedule = _schedule(optimizer, config, steps)
+    schedule = _schedule(optimizer, config, steps) if config.epochs else None
     ema = None
     if config.ema_decay is not None:
         # With warm-up: an average that starts at the random weights would still be near them after a short run.
@@ -778,7 +778,10 @@ def export(model: nn.Module, folder: Path, data: dict[str, Any], classes: list[s
 
 def _finish(run: _Run) -> dict[str, Any]:
     _write_log(run)
-    plot_curves(run.rows, run.out / "curves.png")
+    if run.rows:
+        write_atomically(run.out / "curves.png", plot_curves(run.rows))
+    else:
+        export(run.model, run.out / "model", run.input, run.train_data.classes, run.config)
     best = run.best or {}
     results = {
         "config": asdict(run.config),
@@ -797,7 +800,8 @@ def _finish(run: _Run) -> dict[str, Any]:
     if run.config.grown_from and (earlier := Path(run.config.grown_from) / "results.json").is_file():
         results["grown_from"] = json.loads(earlier.read_text(encoding="utf-8"))
     write_atomically(run.out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-    print(f"gzoo: {run.out / 'model'} holds the weights of epoch {results['best_epoch']}", file=sys.stderr)
+    of = f"of epoch {best['epoch']}" if best else "that the run started with"
+    print(f"gzoo: {run.out / 'model'} holds the weights {of}", file=sys.stderr)
     return results
 
 
@@ -811,25 +815,6 @@ def machine(device: torch.device) -> dict[str, Any]:
                 break
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
-
-
-def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss and accuracy over the epochs, as a PNG."""
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    loss, top1 = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in rows]
-    loss.plot(epochs, [row["train_loss"] for row in rows], label="train")
-    if rows[0]["val_top1"] != "":
-        loss.plot(epochs, [row["val_loss"] for row in rows], label="validation")
-        top1.plot(epochs, [row["val_top1"] for row in rows])
-    loss.set(xlabel="epoch", ylabel="loss")
-    loss.legend()
-    top1.set(xlabel="epoch", ylabel="validation top1 (%)")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    write_atomically(path, buffer.getvalue())
 
 
 # --- flags ----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,23 @@ def test_a_card_is_made_from_a_finished_run(run, tmp_path):
     assert results["equivariance_error"] < 1e-12
     assert f"{100 - results['test']['top1']:.2f}%" in (made / "README.md").read_text()
     assert "`p4_cnn7.rotmnist`" in card.leaderboard(tmp_path)
+
+
+def test_a_card_is_made_from_a_network_that_grew_and_was_not_trained_since(run, tmp_path):
+    config = TrainConfig(
+        "p4_cnn7",
+        str(run / "rotmnist"),
+        str(tmp_path / "c2"),
+        {"subgroup": "c2"},
+        epochs=1,
+        batch_size=4,
+        val_fraction=0,
+    )
+    train(config, command="over c2")
+    train(replace(config, out=str(tmp_path / "p4"), model_args={}, grown_from=config.out, epochs=0), command="over p4")
+    made = card.make_card(str(tmp_path / "p4"), str(run / "rotmnist"), tmp_path / "cards")
+    assert "(`gzoo.grow`): 1 epoch over c2 on" in (made / "README.md").read_text()
+    assert (made / "curves.png").read_bytes() == (tmp_path / "c2" / "curves.png").read_bytes()
 
 
 def test_an_unfinished_run_gets_no_card(tmp_path):
@@ -149,7 +167,7 @@ def test_a_card_tells_all_runs_that_a_network_was_grown_in():
         results["training"]["grown_from"] = earlier | {"grown_from": results["training"]["grown_from"]}
     text = card.render(results)
     assert f"```\nover c1\nover p4\n{last['command']}\n```" in text
-    assert f"(`gzoo.grow`): 5 epochs over c1, 5 epochs over p4, then over {results['group']} 3 epochs on" in text
+    assert f"(`gzoo.grow`): 5 epochs over c1, 5 epochs over p4, 3 epochs over {results['group']} on" in text
     assert "\n12 minutes on " in text
 
 

@@ -140,7 +140,7 @@ def test_a_config_without_model_data_or_out_is_an_error():
     ("entry", "message"),
     [
         ({"epochs": "ten"}, "epochs is 'ten'; it takes int"),
-        ({"epochs": 0}, "epochs is 0; the least is 1"),
+        ({"epochs": -1}, "epochs is -1; the least is 0"),
         ({"hflip": True}, "hflip is True; it takes float"),
         ({"label_smoothing": "1e-1"}, "the text '1e-1', not a number: YAML reads 1e-4 as text"),
         ({"optimizer": {"name": "sgd", "lr": "5e-2"}}, "optimizer.lr is the text '5e-2'"),
@@ -389,9 +389,11 @@ def test_fine_tuning_starts_from_the_weights_of_an_earlier_run(settings, tmp_pat
 def test_a_network_grows_from_a_run_over_a_subgroup(settings, tmp_path):
     small = settings | {"model": "p4_resnet20", "image_size": 8, "epochs": 1}
     train(TrainConfig(**small | {"model_args": {"subgroup": "c2"}}))
-    changes = {"grown_from": settings["out"], "out": str(tmp_path / "second"), "optimizer": {"name": "sgd", "lr": 0.0}}
-    results = train(TrainConfig(**small | changes))
+    results = train(
+        TrainConfig(**small | {"grown_from": settings["out"], "out": str(tmp_path / "second"), "epochs": 0})
+    )
     assert results["grown_from"]["config"]["model_args"] == {"subgroup": "c2"}
+    assert (results["epochs"], results["best_epoch"]) == (0, None)
     key = "stages.0.0.conv1.weight"
     before, after = weights(settings["out"])[key], weights(tmp_path / "second")[key]
     assert torch.equal(after[:, :, [0, 2]], before)
