@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from gzoo.bases import expand
 from gzoo.equivariant import SIGNATURE
 from gzoo.groups import Group
-from gzoo.nn import FibreNorm, GroupEca, InvariantConv2d, InvariantLinear, LiftingConv2d, PerElement
+from gzoo.nn import FibreNorm, GroupEca, InvariantConv2d, InvariantLinear, LiftingConv2d, PerElement, Subset
 from gzoo.nn.expand import ExpandedLayer
 
 Weights = Literal["transfer", "project"]
@@ -80,7 +80,7 @@ def grow(model: nn.Module, smaller: nn.Module) -> None:
     Raises:
         ValueError: the two have other layers, fields, bases or classes; a group is no subgroup; a layer's kernels are
             standardized, which more zeros would change; or a layer attends from all poses at once, or mixes filters or
-            weighs pixels by what it sees in all of them. ``model`` then is as it was.
+            weighs pixels by what it sees in all of them; or ``model`` is partial. It then is as it was.
     """
     for path, module in model.named_modules():
         if getattr(module, "one_for_all_poses", False):
@@ -88,6 +88,8 @@ def grow(model: nn.Module, smaller: nn.Module) -> None:
                 f"{path}: its attention, or mixture of filters, is one for all poses, which would not be the mean of "
                 "those over the subgroup; train it over its own group"
             )
+        if isinstance(module, Subset):
+            raise ValueError(f"{path}: it learns what to keep of one group; grow a network that is not partial")
     values, state = smaller.state_dict(), model.state_dict()
     if other := sorted(values.keys() ^ state.keys()):
         raise ValueError(f"the two networks differ in {', '.join(other[:3])}; they must have the same layers")

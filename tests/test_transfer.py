@@ -419,7 +419,7 @@ def test_a_grown_network_pools_by_the_maximum_over_all_cosets():
 @pytest.mark.parametrize("name", ["edgenext_xx_small", "mobilevit_xxs", "gcresnext26ts"])
 def test_a_network_that_attends_from_all_poses_at_once_does_not_grow(name):
     model, smaller = (convert_in_place(timm.create_model(name, num_classes=3), group) for group in ("p4", "c1"))
-    before = model.state_dict()
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r": its attention, or mixture of filters, is one for all poses"):
         gzoo.grow(model, smaller)
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
@@ -451,6 +451,12 @@ def test_what_cannot_grow_is_an_error(error):
     model = gzoo.convert(build(change.get("bias", False)), group, match=change.get("match", "width"))
     with pytest.raises(ValueError, match=message):
         gzoo.grow(model, gzoo.convert(build(), subgroup, match="width"))
+
+
+def test_partial_networks_do_not_grow():
+    model, smaller = (timm.create_model("p4_cnn7", partial=True, **over) for over in ({}, {"subgroup": "c2"}))
+    with pytest.raises(ValueError, match=r"stem.1.subset: .* grow a network that is not partial"):
+        gzoo.grow(model, smaller)
 
 
 def test_standardized_kernels_do_not_grow():
