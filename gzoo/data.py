@@ -12,7 +12,7 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,6 @@ import numpy as np
 import timm.data
 import torch
 from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -101,7 +100,7 @@ def open_split(source: str, split: Split, memory_budget: int = MEMORY_BUDGET) ->
             f"{source}: there is no {split} split, only {', '.join(sorted(found))}. Choose one of these; a folder of "
             f"images gets one as {source}/{split}/<class>/*"
         )
-    rows = found[split]
+    rows = found[split]()
     images, skipped = _decode_all(rows, memory_budget, f"reading {split}")
     good = [i for i, image in enumerate(images) if image is not None]
     if not good:
@@ -120,7 +119,8 @@ def split_names(source: str) -> list[str]:
     return sorted(_find_splits(source))
 
 
-def _find_splits(source: str) -> dict[str, _Rows]:
+def _find_splits(source: str) -> dict[str, Callable[[], _Rows]]:
+    """The splits that there are, each as a function that finds its images: a fault in one is none of the others'."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
         if folder.exists():
@@ -135,41 +135,54 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _folder_splits(folder: Path) -> dict[str, _Rows]:
-    children = {child.name: child for child in sorted(folder.iterdir()) if child.is_dir()}
+def _folder_splits(folder: Path) -> dict[str, Callable[[], _Rows]]:
+    children = {child.name.lower(): child for child in sorted(folder.iterdir()) if child.is_dir()}
     named = {
         split: children[name] for split, names in _SPLIT_NAMES.items() for name in reversed(names) if name in children
     }
     # A folder <class>/* may have a class "test": only "train", or nothing but splits, makes it a folder of splits.
     if "train" not in named and len(named) < len(children):
         named = {}
-    if not named:
-        return {"train": _folder_rows(folder, None)}
-    first = "train" if "train" in named else next(iter(named))
-    rows = {first: _folder_rows(named[first], None)}
-    for split in named.keys() - rows.keys():
-        rows[split] = _folder_rows(named[split], rows[first].classes)
-    return rows
+    numbering = named.get("train") or next(iter(named.values()), folder)
+    return {split: partial(_folder_rows, path, numbering) for split, path in (named or {"train": folder}).items()}
 
 
-def _folder_rows(folder: Path, classes: list[str] | None) -> _Rows:
-    """The images below `folder`, labelled by the name of the folder they lie in; `classes` sets the numbering."""
-    samples, found = find_images_and_targets(str(folder))
-    names = [name for name in found if not name.startswith(".")]  # .ipynb_checkpoints is no class
-    if not names:
-        kinds = " ".join(sorted(get_img_extensions()))
-        raise ValueError(f"{folder}: no images in class folders (searched for {kinds}); {_ACCEPTED}")
-    if "" in names:
-        raise ValueError(f"{folder}: some images lie outside a class folder; move each to {folder}/<class>/")
-    if unknown := sorted(set(names) - set(classes or names)):
+def _folder_rows(folder: Path, numbering: Path) -> _Rows:
+    """The images in the class folders of `folder`, numbered by the class folders of `numbering`."""
+    classes = _class_folders(numbering)
+    unknown = () if folder == numbering else sorted(set(_class_folders(folder)) - set(classes))
+    if unknown:
         raise ValueError(f"{folder}: classes {unknown} have no training images; the training classes are {classes}")
-    classes = classes or names
-    samples, _ = find_images_and_targets(str(folder), class_to_idx={name: i for i, name in enumerate(classes)})
+    index = {name: i for i, name in enumerate(classes)}
+    samples, _ = find_images_and_targets(str(folder), _extensions(), class_to_idx=index)
     paths = [path for path, _ in samples]
     return _Rows(paths, [partial(decode_file, path) for path in paths], [label for _, label in samples], classes)
 
 
-def _hub_splits(source: str, complaint: str) -> dict[str, _Rows]:
+def _class_folders(folder: Path) -> list[str]:
+    """The folders directly below `folder` that have images, sorted as timm does."""
+    samples, found = find_images_and_targets(str(folder), _extensions())
+    names = [name for name in found if not name.startswith(".")]  # .ipynb_checkpoints is no class
+    if not names:
+        raise ValueError(f"{folder}: no images in class folders; {_ACCEPTED}")
+    if "" in names:
+        raise ValueError(f"{folder}: some images lie outside a class folder; move each to {folder}/<class>/")
+    for path, _ in samples:
+        inside = Path(path).relative_to(folder)
+        if len(inside.parts) != 2 and not inside.parts[-2].startswith("."):
+            raise ValueError(
+                f"{folder}: {inside} lies in a folder within a folder, so its class is unclear; images go to "
+                f"<class>/*, those of splits to train/<class>/*, val/<class>/* and test/<class>/*"
+            )
+    return names
+
+
+def _extensions() -> list[str]:
+    """Those of the files that PIL opens: .png, .tif ..."""
+    return [suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN]
+
+
+def _hub_splits(source: str, complaint: str) -> dict[str, Callable[[], _Rows]]:
     """The splits of a parquet folder or a Hub dataset, through `datasets`."""
     is_folder = Path(source).is_dir()
     name_like = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not Path(source.split("/")[0]).is_dir()
@@ -194,7 +207,9 @@ def _hub_splits(source: str, complaint: str) -> dict[str, _Rows]:
         raise ValueError(f"{source}: its splits are {list(loaded)}; none of them is train, validation or test")
     image, label = _columns(next(iter(found.values())).features, source)
     classes = _class_names(next(iter(found.values())), label)
-    return {split: _hub_rows(rows, image, label, classes, f"{source} {split}") for split, rows in found.items()}
+    return {
+        split: partial(_hub_rows, rows, image, label, classes, f"{source} {split}") for split, rows in found.items()
+    }
 
 
 def _columns(features: Any, source: str) -> tuple[str, str]:
@@ -217,7 +232,8 @@ def _columns(features: Any, source: str) -> tuple[str, str]:
 
 def _class_names(rows: Any, label: str) -> list[str]:
     feature = rows.features[label]
-    return list(feature.names) if hasattr(feature, "names") else sorted(map(str, rows.unique(label)))
+    names = feature.names if hasattr(feature, "names") else sorted(str(v) for v in rows.unique(label) if v is not None)
+    return list(names)
 
 
 def _hub_rows(rows: Any, image: str, label: str, classes: list[str], where: str) -> _Rows:
@@ -253,7 +269,12 @@ def _decode(file: Any) -> Image.Image:
     """Decode to 8 bits a channel, in mode L, RGB or RGBA."""
     image = Image.open(file)
     image.load()
-    if image.mode.startswith("I"):  # 16 bit grey; PIL's own conversion to 8 bits clips at 255
+    # 16 bit grey in PNG and PGM was of mode I before it was of I;16.
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ValueError(
+            f"its pixels are of PIL's mode {image.mode}, whose black and white are unknown; save 8 or 16 bits"
+        )
+    if image.mode.startswith("I"):  # PIL's own conversion to 8 bits clips at 255
         return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode in ("1", "L"):
         return image.convert("L")

@@ -89,6 +89,30 @@ def test_a_folder_of_splits_has_the_splits_that_its_subfolders_name(tmp_path, sp
         open_split(str(tmp_path), "test")
 
 
+def test_splits_are_found_in_any_case(tmp_path):
+    for name in ("Train", "Test"):
+        write_images(tmp_path / name)
+    assert split_names(str(tmp_path)) == ["test", "train"]
+    assert len(open_split(str(tmp_path), "train")) == 8
+
+
+@pytest.mark.parametrize("name", ["training_set", "train"])
+def test_images_below_the_class_folders_are_an_error(tmp_path, name):
+    write_images(tmp_path / name / "day1")
+    write_images(tmp_path / "test_set" / "day1")
+    with pytest.raises(ValueError, match=r"day1.cat.0.png lies in a folder within a folder, so its class is unclear"):
+        open_split(str(tmp_path), "train")
+
+
+def test_a_fault_in_the_test_split_does_not_stop_training(tmp_path):
+    write_images(tmp_path / "train")
+    (tmp_path / "test").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "test" / "flat.png")
+    assert len(open_split(str(tmp_path), "train")) == 8
+    with pytest.raises(ValueError, match="lie outside a class folder"):
+        open_split(str(tmp_path), "test")
+
+
 def test_a_class_called_test_does_not_make_a_folder_of_classes_a_folder_of_splits(tmp_path):
     assert open_split(str(write_images(tmp_path / "x", ("exam", "test"))), "train").classes == ["exam", "test"]
 
@@ -182,6 +206,23 @@ def test_sixteen_bit_images_keep_their_shades(tmp_path):
     Image.fromarray(np.full((4, 4), 128 * 256, dtype=np.uint16)).save(tmp_path / "x/cat/0.png")
     image, _ = open_split(str(tmp_path / "x"), "train")[0]
     assert (image.mode, image.getpixel((0, 0))) == ("L", 128)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "bmp", "webp"])
+def test_every_kind_of_file_that_pil_opens_is_an_image(tmp_path, suffix):
+    write_images(tmp_path)
+    (tmp_path / "owl").mkdir()
+    Image.new("RGB", (12, 12)).save(tmp_path / "owl" / f"0.{suffix}")
+    assert open_split(str(tmp_path), "train").classes == ["cat", "dog", "owl"]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pixels_without_a_known_white_are_listed_and_not_black(tmp_path, kind):
+    write_images(tmp_path)
+    Image.fromarray(np.ones((12, 12), kind)).save(tmp_path / "cat" / "9.tif")
+    data = open_split(str(tmp_path), "train")
+    assert len(data) == 8
+    assert "whose black and white are unknown; save 8 or 16 bits" in data.skipped[0]
 
 
 def test_images_past_the_memory_budget_are_decoded_at_each_access_and_are_the_same(tmp_path):

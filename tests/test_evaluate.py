@@ -104,16 +104,24 @@ def test_an_invariant_model_does_not_fall(corners):
     assert set(result["transforms"].values()) == {100.0}
 
 
-def test_poses_with_the_logits_of_another_are_run_on_the_first_batch_only(corners):
+def test_poses_with_the_logits_of_another_are_run_on_noise_only(corners):
     many = ImageData(corners.images * 4, [0] * 12, corners.classes)
     model, runs = Mean(), []
     model.register_forward_hook(lambda *_: runs.append(1))
     evaluate(model, many, batch_size=4, transforms=True)
-    assert len(runs) == 3 + 8
+    assert len(runs) == 3 + 9
     model, runs = Corner(), []
     model.register_forward_hook(lambda *_: runs.append(1))
     evaluate(model, many, batch_size=4, transforms=True)
-    assert len(runs) == 2 * 3 + 7  # the corner is where it was, or it is not
+    assert len(runs) == 4 * 3 + 9  # each corner is that of two of the eight, and the upright one that of all others
+
+
+def test_a_blank_first_image_does_not_make_a_model_invariant(corners):
+    blank = Image.fromarray(np.zeros((8, 8), np.uint8))
+    data = ImageData([blank, *corners.images], [0, *corners.labels], corners.classes)
+    result = evaluate(Corner(), data, batch_size=1, transforms=True, rotation_seed=0)
+    assert result["transforms_mean"] < result["top1"]
+    assert result["random_rotation"] < result["top1"]
 
 
 class Pointer(nn.Module):
