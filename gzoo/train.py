@@ -491,7 +491,7 @@ def _size_at(config: TrainConfig, epoch: int, default: int) -> int:
 def _train_epochs(run: _Run) -> None:
     config = run.config
     model = DistributedDataParallel(run.model) if run.processes.num_processes > 1 else run.model
-    forward = torch.compile(model) if config.compile else model
+    forward = torch.compile(model, dynamic=False) if config.compile else model
     validated = run.ema.module if run.ema else run.model
     val = None
     if run.val_data:
