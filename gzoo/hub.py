@@ -54,26 +54,29 @@ def push(source: str, organization: str = HUB_ORGANIZATION, name: str | None = N
         if type(error).__module__.partition(".")[0] not in ("requests", "httpx", "httpx2"):  # the client's transport
             raise
         raise ConnectionError(f"the Hugging Face Hub cannot be reached: {error}. Connect and try again") from error
-    if folder.parent == card_folder() and repository == f"{HUB_ORGANIZATION}/{folder.name}":
+    if folder.parent == card_folder().resolve() and repository == f"{HUB_ORGANIZATION}/{folder.name}":
         write_pin(folder, commit.oid)
     return commit.commit_url
 
 
 def planned(source: str, organization: str, name: str | None = None) -> tuple[Path, str, list[str]]:
     """What `push` would upload: the folder, the repository and the files."""
-    folder = card_folder() / source if (card_folder() / source).is_dir() else Path(source)
+    folder = Path(source) if Path(source).is_dir() else card_folder() / source
+    folder = folder.resolve()
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{source}: no card and no folder of that name; give NAME.TAG of a card in {card_folder().name}/, or the "
             "model/ folder that `gzoo train` wrote"
         )
-    is_card = folder.parent == card_folder()
+    is_card = folder.parent == card_folder().resolve()
     missing = [file for file in (*_NEEDED, *(["README.md"] if is_card else [])) if not (folder / file).is_file()]
     if missing:
         raise FileNotFoundError(
             f"{folder} has no {' and no '.join(missing)}; give the model/ folder of a finished run, or make "
             "the card anew with `gzoo card`"
         )
-    default = folder.name if is_card else json.loads((folder / "config.json").read_text())["architecture"]
+    default = folder.name if is_card else json.loads((folder / "config.json").read_text()).get("architecture")
+    if not default and not name:
+        raise ValueError(f"{folder}/config.json names no architecture; make the folder anew with `gzoo train`")
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     return folder, f"{organization}/{name or default}", files

@@ -255,3 +255,13 @@ def test_a_trained_folder_is_pushed_under_the_name_of_its_network(tmp_path: Path
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert planned(str(tmp_path), "lab", None) == (tmp_path, "lab/p4_cnn7", ["config.json", "model.safetensors"])
     assert planned(str(tmp_path), "lab", "cells")[1] == "lab/cells"
+
+
+def test_a_path_is_a_path_first_and_that_of_a_card_is_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(card_folder() / CARD)
+    assert planned(".", "lab") == planned(CARD, "lab")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json names no architecture"):
+        planned(".", "lab")
