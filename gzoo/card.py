@@ -8,7 +8,6 @@ of all cards.
 import csv
 import io
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from gzoo.data import open_split
 from gzoo.equivariant import group_of
 from gzoo.evaluate import evaluate
 from gzoo.predict import load_model
-from gzoo.weights import HUB_ORGANIZATION, card_folder, write_pin
+from gzoo.weights import HUB_ORGANIZATION, card_folder, write_atomically, write_pin
 
 COSTS = "costs.json"  # beside the cards
 _COPIED = ("model/model.safetensors", "model/config.json")
@@ -59,6 +58,8 @@ def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = Fals
         raise FileNotFoundError(f"{run}/results.json: no such file; a card needs a finished run of `gzoo train`")
     training = json.loads((source / "results.json").read_text())
     config = json.loads((source / "model" / "config.json").read_text())
+    if not any(run["epochs"] for run in _runs(training)):
+        raise ValueError(f"{run}: no epoch of it was trained; a card tells how weights were made")
     tag = config["pretrained_cfg"]["tag"]
     if tag not in _DATASETS:
         raise ValueError(f"{data}: no title for data of the tag {tag!r}; known are {', '.join(_DATASETS)}")
@@ -77,13 +78,16 @@ def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = Fals
         "equivariance_error": check(model, size[1:]).worst if group_of(model) else None,
         "training": training,
     }
+    files = {Path(path).name: (source / path).read_bytes() for path in _COPIED}
+    files |= {
+        "curves.png": plot_curves([row for run in _runs(training) for row in run["log"]]),
+        "results.json": (json.dumps(results, indent=2) + "\n").encode(),
+        "README.md": render(results).encode(),
+    }
     target = (folder or card_folder()) / name
     target.mkdir(parents=True, exist_ok=True)
-    for path in _COPIED:
-        shutil.copy(source / path, target)
-    (target / "curves.png").write_bytes(plot_curves(_log(source, training)))
-    (target / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (target / "README.md").write_text(render(results))
+    for file, content in files.items():
+        write_atomically(target / file, content)
     write_pin(target)
     return target
 
@@ -201,28 +205,18 @@ def _runs(training: dict[str, Any]) -> list[dict[str, Any]]:
     return [*(_runs(earlier) if earlier else ()), training]
 
 
-def _log(run: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The epochs of a run, with those of the runs that it grew from before them."""
-    earlier = _log(Path(results["config"]["grown_from"]), results["grown_from"]) if "grown_from" in results else []
-    log = run / "log.csv"  # a run of no epochs has none
-    return [*earlier, *(csv.DictReader(io.StringIO(log.read_text())) if log.is_file() else ())]
-
-
 def plot_curves(rows: list[dict[str, Any]]) -> bytes:
-    """Loss and accuracy over the epochs, as a PNG.
-
-    Args:
-        rows: of log.csv, as numbers or as text.
-    """
+    """Loss and accuracy over the epochs, the rows of log.csv, as a PNG."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     loss, top1 = figure.subplots(1, 2)
-    epochs = range(1, len(rows) + 1)
-    loss.plot(epochs, [float(row["train_loss"]) for row in rows], label="train")
-    if rows[0]["val_top1"] != "":
-        loss.plot(epochs, [float(row["val_loss"]) for row in rows], label="validation")
-        top1.plot(epochs, [float(row["val_top1"]) for row in rows])
+    loss.plot(range(1, len(rows) + 1), [row["train_loss"] for row in rows], label="train")
+    validated = [(epoch, row) for epoch, row in enumerate(rows, 1) if row["val_top1"] != ""]
+    if validated:
+        epochs = [epoch for epoch, _ in validated]
+        loss.plot(epochs, [row["val_loss"] for _, row in validated], label="validation")
+        top1.plot(epochs, [row["val_top1"] for _, row in validated])
     loss.set(xlabel="epoch", ylabel="loss")
     loss.legend()
     top1.set(xlabel="epoch", ylabel="validation top1 (%)")

@@ -174,8 +174,9 @@ def _add_config_flags(command: argparse.ArgumentParser) -> None:
 
     for field in fields(TrainConfig):
         text = field.metadata["help"].replace("%", "%%")
-        if field.default is not MISSING and field.default not in (None, 0, False):
-            text += f" (default: {field.default})"
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        if default is not MISSING and default not in (None, 0, False, {}):
+            text += f" (default: {default})"
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if str(field.type).startswith("dict"):
             options |= {"nargs": "+", "type": _pair, "metavar": "KEY=VALUE"}
@@ -186,10 +187,13 @@ def _add_config_flags(command: argparse.ArgumentParser) -> None:
         command.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
 
+_YAML = {"true": True, "false": False, "null": None}  # as recipes spell them
+
+
 def _value(text: str) -> Any:
-    """A number, a list or None where the text spells one, else the text."""
+    """A number, a list, true, false or null where the text spells one, else the text."""
     try:
-        return ast.literal_eval(text)
+        return _YAML[text.lower()] if text.lower() in _YAML else ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
 
@@ -219,11 +223,10 @@ def _eval(args: argparse.Namespace) -> int:
 
     from gzoo.data import open_split
     from gzoo.evaluate import evaluate
-    from gzoo.predict import load_model
+    from gzoo.predict import load_model, names_weights
 
     data = open_split(args.data, args.split)
-    is_folder = Path(args.model).expanduser().is_dir()
-    model = load_model(args.model, args.pretrained or is_folder)
+    model = load_model(args.model, args.pretrained or names_weights(args.model))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     result = evaluate(
         model, data, args.batch_size, args.workers, args.bf16, args.transforms, rotation_seed=args.rotation_seed
@@ -233,10 +236,15 @@ def _eval(args: argparse.Namespace) -> int:
         rows |= {f"{what}, {view}": value for view, value in result.get(views, {}).items()}
     for name, value in rows.items():
         print(f"{name:<24}{value:>12.4f}" if isinstance(value, float) else f"{name:<24}{value:>12}")
-    if args.json:
-        report = {"model": args.model, "data": args.data, "split": args.split, "command": args.command_line, **result}
-        Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    _write_report(args, {"model": args.model, "data": args.data, "split": args.split, **result})
     return 0
+
+
+def _write_report(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    """To the file of --json, if it was given."""
+    if args.json:
+        text = json.dumps({"command": args.command_line, **report}, indent=2) + "\n"
+        Path(args.json).write_text(text, encoding="utf-8")
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -305,11 +313,11 @@ def _check(args: argparse.Namespace) -> int:
 
     from gzoo import groups
     from gzoo.check import check
-    from gzoo.predict import load_model
+    from gzoo.predict import load_model, names_weights
 
-    model = load_model(args.model, args.pretrained or Path(args.model).is_dir())
+    model = load_model(args.model, args.pretrained or names_weights(args.model))
     dtype = getattr(torch, args.dtype)
-    tolerance = args.tolerance or (1e-12 if args.dtype == "float64" else 1e-5)
+    tolerance = args.tolerance if args.tolerance is not None else 1e-12 if args.dtype == "float64" else 1e-5
     group = groups.get(args.group) if args.group else None
     reports = [check(model, size, group, dtype) for size in args.size]
     for report in reports:
@@ -322,8 +330,6 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from gzoo.bench import CASES, Case, bench, table
 
     sizes = dict(CASES)
@@ -338,9 +344,7 @@ def _bench(args: argparse.Namespace) -> int:
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
     print(table(report))
-    if args.json:
-        report = {"command": args.command_line, **report}
-        Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    _write_report(args, report)
     return 0
 
 
@@ -350,9 +354,7 @@ def _mnist6(args: argparse.Namespace) -> int:
     say = functools.partial(print, file=sys.stderr, flush=True)
     report = mnist6(args.mnist, args.seed, say, CONTINUOUS_TASKS if args.continuous else TASKS)
     print(table(report))
-    if args.json:
-        report = {"command": args.command_line, **report}
-        Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    _write_report(args, report)
     return 0
 
 

@@ -17,7 +17,7 @@ from gzoo import groups
 from gzoo.check import relative_error
 from gzoo.data import ImageData, eval_loader, eval_transform, input_config
 from gzoo.equivariant import group_of
-from gzoo.predict import label_names
+from gzoo.predict import count_poses, label_names
 
 View = Callable[[Tensor], Tensor]  # images (B, C, H, W) to changed images
 
@@ -51,7 +51,7 @@ def evaluate(
         pose both right, in percent.
 
     Raises:
-        ValueError: the model has other classes than the data.
+        ValueError: the model has other classes than the data, or gives no logits.
     """
     device = next(model.parameters()).device
     relabelled = match_classes(model, data)
@@ -104,7 +104,9 @@ def measure(
         for name in meters:
             view = views[name]
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                answer = model(view(images)).float()  # (B, classes), or (B, classes, |G|)
+                answer = model(view(images))  # (B, classes), or (B, classes, |G|)
+            count_poses(model, answer)
+            answer = answer.float()
             logits = without_pose(answer)
             if name == "upright":
                 confidence, guess = logits.softmax(1).max(1)
@@ -128,7 +130,7 @@ def _leaders(model: nn.Module, views: dict[str, View], images: Tensor) -> dict[s
         if len(views) == 1 or isinstance(view, _RandomRotation):
             continue
         logits = model(view(noise))
-        if logits.ndim == 2:
+        if count_poses(model, logits) == 1:
             leaders[name] = next((first for first, y in seen.items() if relative_error(logits, y) < 1e-4), name)
             seen.setdefault(leaders[name], logits)
     return leaders
@@ -179,7 +181,9 @@ def _elements(model: nn.Module) -> dict[str, int]:
 
 def match_classes(model: nn.Module, data: ImageData) -> ImageData:
     """The data with its labels numbered as the model numbers its classes, which are matched by name."""
-    classes = int(model.num_classes)  # type: ignore[arg-type]
+    classes: Any = getattr(model, "num_classes", None)
+    if not isinstance(classes, int):
+        raise ValueError(f"{type(model).__name__} has no num_classes; set it to the number of logits, as timm does")
     names = label_names(model, classes)
     if set(data.classes) <= set(names):
         labels = [names.index(name) for name in data.classes]

@@ -16,6 +16,11 @@ from gzoo.data import decode_file, eval_transform, input_config
 from gzoo.equivariant import group_of
 
 
+def names_weights(name: str) -> bool:
+    """Whether a name is that of weights, not of an architecture alone: a folder, hf-hub:NAME or NAME.TAG."""
+    return Path(name).expanduser().is_dir() or ":" in name or "." in name
+
+
 def load_model(name: str, pretrained: bool, **model_args: Any) -> nn.Module:
     """`timm.create_model` that also takes a folder: one with config.json and model.safetensors, or a run's `out`.
 
@@ -75,10 +80,11 @@ def predict(model: nn.Module, paths: list[str], topk: int = 5) -> list[Predictio
         except Exception as error:  # PIL's plugins raise a dozen kinds on broken bytes
             predictions.append(Prediction(path, error=f"{type(error).__name__}: {error}"))
             continue
-        logits = model(transform(image)[None].to(parameter))[0].float()  # (classes,), or with poses (classes, |G|)
+        answer = model(transform(image)[None].to(parameter))
+        group = group_of(model) if count_poses(model, answer) > 1 else None
+        logits = answer[0].float()  # (classes,), or with poses (classes, |G|)
         names = label_names(model, len(logits))
-        group = group_of(model)
-        if logits.ndim == 2 and group is not None:
+        if group is not None:
             names = [f"{name}, pose {group.label(g)}" for name in names for g in range(group.order)]
         best = logits.flatten().softmax(0).topk(min(topk, len(names)))
         indices = best.indices.tolist()
@@ -86,8 +92,23 @@ def predict(model: nn.Module, paths: list[str], topk: int = 5) -> list[Predictio
     return predictions
 
 
+def count_poses(model: nn.Module, logits: Any) -> int:
+    """|G| for logits (B, classes, |G|), which say class and pose; 1 for those of classes alone, (B, classes).
+
+    Raises:
+        ValueError: they are neither: maps, features or a dictionary.
+    """
+    group = group_of(model)
+    if isinstance(logits, torch.Tensor) and logits.ndim == 3 and group is not None and logits.shape[2] == group.order:
+        return group.order
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+        raise ValueError(f"{type(model).__name__} gives no logits (B, classes), so it is no classifier of images")
+    return 1
+
+
 def label_names(model: nn.Module, num_classes: int) -> list[str]:
     """The class names that the model's weights came with, else the class numbers."""
-    names = model.pretrained_cfg.get("label_names")  # type: ignore[union-attr, operator]
+    config: Any = getattr(model, "pretrained_cfg", {})  # which a network that is not timm's lacks
+    names = config.get("label_names")
     names = list(names.values()) if isinstance(names, dict) else list(names or [])
     return names if len(names) == num_classes else [str(i) for i in range(num_classes)]

@@ -14,6 +14,7 @@ import difflib
 import io
 import json
 import math
+import operator
 import os
 import platform
 import re
@@ -61,12 +62,13 @@ from gzoo.data import (
     train_loader,
     train_transform,
 )
-from gzoo.equivariant import group_of
+from gzoo.equivariant import classifiers, group_of
 from gzoo.evaluate import measure
 from gzoo.partial import subset_parameters
-from gzoo.predict import load_model
+from gzoo.predict import count_poses, load_model, names_weights
 from gzoo.soft import penalty
 from gzoo.transfer import grow
+from gzoo.weights import write_atomically
 
 CHECKPOINT = "checkpoint.pt"
 _MAY_CHANGE = ("epochs", "out", "workers")  # on resuming
@@ -74,8 +76,17 @@ _MAY_CHANGE = ("epochs", "out", "workers")  # on resuming
 # --- the recipe -----------------------------------------------------------------------------------------------------
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+_LIMITS = {
+    "least": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "most": (operator.le, "at most"),
+    "below": (operator.lt, "below"),
+}
+
+
+def _option(default: Any, text: str, **limits: float) -> Any:
+    """A field of TrainConfig; the limits, of each number in it, are those of _LIMITS."""
+    return field(default=default, metadata={"help": text, "limits": limits})
 
 
 @dataclass(frozen=True)
@@ -91,9 +102,13 @@ class TrainConfig:
     pretrained: bool = _option(False, "start from pretrained weights")
     grown_from: str | None = _option(None, "start from a run over a subgroup, see gzoo.grow: with model_args subgroup")
     freeze_backbone: bool = _option(False, "train the classifier only; norm statistics stay as they are")
-    epochs: int = _option(10, "passes over the training images; 0 saves the start, such as what grown_from gives")
-    batch_size: int = _option(64, "images a step")
-    grad_accum: int = _option(1, "take the gradient of a batch in this many parts, one after another, to save memory")
+    epochs: int = _option(
+        10, "passes over the training images; 0 saves the start, such as what grown_from gives", least=0
+    )
+    batch_size: int = _option(64, "images a step", least=1)
+    grad_accum: int = _option(
+        1, "take the gradient of a batch in this many parts, one after another, to save memory", least=1
+    )
     optimizer: dict[str, Any] = field(
         default_factory=lambda: {"name": "adamw", "lr": 1e-3, "weight_decay": 0.05},
         metadata={"help": "name, lr, weight_decay ... for timm's create_optimizer_v2"},
@@ -102,45 +117,61 @@ class TrainConfig:
         default_factory=lambda: {"name": "cosine"},
         metadata={"help": "name, warmup_epochs, min_lr ... for timm's create_scheduler_v2; steps at each update"},
     )
-    layer_decay: float | None = _option(None, "learning rate factor from each layer to the one below it")
-    subset_lr: float = _option(0.05, "learning rate of what the layers of a partial model keep; for Adam and its kind")
-    label_smoothing: float = _option(0.0, "share of the target spread over all classes")
-    soft_penalty: float = _option(
-        0.0, "weight of gzoo.soft.penalty in the loss, for a model with model_args soft: true"
+    layer_decay: float | None = _option(
+        None, "learning rate factor from each layer to the one below it", above=0, most=1
     )
-    mixup_alpha: float = _option(0.0, "mixup; 0 is off")
-    cutmix_alpha: float = _option(0.0, "cutmix; 0 is off")
-    ema_decay: float | None = _option(None, "validate and save a moving average of the weights, with this decay")
-    clip_grad: float | None = _option(None, "largest norm of the gradient")
+    subset_lr: float = _option(
+        0.05, "learning rate of what the layers of a partial model keep; for Adam and its kind", least=0
+    )
+    label_smoothing: float = _option(0.0, "share of the target spread over all classes", least=0, below=1)
+    soft_penalty: float = _option(
+        0.0, "weight of gzoo.soft.penalty in the loss, for a model with model_args soft: true", least=0
+    )
+    mixup_alpha: float = _option(0.0, "mixup; 0 is off", least=0)
+    cutmix_alpha: float = _option(0.0, "cutmix; 0 is off", least=0)
+    ema_decay: float | None = _option(
+        None, "validate and save a moving average of the weights, with this decay", least=0, below=1
+    )
+    clip_grad: float | None = _option(None, "largest norm of the gradient", above=0)
     bf16: bool = _option(False, "autocast to bfloat16")
     channels_last: bool = _option(False, "channels_last memory format")
     compile: bool = _option(False, "torch.compile the model")
-    seed: int = _option(0, "seeds weights, order, augmentation and the validation split")
-    val_fraction: float = _option(0.1, "share of the training images to validate on if there is no val split; 0: none")
-    image_size: int | None = _option(None, "height and width of the images, the model's own if not given")
+    seed: int = _option(0, "seeds weights, order, augmentation and the validation split", least=0)
+    val_fraction: float = _option(
+        0.1, "share of the training images to validate on if there is no val split; 0: none", least=0, below=1
+    )
+    image_size: int | None = _option(None, "height and width of the images, the model's own if not given", least=1)
     image_sizes: tuple[tuple[int, int], ...] | None = _option(
         None, "progressive training: [[epochs, size], ...]; the last size stays; validation is at image_size"
     )
     mean: tuple[float, ...] | None = _option(None, "mean of each channel, the model's own if not given")
-    std: tuple[float, ...] | None = _option(None, "standard deviation of each channel, the model's own if not given")
+    std: tuple[float, ...] | None = _option(
+        None, "standard deviation of each channel, the model's own if not given", above=0
+    )
     interpolation: str | None = _option(None, "bilinear, bicubic ..., the model's own if not given")
-    crop_pct: float | None = _option(None, "share of the image that validation crops, the model's own if not given")
-    scale: tuple[float, float] | None = _option(None, "area of the random crop, 0.35 to 1 if not given")
-    ratio: tuple[float, float] | None = _option(None, "aspect ratio of the random crop, 3/4 to 4/3 if not given")
-    crop_padding: int = _option(0, "in place of scale: crop from the image padded by this many black pixels")
-    rotate: float = _option(0.0, "rotate by a random angle up to this many degrees")
-    transpose: float = _option(0.0, "probability of transposing it; with both flips at 0.5, all of p4m")
-    hflip: float = _option(0.5, "probability of a horizontal flip")
-    vflip: float = _option(0.0, "probability of a vertical flip")
-    color_jitter: float = _option(0.0, "strength of brightness, contrast and saturation changes")
+    crop_pct: float | None = _option(
+        None, "share of the image that validation crops, the model's own if not given", above=0
+    )
+    scale: tuple[float, float] | None = _option(None, "area of the random crop, 0.35 to 1 if not given", above=0)
+    ratio: tuple[float, float] | None = _option(
+        None, "aspect ratio of the random crop, 3/4 to 4/3 if not given", above=0
+    )
+    crop_padding: int = _option(0, "in place of scale: crop from the image padded by this many black pixels", least=0)
+    rotate: float = _option(0.0, "rotate by a random angle up to this many degrees", least=0, most=180)
+    transpose: float = _option(
+        0.0, "probability of transposing it; with both flips at 0.5, all of p4m", least=0, most=1
+    )
+    hflip: float = _option(0.5, "probability of a horizontal flip", least=0, most=1)
+    vflip: float = _option(0.0, "probability of a vertical flip", least=0, most=1)
+    color_jitter: float = _option(0.0, "strength of brightness, contrast and saturation changes", least=0)
     auto_augment: str | None = _option(None, "timm's policies: rand-m9-mstd0.5, augmix-m3 ...")
-    re_prob: float = _option(0.0, "probability of random erasing")
+    re_prob: float = _option(0.0, "probability of random erasing", least=0, most=1)
     augment_batches: bool = _option(
         False,
         "keep the training images on the device and augment whole batches there: faster, for small images of one size; "
         "without auto_augment",
     )
-    workers: int = _option(0, "processes that decode and augment; changes no result")
+    workers: int = _option(0, "processes that decode and augment; changes no result", least=0)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(TrainConfig)
@@ -150,19 +181,14 @@ class TrainConfig:
             _reject_number_as_text(name, value if hint is not str else None)
             if not _fits(value, hint):
                 raise ValueError(f"{name} is {value!r}; it takes {_spell(hint)}")
-        for name, low in {
-            "epochs": 0,
-            "batch_size": 1,
-            "grad_accum": 1,
-            "workers": 0,
-            "seed": 0,
-            "crop_padding": 0,
-            "soft_penalty": 0,
-        }.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}; the least is {low}")
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"val_fraction is {self.val_fraction}; it is a share, from 0 to below 1")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            for kind, limit in f.metadata.get("limits", {}).items():
+                holds, words = _LIMITS[kind]
+                if not all(number is None or holds(number, limit) for number in _numbers(value)):
+                    raise ValueError(f"{f.name} is {value}; it must be {words} {limit}")
+        if own := sorted({"num_classes", "pretrained"} & self.model_args.keys()):
+            raise ValueError(f"model_args has {own[0]}; the classes follow from the data, and pretrained is an option")
         if self.pretrained and self.grown_from:
             raise ValueError("pretrained and grown_from are two starts; set one of them")
         for name in ("optimizer", "schedule"):
@@ -201,7 +227,11 @@ def resume_config(entries: dict[str, Any]) -> TrainConfig:
     """The config of the run in `out`; what `entries` say on top is compared with it by `train`."""
     if "out" not in entries:
         raise ValueError("--resume needs --out, the folder of the run to go on with")
-    return TrainConfig(**{**_load_checkpoint(Path(entries["out"]))["config"], **entries})
+    return TrainConfig(**{**_load_checkpoint(Path(entries["out"]).expanduser())["config"], **entries})
+
+
+def _numbers(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _tuples(value: Any) -> Any:
@@ -277,7 +307,7 @@ def train(config: TrainConfig, resume: bool = False, command: str = "") -> dict[
         OSError: the disk is full; the checkpoint is that of the epoch before.
         KeyboardInterrupt: on Ctrl-C and SIGTERM, with what to type to go on.
     """
-    out = Path(config.out)
+    out = Path(config.out).expanduser()
     processes = PartialState(cpu=not torch.cuda.is_available())
     saved = _load_checkpoint(out) if resume else None
     if saved:
@@ -313,6 +343,8 @@ def _set_up(config: TrainConfig, out: Path, processes: PartialState, fresh: bool
     seed_everything(config.seed)
     classes = len(train_data.classes)
     model = load_model(config.model, config.pretrained and fresh, num_classes=classes, **config.model_args)
+    if fresh and names_weights(config.model) and not config.pretrained and processes.is_main_process:
+        print(f"gzoo: starting from random weights; --pretrained starts from those of {config.model}", file=sys.stderr)
     if config.grown_from and fresh:
         grow(model, load_model(config.grown_from, pretrained=True, num_classes=classes))
     data_config = _input_config(model, config)
@@ -321,7 +353,12 @@ def _set_up(config: TrainConfig, out: Path, processes: PartialState, fresh: bool
         _require_upright(model, config)
     if config.soft_penalty:
         penalty(model)  # raises if the model is not soft
-    train_transform(data_config, _augmentation(config))
+    try:
+        train_transform(data_config, _augmentation(config))
+    except (AssertionError, KeyError) as error:  # timm asserts the names of policies and looks interpolations up
+        raise ValueError(
+            f"timm knows no such auto_augment {config.auto_augment} or interpolation {config.interpolation}: {error}"
+        ) from error
     if config.augment_batches:
         BatchTransform(data_config, _augmentation(config))
         train_data = make_resident(train_data, data_config["input_size"][0], device)
@@ -435,11 +472,7 @@ def _try_sizes(model: nn.Module, data_config: dict[str, Any], config: TrainConfi
                 f"{config.model} cannot take images of {h}x{w} with {channels} channels: {error}. "
                 f"Set image_size, or in_chans or img_size in model_args."
             ) from error
-        group = group_of(model)
-        if isinstance(y, Tensor) and y.ndim == 3 and group is not None and y.shape[2] == group.order:
-            poses = group.order
-        elif not isinstance(y, Tensor) or y.ndim != 2:
-            raise ValueError(f"{config.model} gives no logits (B, classes); `gzoo train` trains classifiers")
+        poses = count_poses(model, y)
     return poses
 
 
@@ -468,14 +501,16 @@ def _augmentation(config: TrainConfig) -> Augmentation:
 def _freeze_backbone(model: nn.Module, config: TrainConfig) -> None:
     if config.freeze_backbone:
         model.requires_grad_(False)
-        model.get_classifier().requires_grad_(True)  # type: ignore[operator]
+        for classifier in classifiers(model):
+            classifier.requires_grad_(True)
 
 
 def _training_mode(model: nn.Module, config: TrainConfig) -> None:
     # In eval mode a norm uses its statistics and leaves them, whatever class of norm it is.
     model.train(not config.freeze_backbone)
     if config.freeze_backbone:
-        model.get_classifier().train()  # type: ignore[operator]
+        for classifier in classifiers(model):
+            classifier.train()
 
 
 def _size_at(config: TrainConfig, epoch: int, default: int) -> int:
@@ -670,24 +705,6 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 # --- what a run writes ----------------------------------------------------------------------------------------------
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that at every moment, also after a crash, `path` is the old one or the new one, complete."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            state = "the one from before is intact" if path.exists() else "it does not exist"
-            raise OSError(f"{path} cannot be written, {state}: {error}. Is the disk full?") from error
-        raise
-
-
 def _save_checkpoint(run: _Run) -> None:
     state = {
         "config": asdict(run.config),
@@ -796,9 +813,14 @@ def _finish(run: _Run) -> dict[str, Any]:
         "best_val_top1": None if best.get("val_top1") == "" else best.get("val_top1"),
         "n_train": len(run.train_data),
         "n_val": len(run.val_data) if run.val_data else 0,
+        "log": run.rows,
     }
-    if run.config.grown_from and (earlier := Path(run.config.grown_from) / "results.json").is_file():
-        results["grown_from"] = json.loads(earlier.read_text(encoding="utf-8"))
+    if run.config.grown_from:
+        grown_from = Path(run.config.grown_from).expanduser()
+        for folder in (grown_from, grown_from.parent):  # a run, or model/ in it
+            if (folder / "results.json").is_file():
+                results["grown_from"] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+                break
     write_atomically(run.out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     of = f"of epoch {best['epoch']}" if best else "that the run started with"
     print(f"gzoo: {run.out / 'model'} holds the weights {of}", file=sys.stderr)
@@ -825,6 +847,6 @@ def merge(recipe: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     merged = {**recipe, **flags}
     for f in fields(TrainConfig):
         if isinstance(flags.get(f.name), dict):
-            default = f.default_factory() if callable(f.default_factory) else {}
-            merged[f.name] = {**recipe.get(f.name, default), **flags[f.name]}
+            before = recipe.get(f.name, f.default_factory() if callable(f.default_factory) else {})
+            merged[f.name] = {**before, **flags[f.name]} if isinstance(before, dict) else before
     return merged

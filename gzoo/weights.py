@@ -8,8 +8,10 @@ checks what it reads, and turns the errors of the libraries below into ones that
 
 import csv
 import hashlib
+import io
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +67,24 @@ def pins(folder: Path | None = None) -> dict[str, Pin]:
         return {row["weight"]: Pin(**row) for row in csv.DictReader(file)}
 
 
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that at every moment, also after a crash, `path` is the old one or the new one, complete."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            state = "the one from before is intact" if path.exists() else "it does not exist"
+            raise OSError(f"{path} cannot be written, {state}: {error}. Is the disk full?") from error
+        raise
+
+
 def write_pin(card: Path, revision: str = "") -> None:
     """Writes the line of a card into the pins.csv beside it. Weights that have not changed keep their revision."""
     known = pins(card.parent)
@@ -73,9 +93,9 @@ def write_pin(card: Path, revision: str = "") -> None:
     if old is not None and old.sha256 == sha256:
         revision = revision or old.revision
     known[card.name] = Pin(card.name, sha256, revision)
-    with (card.parent / "pins.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([Pin._fields, *sorted(known.values())])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([Pin._fields, *sorted(known.values())])
+    write_atomically(card.parent / "pins.csv", text.getvalue().encode())
 
 
 def pretrained_cfg(name: str, tag: str) -> dict[str, Any]:

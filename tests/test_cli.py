@@ -12,7 +12,7 @@ from PIL import Image
 
 import gzoo
 import gzoo.train
-from gzoo.cli import main
+from gzoo.cli import _value, main
 
 
 @pytest.fixture
@@ -123,6 +123,10 @@ def test_the_version_names_gzoo_and_what_it_stands_on(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == ", ".join(f"{n} {version(n)}" for n in ("gzoo", "timm", "torch", "escnn")) + "\n"
+
+
+def test_flags_spell_true_false_and_null_as_recipes_do():
+    assert [_value(text) for text in ("false", "True", "null", "1e-2", "sgd")] == [False, True, None, 0.01, "sgd"]
 
 
 def test_help_lists_every_entry_of_a_recipe(capsys):

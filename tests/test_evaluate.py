@@ -206,6 +206,15 @@ def test_classes_that_the_model_does_not_know_are_an_error(corners):
         evaluate(model, corners)
 
 
+def test_a_model_without_logits_is_an_error(corners):
+    model = Corner()
+    model.forward = lambda x: x * model.scale
+    with pytest.raises(ValueError, match=r"Corner gives no logits \(B, classes\)"):
+        evaluate(model, corners)
+    with pytest.raises(ValueError, match="Linear has no num_classes"):
+        evaluate(nn.Linear(2, 2), corners)
+
+
 def test_another_number_of_classes_is_an_error(corners):
     three = ImageData(corners.images, corners.labels, ["a", "b", "c"])
     with pytest.raises(ValueError, match="knows 2 classes, the data have 3"):

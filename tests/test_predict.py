@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from gzoo.data import ImageData, input_config
-from gzoo.predict import load_model, predict
+from gzoo.predict import load_model, names_weights, predict
 from gzoo.train import TrainConfig, export
 
 
@@ -30,6 +30,11 @@ def images(tmp_path):
         paths.append(str(tmp_path / f"{i}.png"))
         Image.new(mode, (40, 30), (90 * i,) * len(mode)).save(paths[-1])
     return paths
+
+
+def test_what_names_weights_and_what_an_architecture_alone(folder):
+    assert all(map(names_weights, (str(folder), "hf-hub:lab/cells", "p4_cnn7.rotmnist")))
+    assert not names_weights("p4_cnn7")
 
 
 @pytest.mark.parametrize("inner", ["", "model"])
@@ -70,6 +75,11 @@ def test_an_image_that_cannot_be_read_is_reported_and_the_others_are_predicted(f
     assert [bool(result.names) for result in results] == [True, False, False, True]
     assert results[1].error.startswith("UnidentifiedImageError")
     assert results[2].error.startswith("FileNotFoundError")
+
+
+def test_a_network_of_maps_predicts_no_classes(images):
+    with pytest.raises(ValueError, match=r"gives no logits \(B, classes\)"):
+        predict(timm.create_model("p4_unet"), images)
 
 
 def test_classes_without_names_are_numbered(images):

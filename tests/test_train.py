@@ -25,7 +25,8 @@ import gzoo.train
 from gzoo.data import open_split
 from gzoo.evaluate import evaluate
 from gzoo.predict import load_model
-from gzoo.train import TrainConfig, make_config, merge, read_recipe, resume_config, train, write_atomically
+from gzoo.train import TrainConfig, make_config, merge, read_recipe, resume_config, train
+from gzoo.weights import write_atomically
 
 
 @pytest.fixture(scope="module")
@@ -140,12 +141,16 @@ def test_a_config_without_model_data_or_out_is_an_error():
     ("entry", "message"),
     [
         ({"epochs": "ten"}, "epochs is 'ten'; it takes int"),
-        ({"epochs": -1}, "epochs is -1; the least is 0"),
+        ({"epochs": -1}, "epochs is -1; it must be at least 0"),
         ({"hflip": True}, "hflip is True; it takes float"),
         ({"label_smoothing": "1e-1"}, "the text '1e-1', not a number: YAML reads 1e-4 as text"),
         ({"optimizer": {"name": "sgd", "lr": "5e-2"}}, "optimizer.lr is the text '5e-2'"),
         ({"optimizer": {"lr": 0.1}}, "it needs a name"),
-        ({"val_fraction": 1.0}, "val_fraction is 1.0"),
+        ({"val_fraction": 1.0}, "val_fraction is 1.0; it must be below 1"),
+        ({"hflip": 7.0}, "hflip is 7.0; it must be at most 1"),
+        ({"clip_grad": 0.0}, "clip_grad is 0.0; it must be above 0"),
+        ({"scale": [0.0, 1.0]}, "scale is (0.0, 1.0); it must be above 0"),
+        ({"model_args": {"num_classes": 5}}, "model_args has num_classes; the classes follow from the data"),
         ({"scale": [0.1, 0.5, 1.0]}, "scale is"),
     ],
 )
@@ -160,6 +165,8 @@ def test_flags_override_a_recipe_and_change_single_keys_of_its_mappings():
     assert merged["epochs"] == 7
     assert merged["optimizer"] == {"name": "sgd", "lr": 0.2, "momentum": 0.9}
     assert merged["schedule"] == {"name": "cosine", "warmup_epochs": 1}
+    with pytest.raises(ValueError, match="optimizer is 'sgd'; it takes dict"):
+        TrainConfig("m", "d", "o", **merge({"optimizer": "sgd"}, {"optimizer": {"lr": 0.2}}))
 
 
 # --- a whole run
@@ -400,6 +407,20 @@ def test_a_network_grows_from_a_run_over_a_subgroup(settings, tmp_path):
     assert not after[:, :, [1, 3]].any()
 
 
+@pytest.mark.parametrize("option", [{"auto_augment": "foo"}, {"interpolation": "foo"}])
+def test_a_name_that_timm_does_not_know_is_an_error_before_anything_is_written(settings, option):
+    with pytest.raises(ValueError, match=r"timm knows no such auto_augment .* or interpolation .*foo"):
+        train(TrainConfig(**settings | option))
+    assert not Path(settings["out"]).exists()
+
+
+def test_a_start_from_random_weights_is_said_where_others_were_named(settings, tmp_path, capsys):
+    train(TrainConfig(**settings | {"epochs": 1}))
+    assert "random weights" not in capsys.readouterr().err
+    train(TrainConfig(**settings | {"model": settings["out"], "out": str(tmp_path / "second"), "epochs": 0}))
+    assert "starting from random weights; --pretrained starts from those of" in capsys.readouterr().err
+
+
 def test_the_test_split_is_never_opened(settings, tmp_path, monkeypatch):
     source = Path(settings["data"])
     for split in ("train", "test"):
@@ -593,7 +614,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_leaves_no_half_file(setting
 
     def one_epoch(run, *args):
         if run.epoch == 1:
-            patch.setattr(gzoo.train, "open", full_disk, raising=False)
+            patch.setattr(gzoo.weights, "open", full_disk, raising=False)
         return real(run, *args)
 
     with monkeypatch.context() as patch:
@@ -679,7 +700,7 @@ def test_the_soft_penalty_holds_the_residual_filters_near_zero(settings):
     assert norms[0] > 2 * norms[1] > 0
     with pytest.raises(ValueError, match="is not soft"):
         train(TrainConfig(**settings | {"soft_penalty": 1.0}))
-    with pytest.raises(ValueError, match=r"soft_penalty is -1.0; the least is 0"):
+    with pytest.raises(ValueError, match=r"soft_penalty is -1.0; it must be at least 0"):
         TrainConfig(**settings | {"soft_penalty": -1.0})
 
 
@@ -739,5 +760,5 @@ def test_images_that_are_turned_do_not_teach_a_pose(settings, changes, message):
 
 @pytest.mark.parametrize("changes", [{"model": "p4m_unet"}, {"model_args": {"features_only": True}}])
 def test_what_gives_no_logits_is_no_classifier(settings, changes):
-    with pytest.raises(ValueError, match=r"gives no logits \(B, classes\); `gzoo train` trains classifiers"):
+    with pytest.raises(ValueError, match=r"gives no logits \(B, classes\), so it is no classifier"):
         train(make_config(settings | changes))
