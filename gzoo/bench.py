@@ -30,6 +30,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from gzoo import _escnn
+from gzoo.check import in_channels
 from gzoo.equivariant import group_of
 from gzoo.groups import Group
 from gzoo.interop import EscnnLayer
@@ -87,7 +88,7 @@ def plain_twin(model: nn.Module) -> nn.Module:
     return _replace(copy.deepcopy(model), "plain")
 
 
-def _replace(model: nn.Module, library: str) -> nn.Module:
+def _require_one_group(model: nn.Module) -> Group:
     group = group_of(model)
     if group is None:
         raise ValueError(f"{type(model).__name__} is not equivariant; bench compares models such as p4m_resnet44")
@@ -95,6 +96,11 @@ def _replace(model: nn.Module, library: str) -> nn.Module:
         raise ValueError(
             f"{type(model).__name__} changes its group between stages; bench compares networks of one group"
         )
+    return group
+
+
+def _replace(model: nn.Module, library: str) -> nn.Module:
+    group = _require_one_group(model)
     for path, module in list(model.named_modules()):
         new = _COUNTERPARTS[library](module, group)
         if new is not None:
@@ -166,13 +172,25 @@ def bench(
         What was measured, on what machine and with which versions, as JSON has it; `table` prints it.
 
     Raises:
-        ValueError: a model is not equivariant.
+        ValueError: a model is not registered, not equivariant or does not take images of its size; there is no such
+            device; or one of the numbers is below 1.
     """
+    from gzoo.predict import load_model
     from gzoo.train import machine
 
+    for name, count in {"batch_size": batch_size, "threads": threads, "rounds": rounds, "processes": processes}.items():
+        if count < 1:
+            raise ValueError(f"{name} is {count}; the least is 1")
+    if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
+        raise ValueError(f"device is {device!r}; it is cpu, or cuda where torch finds a GPU")
     for case in cases:  # an error now, not after minutes
-        if group_of(timm.create_model(case.model)) is None:
-            raise ValueError(f"{case.model} is not equivariant; bench compares models such as p4m_resnet44")
+        model = load_model(case.model, pretrained=False).eval()
+        _require_one_group(model)
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, in_channels(model), case.size, case.size))
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{case.model} takes no images of {case.size}x{case.size} pixels: {error}") from error
     torch.set_num_threads(threads)
     report: dict[str, Any] = {
         "machine": machine(torch.device(device)),

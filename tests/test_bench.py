@@ -105,8 +105,22 @@ def test_twins_keep_pools_and_leave_the_model_as_it_is():
 def test_a_plain_network_is_refused():
     with pytest.raises(ValueError, match="not equivariant"):
         plain_twin(timm.create_model("resnet20"))
-    with pytest.raises(ValueError, match="resnet20 is not equivariant"):
-        bench.bench([Case("resnet20", 9)])
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "message"),
+    [
+        (Case("resnet20", 9), {}, "is not equivariant; bench compares models"),
+        (Case("d8d4d1_resnet20", 32), {}, "changes its group between stages"),
+        (Case("p4_cnn7", 8), {}, "p4_cnn7 takes no images of 8x8 pixels"),
+        (Case("p4m_resnet4", 32), {}, "p4m_resnet4: no such model"),
+        (Case(SMALL, 9), {"processes": 0}, "processes is 0; the least is 1"),
+        (Case(SMALL, 9), {"device": "tpu"}, "device is 'tpu'; it is cpu, or cuda"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(case, options, message):
+    with pytest.raises(ValueError, match=message):
+        bench.bench([case], **options)
 
 
 def test_steps_are_timed_in_turns_and_the_first_one_changes():
