@@ -9,9 +9,15 @@ As every convolution samples its own elements, a shortcut takes its input over t
 convolution of one pixel.
 """
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gzoo.equivariant import CONTINUOUS, SIGNATURE, require_same_group
+from gzoo.nn.constant import Constants, on_default_device
 from gzoo.nn.continuous import (
     Arc,
     ContinuousConv2d,
@@ -53,15 +59,20 @@ class _Block(nn.Module):
         return self.pool(Features(F.relu(y.maps + self.shortcut(features, y.elements).maps), y.elements))
 
 
-class _Classifier(nn.Module):
+class _Classifier(Constants):
     """Stem, blocks, and a linear map of the mean over group and pixels, with timm's interface for classifiers."""
+
+    constants: ClassVar[tuple[str, ...]] = (SIGNATURE,)
 
     def __init__(self, stem: _Layer, blocks: nn.Sequential, in_chans: int, num_classes: int) -> None:
         super().__init__()
         self.group = stem.arc.group  # of the sampled elements: what gzoo.check holds it to
         self.num_classes, self.in_chans = num_classes, in_chans
         self.stem, self.blocks = stem, blocks
-        norms = [module for module in blocks.modules() if isinstance(module, ContinuousNorm)]
+        # Networks over t2 and se2 have weights of the same names and shapes.
+        kind = torch.tensor([CONTINUOUS.index(stem.arc.continuous_group)], device="cpu")
+        self.register_buffer(SIGNATURE, on_default_device(kind))
+        norms = [module for module in blocks.modules() if isinstance(module, nn.BatchNorm3d)]
         self.num_features = norms[-1].num_features
         self.fc: nn.Module = nn.Identity()
         self.reset_classifier(num_classes)
@@ -70,8 +81,16 @@ class _Classifier(nn.Module):
         """The final linear layer, or the identity that stands in for it."""
         return self.fc
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the final layer; see timm."""
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As ``nn.Module.load_state_dict``, but refuses what belongs to another group; raises ValueError."""
+        if strict or SIGNATURE in state_dict:
+            require_same_group(self, state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the final layer; see timm. Raises ValueError unless the pool is the mean, which is the only one."""
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"global_pool is {global_pool!r}; continuous networks pool by the mean alone, 'avg'")
         self.num_classes = num_classes
         like = self.stem.conv.weight
         layer = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()

@@ -22,6 +22,7 @@ from gzoo.nn.front import Front, put_in_front
 from gzoo.nn.linear import Pooling
 
 SIGNATURE = "group_signature"
+CONTINUOUS = ("t2", "se2", "e2")  # the signature of a network over one of these is its place here alone
 
 
 def make_equivariant(model: nn.Module, chain: tuple[Group, ...], pool: Pooling) -> None:
@@ -177,6 +178,8 @@ def require_same_group(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
 def _kind(signature: list[int] | None) -> str:
     if signature is None:
         return "a plain network (or one of another library: it names no group)"
+    if len(signature) == 1:
+        return f"a network over {CONTINUOUS[signature[0]]}"
     if len(signature) % 2 == 0:
         return "a network of a newer gzoo"
     basis = signature.pop(2)

@@ -179,8 +179,9 @@ def _walk(module: nn.Module, rule: Rule, path: str, done: dict[nn.Module, nn.Mod
         with torch.no_grad():  # eval() expands filters, and escnn would keep their graph
             done[module] = module if new is None else new.train(module.training)
         if new is None:
-            for name, child in module.named_children():
-                module._modules[name] = _walk(child, rule, f"{path}.{name}" if path else name, done)
+            for name, child in module._modules.items():  # named_children has one that stands at two places once
+                if child is not None:
+                    module._modules[name] = _walk(child, rule, f"{path}.{name}" if path else name, done)
     return done[module]
 
 
@@ -392,8 +393,10 @@ def _gzoo_layer(path: str, module: Any, basis: BasisName | None, window: Window 
     """gzoo's layer, or torch's, that is the same function as one module of escnn."""
     enn = _escnn.load().nn
     if type(module) is enn.SequentialModule:
-        children = module.named_children()
-        return nn.Sequential(*(_gzoo_layer(f"{path}.{n}".strip("."), child, basis, None) for n, child in children))
+        done: dict[nn.Module, nn.Module] = {}
+        for name, child in module._modules.items():
+            done[child] = done.get(child) or _gzoo_layer(f"{path}.{name}".strip("."), child, basis, None)
+        return nn.Sequential(*(done[child] for child in module._modules.values()))
     if type(module) is enn.R2Conv:
         return _gzoo_convolution(path, module, basis, window)
     group = _group(path, module, module.in_type)

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gzoo.bases import expand
-from gzoo.equivariant import SIGNATURE
+from gzoo.equivariant import SIGNATURE, Equivariant
 from gzoo.groups import Group
 from gzoo.nn import FibreNorm, GroupEca, InvariantConv2d, InvariantLinear, LiftingConv2d, PerElement, Subset
 from gzoo.nn.expand import ExpandedLayer
@@ -82,6 +82,9 @@ def grow(model: nn.Module, smaller: nn.Module) -> None:
             standardized, which more zeros would change; or a layer attends from all poses at once, or mixes filters or
             weighs pixels by what it sees in all of them; or ``model`` is partial. It then is as it was.
     """
+    for network in (model, smaller):
+        if not isinstance(network, Equivariant):
+            raise ValueError(f"{type(network).__name__} is no network that gzoo.convert made, so it does not grow")
     for path, module in model.named_modules():
         if getattr(module, "one_for_all_poses", False):
             raise ValueError(

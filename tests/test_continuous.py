@@ -135,7 +135,8 @@ def test_eight_elements_follow_a_turn_by_45_degrees_better_than_four():
     four = network(elements=4, width=6)
     four.load_state_dict(eight.state_dict())
     one = network("t2", elements=1, width=6)
-    one.load_state_dict(eight.state_dict())
+    # Weights of se2, which a network over t2 refuses by their signature.
+    one.load_state_dict({k: v for k, v in eight.state_dict().items() if k != "group_signature"}, strict=False)
 
     def error(f):
         return relative(f(image(math.pi / 4)), f(image(0.0)))
@@ -279,8 +280,37 @@ def test_the_networks_have_the_interface_of_timm():
         x = torch.randn(2, 3, 9, 8)
         assert model(x).shape == (2, 7)
         assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, model.num_features)
-        model.reset_classifier(0)
+        model.reset_classifier(0, "avg")
         assert model(x).shape == (2, 2)
+        with pytest.raises(ValueError, match="global_pool is 'max'; continuous networks pool by the mean alone"):
+            model.reset_classifier(5, "max")
+
+
+def test_a_network_made_without_numbers_is_filled_by_a_checkpoint():
+    x = random_image(1, (9, 9))
+    for partial in (True, False):
+        model = network("e2", 8, partial)
+        with torch.device("meta"):
+            empty = timm.create_model("e2_resnet", elements=8, partial=partial, width=3, kernel_size=5, num_classes=4)
+        filled = empty.to_empty(device="cpu").double().eval()
+        filled.load_state_dict(model.state_dict())
+        assert relative(filled(x), model(x)) < 1e-12
+
+
+def test_weights_of_another_continuous_group_are_refused():
+    with pytest.raises(ValueError, match=r"checkpoint is of a network over se2, but the model is a network over t2"):
+        network("t2", 1).load_state_dict(network("se2").state_dict())
+    with pytest.raises(ValueError, match="ContinuousResNet is no network that"):
+        gzoo.grow(network("se2"), network("t2", 1))
+
+
+@pytest.mark.parametrize(("group", "elements"), [("t2", 1), ("se2", 4), ("e2", 8)])
+def test_full_networks_export_and_take_synchronized_batch_norms(group, elements):
+    model, x = network(group, elements), random_image(1, (9, 9))
+    exported = torch.export.export(model, (x,)).module()
+    assert relative(exported(x), model(x)) < 1e-12
+    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert relative(synchronized(x), model(x)) < 1e-12
 
 
 @pytest.mark.parametrize(

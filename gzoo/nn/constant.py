@@ -13,13 +13,13 @@ class Constants(nn.Module):
     So a network can be made on the meta device and filled from a checkpoint, which need not hold them.
 
     Attributes:
-        constants: the names of these buffers.
+        constants: the names of these buffers; one that is a parameter here is left alone.
     """
 
     constants: ClassVar[tuple[str, ...]]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = {name: self._buffers[name] for name in self.constants}
+        before = {name: self._buffers[name] for name in self.constants if name in self._buffers}
         super()._apply(fn, recurse)
         for name, numbers in before.items():
             now = self._buffers[name]

@@ -15,13 +15,14 @@ Source: Romero & Lohit 2022, "Learning Partial Equivariances From Data", arXiv:2
 """
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from gzoo.bases import circular_harmonics
 from gzoo.groups import Group
+from gzoo.nn.constant import Constants, on_default_device
 from gzoo.nn.resample import SymmetricPool2d
 from gzoo.nn.subset import FIRST_LOGIT, draw
 
@@ -51,7 +52,7 @@ class Features(NamedTuple):
     elements: Elements
 
 
-class Arc(nn.Module):
+class Arc(Constants):
     """Samples the elements at which a layer is evaluated: rotations in [-theta, theta], plain and reflected ones.
 
     In train mode the angles are theta t with t uniform on [-1, 1): n equal steps that are shifted together by a random
@@ -75,6 +76,7 @@ class Arc(nn.Module):
     Source: Romero & Lohit 2022, arXiv:2110.10211, section 4. Theirs are independent draws; ours have less variance.
     """
 
+    constants: ClassVar[tuple[str, ...]] = ("reach",)
     reach: Tensor
 
     def __init__(self, group: ContinuousGroup, elements: int, partial: bool) -> None:
@@ -91,8 +93,8 @@ class Arc(nn.Module):
         if partial and group == "t2":
             raise ValueError("t2 has no rotations and reflections to drop, so no partial=True; take se2 or e2")
         self.group = Group(elements // halves, group == "e2")
-        self.partial = partial
-        reach = torch.tensor(0.0 if group == "t2" else 1.0)
+        self.continuous_group, self.partial = group, partial
+        reach = on_default_device(torch.tensor(0.0 if group == "t2" else 1.0, device="cpu"))
         self.logit = nn.Parameter(torch.tensor(FIRST_LOGIT)) if partial and group == "e2" else None
         if partial:
             self.reach = nn.Parameter(reach)
@@ -128,7 +130,8 @@ class Arc(nn.Module):
         steps = (torch.arange(n, device=reach.device, dtype=reach.dtype) + shift) * (2 / n) - 1
         angles = theta * steps
         kept = self._mirror()
-        if kept.item() == 0:
+        # Not asked of a tensor where nothing is learned: torch.export takes no branch that depends on numbers.
+        if not self.group.reflections or (self.logit is not None and kept.item() == 0):
             weights = torch.full_like(angles, 1 / n) + 0 * kept  # DDP waits for a gradient of every parameter
             return Elements(angles, torch.zeros_like(angles, dtype=torch.bool), weights)
         mirrored = torch.arange(2 * n, device=reach.device) >= n
@@ -145,17 +148,19 @@ class Arc(nn.Module):
         return f"{self.group.name}, theta={math.degrees(self.theta):.0f} degrees"
 
 
-class _Kernels(nn.Module):
+class _Kernels(Constants):
     """Weights (fields out, fields in, functions of the relative element, functions in space)."""
+
+    constants: ClassVar[tuple[str, ...]] = ("norm",)
 
     def __init__(self, in_fields: int, out_fields: int, size: int, relative: int) -> None:
         super().__init__()
         if size % 2 == 0:
             raise ValueError(f"kernel_size is {size}; the kernels turn about a pixel, so it must be odd")
-        zero = torch.zeros(1, dtype=torch.float64)
+        zero = torch.zeros(1, dtype=torch.float64, device="cpu")
         norm = circular_harmonics(size, zero, zero.bool())[0].norm(dim=1, keepdim=True)  # (functions, 1)
         self.norm: Tensor
-        self.register_buffer("norm", norm.float(), persistent=False)
+        self.register_buffer("norm", on_default_device(norm.float()), persistent=False)
         self.size = size
         self.weight = nn.Parameter(torch.randn(out_fields, in_fields, relative, len(norm)))
         with torch.no_grad():
@@ -240,11 +245,15 @@ class ContinuousConv2d(_Kernels):
         return torch.cat([series * ~reflected, series * reflected], 2)
 
 
-class ContinuousNorm(nn.BatchNorm3d):
+class ContinuousNorm(nn.Module):
     """Batch norm of `Features`: statistics of each field over images, sampled elements and pixels."""
 
-    def forward(self, features: Features) -> Features:  # type: ignore[override]
-        return Features(super().forward(features.maps), features.elements)
+    def __init__(self, fields: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm3d(fields)  # a child, which becomes a SyncBatchNorm where there are several GPUs
+
+    def forward(self, features: Features) -> Features:
+        return Features(self.norm(features.maps), features.elements)
 
 
 class ContinuousPool(nn.Module):
