@@ -164,12 +164,14 @@ def convert_in_place(
     if head not in ("invariant", "pose") or (head == "pose" and weights is not None):
         raise ValueError(f"head is {head!r} with weights={weights!r}; accepted are 'invariant', and 'pose' without")
     planned = plan(model, chain, match or _MATCH[weights], widths, scale, basis, classifier, fit=weights is None)
-    own = [path for path in planned.trace.reduced if type(model.get_submodule(path)) not in RULES]
-    if weights == "transfer" and own:
-        raise ValueError(
-            f"{own[0] or type(model).__name__}: its forward takes a mean or maximum over channels, which is the same "
-            "for all poses here, and each pose's own in the plain network; convert with fresh weights"
-        )
+    for path, module in _coupling(model, planned):
+        if weights == "transfer":
+            raise ValueError(
+                f"{path or type(model).__name__}: its forward takes a mean, maximum, norm, softmax or product over "
+                "channels, which is one for all poses here, and each pose's own in the plain network; convert with "
+                "fresh weights"
+            )
+        module.one_for_all_poses = True  # for `gzoo.grow`
     recipe = Recipe(planned, group_pool, per_element=weights == "transfer", head=head)
     plain = model if weights is None else copy.deepcopy(model)
     counts = _channel_counts(model, recipe.plan)
@@ -194,6 +196,14 @@ def convert_in_place(
         make_soft(converted)
     _rename(converted, chain)
     return converted
+
+
+def _coupling(model: nn.Module, planned: Plan) -> list[tuple[str, Any]]:
+    """The modules that make channels depend on each other by no rule of ours, by path; logits of a classifier may."""
+    logits = [planned.trace.outputs.get(path) for path in planned.classifiers]
+    coupled = [(path, model.get_submodule(path)) for path, own in planned.trace.coupled if own not in logits]
+    softmax = nn.Softmax, nn.LogSoftmax, nn.Softmax2d  # whose rule leaves them as they are
+    return [(path, module) for path, module in coupled if type(module) not in RULES or isinstance(module, softmax)]
 
 
 def _has_pose(model: nn.Module) -> bool:

@@ -107,7 +107,8 @@ class Trace:
         pieces: channels that a module's own forward split off, with their number, in order.
         prefixes: the same for the channels before each piece, and for all.
         pixels: positions at which a layer is applied to one image.
-        reduced: modules whose own forward takes a mean or maximum over channels.
+        coupled: modules whose own forward makes channels depend on each other, by a mean, maximum, norm or softmax over
+            them, or by products of queries and keys; with these channels.
         over_pixels: linear layers over something else than channels.
         lost: leaf modules whose input could not be followed, with the operation that lost it.
         later: the functions of feature maps that ran after the last convolution or linear layer, in order.
@@ -120,7 +121,7 @@ class Trace:
     pieces: dict[str, list[tuple[int, Segments]]] = field(default_factory=dict)
     prefixes: dict[str, list[tuple[int, Segments]]] = field(default_factory=dict)
     pixels: dict[str, int] = field(default_factory=dict)
-    reduced: list[str] = field(default_factory=list)
+    coupled: list[tuple[str, Segments]] = field(default_factory=list)
     over_pixels: list[str] = field(default_factory=list)
     lost: dict[str, str] = field(default_factory=dict)
     later: list[str] = field(default_factory=list)
@@ -421,7 +422,7 @@ class _Follow(TorchFunctionMode):
             return False
         reduced = {d % x.ndim for d in ([dims] if isinstance(dims, int) else dims)}
         if channels.dim in reduced:
-            self.seen.reduced.append(self.path[-1])
+            self._couple(channels.segments)
             for out in outputs if outputs[0].ndim == x.ndim else ():
                 _mark(out, channels.dim, (Segment(1, image=True),))
             return outputs[0].ndim == x.ndim
@@ -440,6 +441,7 @@ class _Follow(TorchFunctionMode):
                 _mark(outputs[0], channels.dim, channels.segments)
                 if _channels(inputs[1]):  # of each channel with each
                     self.attending.add(self.path[-1])
+                    self._couple(channels.segments)
                 return True
             if channels:
                 summed_over.append(channels.segments)
@@ -459,6 +461,18 @@ class _Follow(TorchFunctionMode):
         """Ties what a product of queries and keys sums over."""
         tie(query, key)
         self.attending.add(self.path[-1])
+        self._couple(query)
+
+    def _couple(self, segments: Segments) -> None:
+        self.seen.coupled.append((self.path[-1], segments))
+
+    def _over(self, given: Any, place: int, default: int | None) -> bool:
+        """A norm or softmax: over the dimension that is argument number ``place``, or over all of an image."""
+        _, inputs, args, kwargs = given
+        channels, dim = _channels(inputs[0]), _argument(args, kwargs, place, "dim", default)
+        if channels and (dim is None or dim % inputs[0].ndim == channels.dim):
+            self._couple(channels.segments)
+        return self._inherit(*given)
 
     def _lose(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         return False
@@ -511,6 +525,9 @@ _FOLLOWED: dict[str, Callable[..., bool]] = {
     **dict.fromkeys(("mean", "sum", "amax", "amin", "max", "min", "norm", "std", "var"), _Follow._reduce),
     **dict.fromkeys(("matmul", "bmm", "__matmul__"), _Follow._matmul),
     "scaled_dot_product_attention": _Follow._attention,
+    **dict.fromkeys(("softmax", "log_softmax"), lambda self, *given: self._over(given, 1, None)),
+    "normalize": lambda self, *given: self._over(given, 2, 1),
+    **dict.fromkeys(("group_norm", "layer_norm", "rms_norm"), lambda self, *given: self._over(given, 9, None)),
     "einsum": _Follow._lose,
     **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"), _Follow._reshape),
 }

@@ -88,8 +88,8 @@ def grow(model: nn.Module, smaller: nn.Module) -> None:
     for path, module in model.named_modules():
         if getattr(module, "one_for_all_poses", False):
             raise ValueError(
-                f"{path}: its attention, or mixture of filters, is one for all poses, which would not be the mean of "
-                "those over the subgroup; train it over its own group"
+                f"{path or type(model).__name__}: its attention, mixture of filters, norm or softmax over channels is "
+                "one for all poses, which would not be the mean of those over the subgroup; train it over its own"
             )
         if isinstance(module, Subset):
             raise ValueError(f"{path}: it learns what to keep of one group; grow a network that is not partial")

@@ -420,9 +420,49 @@ def test_a_grown_network_pools_by_the_maximum_over_all_cosets():
 def test_a_network_that_attends_from_all_poses_at_once_does_not_grow(name):
     model, smaller = (convert_in_place(timm.create_model(name, num_classes=3), group) for group in ("p4", "c1"))
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r": its attention, or mixture of filters, is one for all poses"):
+    with pytest.raises(ValueError, match=r": its attention, mixture of filters, .* is one for all poses"):
         gzoo.grow(model, smaller)
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+
+
+COUPLINGS = {
+    "a softmax layer": lambda net, y: net.softmax(y),
+    "softmax": lambda net, y: y.mean((2, 3), keepdim=True).softmax(1),
+    "normalize": lambda net, y: F.normalize(y),
+    "group norm": lambda net, y: F.group_norm(y, 2),
+    "maximum": lambda net, y: y.amax(1, keepdim=True),
+    "products of pixels": lambda net, y: (y.flatten(2).mT @ y.flatten(2)).softmax(-1).mean(1).view(-1, 1, 9, 9),
+}
+
+
+class Coupled(nn.Module):
+    """Weighs its map by what one forward has seen in all channels; ends in probabilities."""
+
+    def __init__(self, weigh):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.fc, self.softmax, self.weigh = nn.Linear(8, 5), nn.Softmax2d(), weigh
+
+    def forward(self, x):
+        y = self.conv1(x).relu()
+        return self.fc(self.conv2(y * self.weigh(self, y)).relu().mean((2, 3))).softmax(1)
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_what_couples_channels_neither_transfers_nor_grows(coupling):
+    build = partial(convert_in_place, match="width")
+    plain = Coupled(COUPLINGS[coupling])
+    plain.pretrained_cfg = {"input_size": (3, 9, 9)}
+    with pytest.raises(ValueError, match=r"(Coupled|softmax): its forward takes a mean, maximum, norm, softmax"):
+        build(copy.deepcopy(plain), "p4", match=None, weights="transfer")
+    with pytest.raises(ValueError, match=r"(Coupled|softmax): its attention, mixture of filters, norm or softmax"):
+        gzoo.grow(build(copy.deepcopy(plain), "p4"), build(plain, "c1"))
+
+
+def test_what_weighs_pixels_or_classes_alone_transfers_and_grows():
+    plain = Coupled(lambda net, y: y.flatten(2).softmax(2).view_as(y))
+    gzoo.grow(*(convert_in_place(copy.deepcopy(plain), group, match="width") for group in ("p4", "c1")))
+    convert_in_place(plain, "p4", weights="transfer")
 
 
 def test_new_weights_of_a_grown_network_train():
