@@ -3,26 +3,39 @@
 The equivariance error is max abs(f(g.x) - g.f(x)) / max abs(f(x)), a pure number.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import SpaceToDepth
-from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gzoo.equivariant import group_of
+from gzoo.equivariant import copied, group_of, like
 from gzoo.equivarify import Canonicalized, Equivarified
+from gzoo.fields import level_groups, transform_features
 from gzoo.groups import Group
-from gzoo.nn import FibreNorm, GroupConv2d, GroupPool, PerElement, PoolSomeFibres, Restriction
+from gzoo.nn import (
+    FibreNorm,
+    GroupConv2d,
+    GroupPool,
+    PerElement,
+    PoolSomeFibres,
+    QuotientConv2d,
+    QuotientNorm,
+    QuotientPool,
+    Restriction,
+)
 from gzoo.nn.expand import ExpandedLayer
+from gzoo.nn.merged import MergedConv2d
 from gzoo.partial import subsets, symmetry
 from gzoo.soft import residuals
+
+if TYPE_CHECKING:
+    from escnn.nn import FieldType
 
 
 @dataclass(frozen=True)
@@ -59,13 +72,6 @@ class Report:
             cells = (f"{row[g]:9.1e}" if g in row else f"{'':9}" for g in self.group.grid_elements)
             lines.append(" ".join([f"{name:{width}}", *cells]).rstrip())
         return "\n".join([*lines, f"worst: {self.worst:.1e}"])
-
-
-def level_groups(model: Any) -> list[Group]:
-    """The groups of the levels that ``model`` gives; empty where it has one group throughout."""
-    info = getattr(model, "feature_info", None)
-    levels = [info.info[i] for i in info.out_indices] if isinstance(info, FeatureInfo) else info or ()
-    return [level["group"] for level in levels if "group" in level]
 
 
 def equivariance_error(f: Callable[[Tensor], Tensor], x: Tensor, act_in: Callable, act_out: Callable) -> float:
@@ -120,15 +126,15 @@ def check(
             f"{type(model).__name__} is a plain network, so say which group to check: group=gzoo.groups.get('p4m')"
         )
     height, width = (size, size) if isinstance(size, int) else size
-    model = copy.deepcopy(model).to(dtype).eval()
-    parameter = next(model.parameters())
+    model = copied(model).to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     channels = in_chans or in_channels(model)
-    x = torch.randn(1, channels, height, width, dtype=dtype, generator=generator).to(parameter.device)
+    x = torch.randn(1, channels, height, width, dtype=dtype, generator=generator).to(like(model).device)
 
     with _group_layers(model) as ran:
         expected = _outputs(model, x)
     pooled = isinstance(model, Equivarified | Canonicalized) or _is_pooled(ran, expected)
+    mixture = _mixture(ran)
     levels = dict(zip(expected, level_groups(model), strict=False))
     errors: dict[str, dict[int, float]] = {name: {} for name in expected}
     given_up: dict[int, float] = {}
@@ -147,6 +153,12 @@ def check(
                 moved = group.transform_image(moved, g)
             elif moved.ndim == 4:
                 if own_g is None:  # no law of fibres
+                    continue
+                if mixture is not None and law is own_group and moved.shape[1] == mixture.size:
+                    row[g] = relative_error(value, transform_features(moved, own_g, mixture))
+                    continue
+                if moved.shape[1] % law.order:  # no fields of the group that was asked for
+                    row[g] = math.inf
                     continue
                 moved = law.transform_features(moved, own_g)
             elif own_group is not None and own_g is not None and _is_pose(moved, law):
@@ -172,6 +184,8 @@ def in_channels(model: nn.Module) -> int:
         if isinstance(module, SpaceToDepth):
             folded *= module.bs**2
         channels = getattr(module, "in_channels", None)
+        if type(module).__module__.startswith("escnn."):
+            channels = module.in_type.size
         if isinstance(channels, int) and not isinstance(module, GroupConv2d):  # which stands behind one, wherever it is
             return channels // folded
     raise ValueError(
@@ -199,7 +213,8 @@ def _group_layers(model: nn.Module) -> Iterator[list[nn.Module]]:
     def record(module: nn.Module, inputs: tuple, output: object) -> None:
         ran.append(module)
 
-    kinds = ExpandedLayer | FibreNorm | GroupPool | PoolSomeFibres
+    kinds = ExpandedLayer | MergedConv2d | QuotientConv2d | FibreNorm | QuotientNorm
+    kinds |= GroupPool | QuotientPool | PoolSomeFibres
     layers = [module for module in model.modules() if isinstance(module, kinds)]
     handles = [module.register_forward_hook(record) for module in layers]
     try:
@@ -214,7 +229,15 @@ def _is_pooled(ran: list[nn.Module], outputs: dict[str, Tensor]) -> bool:
     last = ran[-1] if ran else None
     if isinstance(last, PoolSomeFibres):  # else an attention map, which the output was multiplied with
         return last.runs == ((outputs["logits"].shape[1], False),) if "logits" in outputs else False
-    return last is None or isinstance(last, GroupPool)
+    return last is None or isinstance(last, GroupPool | QuotientPool)
+
+
+def _mixture(ran: list[nn.Module]) -> "FieldType | None":
+    """The type of what the last layer that knows about fibres gives, if they are not regular ones alone."""
+    last = ran[-1] if ran else None
+    if isinstance(last, QuotientNorm):
+        return last.group.quotient_type(last.fields)
+    return last.out_type if isinstance(last, QuotientConv2d) else None
 
 
 def _named(stages: list[Tensor]) -> dict[str, Tensor]:

@@ -131,6 +131,11 @@ def _require_convertible(model: Any, group: Any) -> None:
             raise ValueError(f"{kind}, which torch.compile made; convert the network first, then compile the result")
         if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
             raise ValueError(f"{kind}, a recorded graph, not layers; convert the network that it was made from")
+        if computed := [k for k, v in vars(module).items() if isinstance(v, Tensor) and not v.is_leaf]:
+            raise ValueError(
+                f"{kind} that holds a computed {computed[0]}, as torch.nn.utils.weight_norm and prune leave one, which "
+                "torch does not copy; take it off first (remove_weight_norm, prune.remove)"
+            )
         if type(module).__module__.startswith(("torch.ao.nn.", "torch.ao.quantization.")):
             raise ValueError(f"{kind}, of a quantized network; convert the float network that it was made from")
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -264,7 +269,14 @@ def _walk(module: nn.Module, recipe: Recipe, done: dict[nn.Module, nn.Module]) -
         if path in seen.inputs and recipe.lifts and RULES[type(module)] not in ON_IMAGE:
             return module
         try:
-            return _like(module, RULES[type(module)](module, recipe))
+            new = _like(module, RULES[type(module)](module, recipe))
+            hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+            if hooks and new is not module:
+                raise ValueError(
+                    f"it has a hook, {hooks[0]!r:.80}, which would not go over to the layer in its place; take it off "
+                    "first (such as with torch.nn.utils.remove_spectral_norm) and put one on the converted layer"
+                )
+            return new
         except ValueError as error:
             raise ValueError(f"{path or type(module).__name__}: {error}") from error
     if own or (is_leaf and type(module) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
@@ -375,7 +387,7 @@ def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
     odd = x[..., 1:, 1:] if x.shape[-1] % 2 == 0 else x
     try:
         calibrate(probe, odd)
-    except (RuntimeError, ValueError):  # a network for one size of image
+    except Exception:  # a network for one size of image, which says so in any way: an assertion, say
         return
     # All elements were tried at the even size; here the first turn and the reflection do, which make all the others.
     for own, stage in stages:

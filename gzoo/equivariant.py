@@ -4,6 +4,7 @@ The plain network keeps its class, and with it its forward and timm's calls; `ma
 here in front of it.
 """
 
+import copy
 from collections.abc import Collection, Mapping
 from itertools import chain as flatten
 from typing import Any, ClassVar
@@ -47,6 +48,19 @@ def group_of(model: nn.Module) -> Group | None:
         if isinstance(group, Group):
             return group
     return None
+
+
+def like(model: nn.Module) -> Tensor:
+    """A floating-point number of the network, for its device and dtype; one of its buffers if it has no parameters."""
+    tensors = flatten(model.parameters(), model.buffers(), [torch.empty(0)])
+    return next(tensor for tensor in tensors if tensor.is_floating_point())
+
+
+def copied(model: nn.Module) -> Any:
+    """A deep copy, also of escnn's layers: in eval mode they keep filters with the graph that made them, which torch
+    does not copy."""
+    kept = {id(buffer): buffer.detach() for buffer in model.buffers() if not buffer.is_leaf}
+    return copy.deepcopy(model, kept)
 
 
 def sign(model: nn.Module, chain: tuple[Group, ...]) -> None:

@@ -197,8 +197,13 @@ def pose_loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits: (B, classes, |G|).
         labels: (B,), class indices.
 
+    Raises:
+        ValueError: the logits are of another shape.
+
     Source: Bao & Song 2019, arXiv:1906.07172, section 5.
     """
+    if logits.ndim != 3:
+        raise ValueError(f"logits are {tuple(logits.shape)}; accepted are those with poses, (B, classes, |G|)")
     return F.cross_entropy(logits.flatten(1), labels * logits.shape[2])
 
 

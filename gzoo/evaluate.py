@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gzoo import groups
 from gzoo.check import relative_error
 from gzoo.data import ImageData, eval_loader, eval_transform, input_config
-from gzoo.equivariant import group_of
+from gzoo.equivariant import group_of, like
 from gzoo.predict import count_poses, label_names
 
 View = Callable[[Tensor], Tensor]  # images (B, C, H, W) to changed images
@@ -53,7 +53,7 @@ def evaluate(
     Raises:
         ValueError: the model has other classes than the data, or gives no logits.
     """
-    device = next(model.parameters()).device
+    device = like(model).device
     relabelled = match_classes(model, data)
     loader = eval_loader(relabelled, eval_transform(input_config(model)), batch_size, workers, device)
     views: dict[str, View] = {"upright": _same}

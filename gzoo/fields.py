@@ -1,7 +1,8 @@
 """Feature maps with their escnn types: what a type's channels do under an element, and the types of a pyramid."""
 
+import operator
 from functools import cache
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import numpy as np
 import torch
@@ -9,7 +10,6 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from gzoo import _escnn
-from gzoo.check import level_groups
 from gzoo.equivariant import group_of
 from gzoo.groups import Group
 
@@ -51,10 +51,11 @@ def transform_features(
     if x.shape[1] != type.size:
         raise ValueError(f"x has {x.shape[1]} channels, but its type {type} has {type.size}")
     group, elements = _group(type), type.fibergroup.elements
-    if not isinstance(g, int):
+    if not isinstance(g, SupportsIndex):
         if g not in elements:
             raise ValueError(f"{g} is no element of {group.name}, the group of the type")
         g = elements.index(g)
+    g = operator.index(g)
     group.require_element(g)
     sources, channels = [], 0
     for representation in type.representations:
@@ -78,14 +79,27 @@ def _sources(representation: "Representation") -> np.ndarray:
 
 
 def _group(type: "FieldType") -> Group:
+    group = group_of_type(type)
+    if group is None:
+        raise ValueError(
+            f"the type is over {type.gspace}, which is no group of gzoo: finite, turning about the centre, the "
+            "reflection flipping the width axis. Make it with gzoo.groups.get(...).field_type, .image_type or .gspace"
+        )
+    return group
+
+
+def group_of_type(type: "FieldType") -> Group | None:
+    """The group that a type is over; None if it is none of gzoo's: infinite, or with a mirror axis of its own."""
     order = type.fibergroup.order()  # -1 if it is infinite
-    for group in (Group(order, False), Group(order // 2, True)):
-        if group.order == order > 0 and group.gspace == type.gspace:
-            return group
-    raise ValueError(
-        f"the type is over {type.gspace}, which is no group of gzoo: finite, turning about the centre, the reflection "
-        "flipping the width axis. Make it with gzoo.groups.get(...).field_type, .image_type or .gspace"
-    )
+    candidates = (Group(order, False), Group(max(order // 2, 1), True)) if order > 0 else ()
+    return next((group for group in candidates if group.gspace == type.gspace), None)
+
+
+def level_groups(model: Any) -> list[Group]:
+    """The groups of the levels that ``model`` gives; empty where it has one group throughout."""
+    info = getattr(model, "feature_info", None)
+    levels = [info.info[i] for i in info.out_indices] if isinstance(info, FeatureInfo) else info or ()
+    return [level["group"] for level in levels if "group" in level]
 
 
 def field_types(model: nn.Module) -> list["FieldType"]:

@@ -21,6 +21,7 @@ from gzoo.groups import Group
 from gzoo.interop import Strides
 from gzoo.nn import keep_original_strides
 from gzoo.nn.linear import Pooling
+from gzoo.nn.resample import require_strides
 
 # Of both: 256 pixels on the short side, the central 224 of them, bilinear interpolation.
 PREPROCESSING = {
@@ -62,6 +63,7 @@ def resnet(
             with: equivariant only where each window fits, at 32 n + 1 pixels.
         **kwargs: of timm's ResNet.
     """
+    require_strides(strides)
     widths = {64 * 2**i: fields * 2**i for i in range(6)}
     plain = timm.create_model(f"resnet{depth}", **kwargs)
     model = convert_in_place(plain, group, widths=widths, group_pool=group_pool, basis=basis, scale=1.0)

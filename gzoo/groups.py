@@ -172,6 +172,8 @@ class Group:
                 raise ValueError(f"{number} fields of {self.name}/{name}: a number is at least 1; leave {name!r} out")
         if not fields:
             raise ValueError(f"there are no fields; give some by subgroup, as in {{'c1': 4, '{self.name}': 8}}")
+        if len({get(name) for name in fields}) < len(fields):
+            raise ValueError(f"{list(fields)} name a subgroup twice; add their numbers up under one name")
         return [(get(name), number) for name, number in fields.items()]
 
     def restriction(self, subgroup: "Group") -> list[int]:

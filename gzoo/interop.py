@@ -20,7 +20,8 @@ from gzoo import _escnn, bases
 from gzoo.bases import BasisName
 from gzoo.check import relative_error
 from gzoo.convert import image_for
-from gzoo.equivariant import Equivariant, group_of, sign
+from gzoo.equivariant import Equivariant, copied, group_of, sign
+from gzoo.fields import group_of_type
 from gzoo.groups import Group
 from gzoo.nn import (
     FibreNorm,
@@ -32,13 +33,13 @@ from gzoo.nn import (
     QuotientNorm,
     QuotientPool,
     Restriction,
-    Subset,
     SymmetricBlur2d,
     SymmetricPool2d,
     keep_original_strides,
 )
 from gzoo.nn.expand import ExpandedLayer
-from gzoo.nn.resample import Window, resample, square
+from gzoo.nn.resample import Window, require_strides, resample, square
+from gzoo.partial import subsets
 from gzoo.soft import residuals
 
 if TYPE_CHECKING:
@@ -130,7 +131,9 @@ def to_escnn(model: nn.Module) -> nn.Module:
     group = group_of(model)
     if group is None:
         raise ValueError(f"{type(model).__name__} is not equivariant; convert it with gzoo.convert first")
-    if any(isinstance(module, Subset) for module in model.modules()):
+    if not any(isinstance(module, ExpandedLayer | FibreNorm | GroupPool) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} has no layer that escnn has; take a network that gzoo.convert made")
+    if any(subsets(model)):
         raise ValueError(f"{type(model).__name__} is partial: escnn has no fields of which some elements are dropped")
     if residuals(model):
         raise ValueError(f"{type(model).__name__} is soft: escnn has no filters with a part that is not equivariant")
@@ -355,11 +358,8 @@ def from_escnn(model: nn.Module, basis: BasisName | None = None, strides: Stride
     Raises:
         ValueError: a module has no counterpart, or its filter does not lie in the basis; names it and its type.
     """
-    if strides not in ("symmetric", "original"):
-        raise ValueError(f"strides is {strides!r}; accepted are 'symmetric' and 'original'")
-    # In eval mode escnn keeps filters with the graph that made them, which torch does not copy.
-    kept = {id(buffer): buffer.detach() for buffer in model.buffers() if not buffer.is_leaf}
-    model = copy.deepcopy(model, kept)
+    require_strides(strides)
+    model = copied(model)
 
     def rule(path: str, module: nn.Module) -> nn.Module | None:
         if isinstance(module, EscnnLayer):
@@ -393,9 +393,10 @@ def _gzoo_layer(path: str, module: Any, basis: BasisName | None, window: Window 
     """gzoo's layer, or torch's, that is the same function as one module of escnn."""
     enn = _escnn.load().nn
     if type(module) is enn.SequentialModule:
-        done: dict[nn.Module, nn.Module] = {}
+        done: dict[Any, nn.Module] = {}
         for name, child in module._modules.items():
-            done[child] = done.get(child) or _gzoo_layer(f"{path}.{name}".strip("."), child, basis, None)
+            if child not in done:  # one may stand at two places
+                done[child] = _gzoo_layer(f"{path}.{name}".strip("."), child, basis, None)
         return nn.Sequential(*(done[child] for child in module._modules.values()))
     if type(module) is enn.R2Conv:
         return _gzoo_convolution(path, module, basis, window)
@@ -574,10 +575,7 @@ def _gzoo_norm(norm: Any, order: int | None) -> nn.Module:
 
 def _group(path: str, module: Any, field_type: "FieldType") -> Group:
     """The group of a type."""
-    gspace = field_type.gspace
-    order = gspace.fibergroup.order()
-    candidates = [Group(order, False), Group(max(order // 2, 1), True)] if order > 0 else []
-    group = next((group for group in candidates if group.gspace == gspace), None)
+    group = group_of_type(field_type)
     if group is None:
         raise ValueError(
             f"{_named(path, module)} of type {field_type}: gzoo knows the gspaces rot2dOnR2(N), flipRot2dOnR2(N), "

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gzoo import groups
 from gzoo.bases import BasisName, lifting_basis, regular_basis
 from gzoo.check import in_channels
-from gzoo.equivariant import classifiers, group_of
+from gzoo.equivariant import classifiers, group_of, like
 from gzoo.groups import Group
 from gzoo.trace import Segment, Segments, Trace, flat, trace
 
@@ -432,7 +432,7 @@ def example(model: nn.Module, most: int | None = None) -> Tensor:
     """Random images that the network takes: two of its own input size, at most ``most`` pixels wide and high."""
     config = getattr(model, "pretrained_cfg", None) or {}
     height, width = (config.get("input_size") or (3, 64, 64))[1:]
-    parameter = next(model.parameters())
+    parameter = like(model)
     generator = torch.Generator().manual_seed(0)
     size = (min(height, most or height), min(width, most or width))
     x = torch.randn(2, in_channels(model), *size, generator=generator, device="cpu")

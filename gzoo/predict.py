@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from gzoo.data import decode_file, eval_transform, input_config
-from gzoo.equivariant import group_of
+from gzoo.equivariant import group_of, like
 
 
 def names_weights(name: str) -> bool:
@@ -72,7 +72,7 @@ def predict(model: nn.Module, paths: list[str], topk: int = 5) -> list[Predictio
         raise ValueError(f"topk is {topk}; at least one class is printed")
     model.eval()
     transform = eval_transform(input_config(model))
-    parameter = next(model.parameters())
+    parameter = like(model)
     predictions = []
     for path in paths:
         try:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from gzoo.equivariant import group_of
 from gzoo.interop import replace_modules
-from gzoo.nn import FibreNorm, GroupConv2d, LiftingConv2d, Subset
+from gzoo.nn import FibreNorm, GroupConv2d, LiftingConv2d
 from gzoo.nn.expand import along_fibre
 from gzoo.nn.merged import MergedConv2d
+from gzoo.partial import subsets
 from gzoo.soft import residuals
 
 
@@ -52,7 +53,7 @@ def reparameterize(model: nn.Module) -> nn.Module:
     """
     if group_of(model) is None:
         raise ValueError(f"{type(model).__name__} is not equivariant; use timm.models.reparameterize_model for it")
-    if residuals(model) or any(isinstance(module, Subset) for module in model.modules()):
+    if residuals(model) or any(subsets(model)):
         raise ValueError(f"{type(model).__name__} is partial or soft; only equivariant branches can be merged")
     return replace_modules(copy.deepcopy(model).eval(), _merged)
 

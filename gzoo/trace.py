@@ -281,6 +281,8 @@ class _Follow(TorchFunctionMode):
                 x.gzoo_lost = lost  # type: ignore[attr-defined]
             return out
         name = getattr(func, "__name__", "")
+        if name == "__get__":  # a property: x.mT
+            name = func.__self__.__name__
         if outputs:
             self.seen.later.append(name)
         before = [(x, _channels(x)) for x in outputs if any(x is y for y in inputs)]  # written in place
@@ -522,6 +524,7 @@ _FOLLOWED: dict[str, Callable[..., bool]] = {
     "__getitem__": _Follow._getitem,
     "permute": _Follow._permute,
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _Follow._transpose),
+    "mT": lambda self, outputs, inputs, *_: self._transpose(outputs, inputs, (inputs[0], -2, -1), {}),
     **dict.fromkeys(("mean", "sum", "amax", "amin", "max", "min", "norm", "std", "var"), _Follow._reduce),
     **dict.fromkeys(("matmul", "bmm", "__matmul__"), _Follow._matmul),
     "scaled_dot_product_attention": _Follow._attention,

@@ -9,7 +9,7 @@ from torch import nn
 import gzoo
 from gzoo import backbones, groups
 from gzoo.check import equivariance_error, first_broken_layer, relative_error
-from gzoo.nn import FibreNorm, GroupConv2d, InvariantLinear, LiftingConv2d
+from gzoo.nn import FibreNorm, GroupConv2d, InvariantLinear, LiftingConv2d, QuotientConv2d, QuotientNorm
 from tests.conftest import act, elements, random_image, with_random_statistics
 
 P4, P4M = groups.get("p4"), groups.get("p4m")
@@ -56,6 +56,21 @@ def test_the_error_of_the_identity_is_zero():
 
 def test_an_equivariant_network_is_not_equivariant_under_a_larger_group():
     assert gzoo.check(network("p4"), 9, group=P4M).worst > 1e-3
+    odd = gzoo.convert(nn.Sequential(nn.Conv2d(1, 3, 3, padding=1)), "p4", match="width", classifier="")
+    assert gzoo.check(odd, 9, group=P4M).worst == float("inf")  # 12 channels are no fields of p4m
+
+
+@pytest.mark.parametrize("out", [{"p4": 2}, {"c1": 2}, {"c2": 2}, {"c1": 1, "c2": 2}])
+@pytest.mark.parametrize("norm", [False, True])
+def test_maps_of_quotient_fields_move_by_their_own_type(out, norm):
+    fields = {"c1": 2, "c2": 2}
+    norms = [QuotientNorm(P4, fields), nn.ReLU()] if norm else [nn.ReLU()]
+    layers = QuotientConv2d(P4, {"p4": 1}, fields, 3, padding=1), *norms, QuotientConv2d(P4, fields, out, 3, padding=1)
+    assert gzoo.check(nn.Sequential(*layers), (8, 11), in_chans=1).worst < 1e-12
+    broken = nn.Sequential(
+        *layers, nn.ReLU(), nn.Conv2d(layers[-1].out_type.size, layers[-1].out_type.size, 3, padding=1)
+    )
+    assert gzoo.check(broken, (8, 11), in_chans=1).worst > 1e-3
 
 
 def test_stages_are_measured_before_the_logits():

@@ -19,6 +19,7 @@ from timm.models.inception_v3 import InceptionB, InceptionD
 from timm.models.mobilevit import MobileVitV2Block
 from timm.models.swiftformer import EfficientAdditiveAttention
 from torch import nn
+from torch.nn.utils import prune
 from torchvision.ops import FrozenBatchNorm2d
 
 import gzoo
@@ -736,6 +737,14 @@ REFUSED = {
     "traced network": (
         lambda: torch.jit.trace(conv(3, 16), torch.randn(1, 3, 8, 8)),
         r"^the network is a torch\.jit\..*, a recorded graph, not layers; convert the network that it was made from",
+    ),
+    "spectral norm": (
+        lambda: nn.Sequential(nn.utils.spectral_norm(conv(3, 16)), *head(16)),
+        r"^0: it has a hook, .*SpectralNorm.*, which would not go over to the layer in its place; take it off first",
+    ),
+    "pruned": (
+        lambda: nn.Sequential(prune.l1_unstructured(conv(3, 16), "weight", 0.5), *head(16)),
+        r"^0 is a .*Conv2d that holds a computed weight, as torch.nn.utils.weight_norm and prune leave one",
     ),
     "graph module": (lambda: torch.fx.symbolic_trace(small()), r"^the network is a torch\.fx\..*, a recorded graph"),
     "exported program": (

@@ -332,6 +332,7 @@ def scores(number: int) -> nn.Sequential:
         (lambda: gzoo.equivarify(vector_net(), "p4")(random_image(2, (8, 9))), "8x9 pixels .* pad or crop"),
         (lambda: gzoo.equivarify(vector_net(), "p4")(random_image(2)[0]), "batch of images"),
         (lambda: gzoo.canonicalize(vector_net(), "p4", vector_net())(random_image(2)), "canonizer gives"),
+        (lambda: gzoo.pose_loss(torch.zeros(2, 3), torch.zeros(2).long()), r"logits are \(2, 3\); accepted are those"),
     ],
 )
 def test_what_cannot_be_done_is_refused(make, message):

@@ -337,6 +337,34 @@ def test_the_model_stays_as_it_is():
     assert not to_escnn(model.eval()).training
 
 
+def test_a_module_that_stands_at_two_places_stays_one():
+    """There and back: a convolution and a nonlinearity that a network runs twice."""
+    first, twice, relu = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()
+    plain = nn.Sequential(first, relu, twice, relu, twice, relu, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    model = gzoo.convert(plain, "p4").eval()
+    twin = to_escnn(model)
+    x = random_image(1, (9, 9)).float()
+    for network in (twin, from_escnn(twin)):
+        assert network[2] is network[4]
+        assert relative(network(x), model(x)) < 1e-5
+    enn, field_type = _escnn.load().nn, groups.get("p4").field_type(2)
+    layer, act = enn.R2Conv(field_type, field_type, 3, padding=1), enn.ReLU(field_type)
+    sequence = enn.SequentialModule(layer, act, layer, act).eval()
+    y = random_image(8, (9, 9)).float()
+    assert relative(from_escnn(sequence)(y), sequence(enn.GeometricTensor(y, field_type)).tensor) < 1e-5
+
+
+def test_what_escnn_gives_can_be_checked():
+    twin = to_escnn(timm.create_model("p4_cnn7").eval())
+    twin.train().eval()  # escnn then keeps filters with the graph that made them
+    assert gzoo.check(twin, 28, dtype=torch.float32).worst < 1e-4
+
+
+def test_a_network_without_layers_of_escnn_is_refused():
+    with pytest.raises(ValueError, match="Equivarified has no layer that escnn has"):
+        to_escnn(gzoo.equivarify(timm.create_model("test_resnet"), "p4"))
+
+
 def test_a_plain_network_is_refused():
     with pytest.raises(ValueError, match=r"StagedCNN is not equivariant; convert it with gzoo.convert first"):
         to_escnn(timm.create_model("cnn7"))

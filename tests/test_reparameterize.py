@@ -121,6 +121,13 @@ def test_plain_partial_and_soft_networks_are_refused():
     for option in ("partial", "soft"):
         with pytest.raises(ValueError, match="partial or soft"):
             gzoo.reparameterize(timm.create_model("p4_cnn7", **{option: True}))
+    with pytest.raises(ValueError, match="partial or soft"):
+        gzoo.reparameterize(timm.create_model("se2_resnet", width=2, elements=4, partial=True))
+
+
+def test_a_network_of_merged_convolutions_alone_is_checked_as_maps():
+    merged = gzoo.reparameterize(gzoo.convert(of_blocks("rep"), "p4", classifier=""))
+    assert gzoo.check(merged, 9).worst < 1e-12
 
 
 def with_norms(layer):

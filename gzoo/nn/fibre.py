@@ -16,7 +16,8 @@ from gzoo.nn.expand import along_fibre
 def share_along_fibre(module: nn.Module, names: tuple[str, ...], group_order: int, fields: int) -> None:
     """Shrinks parameters of ``module``, in place, from one number per channel to one per field.
 
-    Each is set to its mean, which keeps a constant initial value (one, zero, a small layer scale).
+    Each is set to its mean, which keeps a constant initial value (one, zero, a small layer scale). As an attribute each
+    then reads as a new tensor: what changes the numbers in place takes the parameter from ``module.parameters()``.
 
     Args:
         module: any module whose forward reads the parameters as attributes.

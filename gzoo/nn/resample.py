@@ -164,6 +164,12 @@ class SymmetricBlur2d(nn.Module):
         return F.conv2d(x, self.kernel.expand(channels, 1, -1, -1), None, stride, padding, groups=channels)
 
 
+def require_strides(strides: str) -> None:
+    """Raises ValueError unless it is one of the two kinds of strides that imported networks have."""
+    if strides not in ("symmetric", "original"):
+        raise ValueError(f"strides is {strides!r}; accepted are 'symmetric' and 'original'")
+
+
 def keep_original_strides(model: nn.Module) -> nn.Module:
     """Lets every window in ``model`` drop the pixels that its stride does not reach, as plain torch does; in place.
 

@@ -241,6 +241,8 @@ def test_fields_of_what_is_no_subgroup_are_refused():
     for layer in (QuotientNorm, QuotientPool):
         with pytest.raises(ValueError, match="d1 is no subgroup of p4"):
             layer(G, {"d1": 1})
+    with pytest.raises(ValueError, match=r"\['c4', 'p4'\] name a subgroup twice; add their numbers up"):
+        QuotientNorm(G, {"c4": 1, "p4": 2})
 
 
 def test_a_pixel_basis_off_the_grid_is_refused():
