@@ -186,8 +186,8 @@ class Entry:
                 "match": match,
                 "basis": basis,
             }
-            for name, value in asked.items():
-                if value not in (None, False, "invariant", "params"):
+            for name, default in {**_OF_ENTRIES, "partial": False}.items():
+                if (value := asked[name]) != default:
                     whose = f"those over a group, p4_{self.name}"
                     raise ValueError(f"{self.name} is a plain network; {name}={value!r} is for {whose}")
             return plain
@@ -325,6 +325,8 @@ def _factory(name: str, entry: Entry | None) -> Callable[..., nn.Module]:
             build = _IMPORTED.get(f"{name}.{config.tag}", entry.build)
         if entry is None or build != entry.build:
             _refuse_options(f"{name}.{config.tag}" if config.tag else name, kwargs)
+        if name in _CONTINUOUS and kwargs.get("features_only"):
+            raise ValueError(f"{name} gives no pyramid of features; take forward_features, or p4_resnet18 and its like")
         with weights.explained(config) if pretrained else nullcontext():
             if pretrained:
                 overlay |= weights.verified(config, kwargs.get("cache_dir"))

@@ -284,6 +284,8 @@ def test_the_networks_have_the_interface_of_timm():
         assert model(x).shape == (2, 2)
         with pytest.raises(ValueError, match="global_pool is 'max'; continuous networks pool by the mean alone"):
             model.reset_classifier(5, "max")
+        with pytest.raises(ValueError, match=f"{name} gives no pyramid of features"):
+            timm.create_model(name, features_only=True)
 
 
 def test_a_network_made_without_numbers_is_filled_by_a_checkpoint():
