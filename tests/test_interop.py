@@ -360,6 +360,12 @@ def test_what_escnn_gives_can_be_checked():
     assert gzoo.check(twin, 28, dtype=torch.float32).worst < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_networks_of_half_precision_become_ones_of_escnn(dtype):
+    model = timm.create_model("p4_cnn7").eval().to(dtype)
+    assert all(p.dtype == dtype for p in to_escnn(model).parameters())
+
+
 def test_a_network_without_layers_of_escnn_is_refused():
     with pytest.raises(ValueError, match="Equivarified has no layer that escnn has"):
         to_escnn(gzoo.equivarify(timm.create_model("test_resnet"), "p4"))
