@@ -173,8 +173,8 @@ def convert_in_place(
         if weights == "transfer":
             raise ValueError(
                 f"{path or type(model).__name__}: its forward takes a mean, maximum, norm, softmax or product over "
-                "channels, which is one for all poses here, and each pose's own in the plain network; convert with "
-                "fresh weights"
+                "channels, which is the same for all poses here, and each pose's own in the plain network; convert "
+                "with fresh weights"
             )
         module.one_for_all_poses = True  # for `gzoo.grow`
     recipe = Recipe(planned, group_pool, per_element=weights == "transfer", head=head)
