@@ -149,32 +149,33 @@ def _folder_splits(folder: Path) -> dict[str, Callable[[], _Rows]]:
 
 def _folder_rows(folder: Path, numbering: Path) -> _Rows:
     """The images in the class folders of `folder`, numbered by the class folders of `numbering`."""
-    classes = _class_folders(numbering)
-    unknown = () if folder == numbering else sorted(set(_class_folders(folder)) - set(classes))
-    if unknown:
-        raise ValueError(f"{folder}: classes {unknown} have no training images; the training classes are {classes}")
+    classes, images = _class_images(numbering)
+    if folder != numbering:
+        own, images = _class_images(folder)
+        if unknown := sorted(set(own) - set(classes)):
+            raise ValueError(f"{folder}: classes {unknown} have no training images; the training classes are {classes}")
     index = {name: i for i, name in enumerate(classes)}
-    samples, _ = find_images_and_targets(str(folder), _extensions(), class_to_idx=index)
-    paths = [path for path, _ in samples]
-    return _Rows(paths, [partial(decode_file, path) for path in paths], [label for _, label in samples], classes)
+    paths = [path for path, _ in images]
+    return _Rows(paths, [partial(decode_file, path) for path in paths], [index[name] for _, name in images], classes)
 
 
-def _class_folders(folder: Path) -> list[str]:
-    """The folders directly below `folder` that have images, sorted as timm does."""
+def _class_images(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    """The folders directly below `folder` that have images, sorted as timm does; and each image with its folder."""
     samples, found = find_images_and_targets(str(folder), _extensions())
     names = [name for name in found if not name.startswith(".")]  # .ipynb_checkpoints is no class
     if not names:
         raise ValueError(f"{folder}: no images in class folders; {_ACCEPTED}")
     if "" in names:
         raise ValueError(f"{folder}: some images lie outside a class folder; move each to {folder}/<class>/")
-    for path, _ in samples:
+    images = [(path, name) for path, _ in samples if not (name := Path(path).parent.name).startswith(".")]
+    for path, _ in images:
         inside = Path(path).relative_to(folder)
-        if len(inside.parts) != 2 and not inside.parts[-2].startswith("."):
+        if len(inside.parts) != 2:
             raise ValueError(
                 f"{folder}: {inside} lies in a folder within a folder, so its class is unclear; images go to "
                 f"<class>/*, those of splits to train/<class>/*, val/<class>/* and test/<class>/*"
             )
-    return names
+    return names, images
 
 
 def _extensions() -> list[str]:
