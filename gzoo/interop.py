@@ -393,11 +393,9 @@ def _gzoo_layer(path: str, module: Any, basis: BasisName | None, window: Window 
     """gzoo's layer, or torch's, that is the same function as one module of escnn."""
     enn = _escnn.load().nn
     if type(module) is enn.SequentialModule:
-        done: dict[Any, nn.Module] = {}
-        for name, child in module._modules.items():
-            if child not in done:  # one may stand at two places
-                done[child] = _gzoo_layer(f"{path}.{name}".strip("."), child, basis, None)
-        return nn.Sequential(*(done[child] for child in module._modules.values()))
+        children = module.named_children()  # one that stands at two places is here once
+        layers = {child: _gzoo_layer(f"{path}.{n}".strip("."), child, basis, None) for n, child in children}
+        return nn.Sequential(*(layers[child] for child in module._modules.values()))
     if type(module) is enn.R2Conv:
         return _gzoo_convolution(path, module, basis, window)
     group = _group(path, module, module.in_type)
