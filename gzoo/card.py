@@ -58,7 +58,8 @@ def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = Fals
         raise FileNotFoundError(f"{run}/results.json: no such file; a card needs a finished run of `gzoo train`")
     training = json.loads((source / "results.json").read_text())
     config = json.loads((source / "model" / "config.json").read_text())
-    if not any(run["epochs"] for run in _runs(training)):
+    runs = _runs(training)
+    if not any(earlier["epochs"] for earlier in runs):
         raise ValueError(f"{run}: no epoch of it was trained; a card tells how weights were made")
     tag = config["pretrained_cfg"]["tag"]
     if tag not in _DATASETS:
@@ -80,7 +81,7 @@ def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = Fals
     }
     files = {Path(path).name: (source / path).read_bytes() for path in _COPIED}
     files |= {
-        "curves.png": plot_curves([row for run in _runs(training) for row in run["log"]]),
+        "curves.png": plot_curves([row for earlier in runs for row in earlier["log"]]),
         "results.json": (json.dumps(results, indent=2) + "\n").encode(),
         "README.md": render(results).encode(),
     }

@@ -155,12 +155,11 @@ def check(
                 if own_g is None:  # no law of fibres
                     continue
                 if mixture is not None and law is own_group and moved.shape[1] == mixture.size:
-                    row[g] = relative_error(value, transform_features(moved, own_g, mixture))
-                    continue
-                if moved.shape[1] % law.order:  # no fields of the group that was asked for
-                    row[g] = math.inf
-                    continue
-                moved = law.transform_features(moved, own_g)
+                    moved = transform_features(moved, own_g, mixture)
+                elif moved.shape[1] % law.order:  # no fields of the group that was asked for: an infinite error
+                    moved = torch.full_like(moved, math.nan)
+                else:
+                    moved = law.transform_features(moved, own_g)
             elif own_group is not None and own_g is not None and _is_pose(moved, law):
                 moved = _move_pose(law, moved, own_g)
             row[g] = relative_error(value, moved)

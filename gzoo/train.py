@@ -183,9 +183,10 @@ class TrainConfig:
                 raise ValueError(f"{name} is {value!r}; it takes {_spell(hint)}")
         for f in fields(self):
             value = getattr(self, f.name)
+            numbers = value if isinstance(value, tuple) else (value,)
             for kind, limit in f.metadata.get("limits", {}).items():
                 holds, words = _LIMITS[kind]
-                if not all(number is None or holds(number, limit) for number in _numbers(value)):
+                if not all(number is None or holds(number, limit) for number in numbers):
                     raise ValueError(f"{f.name} is {value}; it must be {words} {limit}")
         if own := sorted({"num_classes", "pretrained"} & self.model_args.keys()):
             raise ValueError(f"model_args has {own[0]}; the classes follow from the data, and pretrained is an option")
@@ -228,10 +229,6 @@ def resume_config(entries: dict[str, Any]) -> TrainConfig:
     if "out" not in entries:
         raise ValueError("--resume needs --out, the folder of the run to go on with")
     return TrainConfig(**{**_load_checkpoint(Path(entries["out"]).expanduser())["config"], **entries})
-
-
-def _numbers(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
 
 
 def _tuples(value: Any) -> Any:
@@ -816,11 +813,10 @@ def _finish(run: _Run) -> dict[str, Any]:
         "log": run.rows,
     }
     if run.config.grown_from:
-        grown_from = Path(run.config.grown_from).expanduser()
-        for folder in (grown_from, grown_from.parent):  # a run, or model/ in it
-            if (folder / "results.json").is_file():
-                results["grown_from"] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-                break
+        folder = Path(run.config.grown_from).expanduser()  # a run, or model/ in it
+        earlier = [path for of in (folder, folder.parent) if (path := of / "results.json").is_file()]
+        if earlier:
+            results["grown_from"] = json.loads(earlier[0].read_text(encoding="utf-8"))
     write_atomically(run.out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     of = f"of epoch {best['epoch']}" if best else "that the run started with"
     print(f"gzoo: {run.out / 'model'} holds the weights {of}", file=sys.stderr)
