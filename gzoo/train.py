@@ -69,6 +69,7 @@ from gzoo.predict import count_poses, load_model, names_weights
 from gzoo.soft import penalty
 from gzoo.transfer import grow
 from gzoo.weights import write_atomically
+from gzoo.winograd import Winograd
 
 CHECKPOINT = "checkpoint.pt"
 _MAY_CHANGE = ("epochs", "out", "workers")  # on resuming
@@ -136,6 +137,9 @@ class TrainConfig:
     bf16: bool = _option(False, "autocast to bfloat16")
     channels_last: bool = _option(False, "channels_last memory format")
     compile: bool = _option(False, "torch.compile the model")
+    winograd: bool = _option(
+        False, "3x3 convolutions by Winograd's algorithm, see gzoo.winograd: about twice as fast in float32 on a CPU"
+    )
     seed: int = _option(0, "seeds weights, order, augmentation and the validation split", least=0)
     val_fraction: float = _option(
         0.1, "share of the training images to validate on if there is no val split; 0: none", least=0, below=1
@@ -190,6 +194,8 @@ class TrainConfig:
                     raise ValueError(f"{f.name} is {value}; it must be {words} {limit}")
         if own := sorted({"num_classes", "pretrained"} & self.model_args.keys()):
             raise ValueError(f"model_args has {own[0]}; the classes follow from the data, and pretrained is an option")
+        if self.winograd and (self.bf16 or self.compile):
+            raise ValueError("winograd is for float32 and networks that are not compiled; leave out bf16 and compile")
         if self.pretrained and self.grown_from:
             raise ValueError("pretrained and grown_from are two starts; set one of them")
         for name in ("optimizer", "schedule"):
@@ -337,6 +343,8 @@ def _set_up(config: TrainConfig, out: Path, processes: PartialState, fresh: bool
     train_data: ImageData | Resident
     train_data, val_data = _open_data(config)
     device = processes.device
+    if config.winograd and device.type != "cpu":
+        raise ValueError(f"winograd is for CPUs, and this is a run on {device}; leave it out")
     seed_everything(config.seed)
     classes = len(train_data.classes)
     model = load_model(config.model, config.pretrained and fresh, num_classes=classes, **config.model_args)
@@ -534,7 +542,7 @@ def _train_epochs(run: _Run) -> None:
         unit="step",
         disable=None if run.processes.is_main_process else True,
     )
-    with bar:
+    with bar, Winograd() if config.winograd else contextlib.nullcontext():
         while run.epoch < config.epochs:
             start = time.perf_counter()
             size = _size_at(config, run.epoch, run.input["input_size"][1])

@@ -152,6 +152,7 @@ def test_a_config_without_model_data_or_out_is_an_error():
         ({"scale": [0.0, 1.0]}, "scale is (0.0, 1.0); it must be above 0"),
         ({"model_args": {"num_classes": 5}}, "model_args has num_classes; the classes follow from the data"),
         ({"scale": [0.1, 0.5, 1.0]}, "scale is"),
+        ({"winograd": True, "bf16": True}, "winograd is for float32 and networks that are not compiled"),
     ],
 )
 def test_an_entry_of_the_wrong_kind_is_an_error_that_says_what_it_takes(entry, message):
@@ -325,6 +326,24 @@ def test_augmenting_in_batches_changes_the_speed_and_not_the_images(settings, tm
     train(TrainConfig(**plain | changed))
     losses = [float(log(run["out"])[0]["train_loss"]) for run in (plain, changed)]
     assert losses[0] != pytest.approx(losses[1], rel=1e-2)
+
+
+def test_winograds_convolutions_change_the_speed_and_not_the_run(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(gzoo.winograd, "_compiled", lambda function: function)
+    applied, apply = [], gzoo.winograd._Convolution.apply
+    monkeypatch.setattr(gzoo.winograd._Convolution, "apply", lambda *args: applied.append(1) or apply(*args))
+    settings |= {"model": "resnet20", "optimizer": {"name": "sgd", "lr": 0.01}}
+    train(TrainConfig(**settings))
+    assert not applied
+    train(TrainConfig(**settings | {"winograd": True, "out": str(tmp_path / "winograd")}))
+    assert applied
+    assert_same_curve(log(settings["out"]), log(tmp_path / "winograd"))
+
+
+def test_winograd_is_refused_on_a_gpu(settings, tmp_path):
+    gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    with pytest.raises(ValueError, match="winograd is for CPUs, and this is a run on cuda:0; leave it out"):
+        gzoo.train._set_up(TrainConfig(**settings | {"winograd": True}), tmp_path, gpu, True)
 
 
 def in_two_processes(arguments):
