@@ -188,9 +188,11 @@ def bench(
         _require_one_group(model)
         try:
             with torch.no_grad():
-                model(torch.zeros(1, in_channels(model), case.size, case.size))
+                logits = model(torch.zeros(1, in_channels(model), case.size, case.size))
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{case.model} takes no images of {case.size}x{case.size} pixels: {error}") from error
+        if logits.ndim != 2:
+            raise ValueError(f"{case.model} is no classifier of images, whose training steps bench could time")
     torch.set_num_threads(threads)
     report: dict[str, Any] = {
         "machine": machine(torch.device(device)),

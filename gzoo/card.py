@@ -21,7 +21,7 @@ from gzoo.data import open_split
 from gzoo.equivariant import group_of
 from gzoo.evaluate import evaluate
 from gzoo.predict import load_model
-from gzoo.weights import HUB_ORGANIZATION, card_folder, write_atomically, write_pin
+from gzoo.weights import HUB_ORGANIZATION, card_folder, pins, write_atomically, write_pin
 
 COSTS = "costs.json"  # beside the cards
 _COPIED = ("model/model.safetensors", "model/config.json")
@@ -35,6 +35,8 @@ _DATASETS = {
 # What the Hub files a repository under.
 _FOUND_BY = """pipeline_tag: image-classification
 tags: [image-classification, timm, gzoo, equivariance]"""
+
+UNNAMED = "OWNER/NAME"  # in the README of a trained model, until `gzoo push` knows where it goes
 
 
 def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = False) -> Path:
@@ -192,7 +194,7 @@ library_name: timm
 
 ```python
 import timm, gzoo
-model = timm.create_model("hf-hub:OWNER/NAME", pretrained=True).eval()    # where `gzoo push` uploaded it
+model = timm.create_model("hf-hub:{UNNAMED}", pretrained=True).eval()    # where `gzoo push` uploaded it
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```
 
@@ -314,6 +316,8 @@ def update_tables(measure: bool = False) -> str:
         names = dict.fromkeys(card["name"].rsplit(".", 1)[0] for card in _cards(folder))
         (folder / COSTS).write_text(json.dumps(bench.costs(list(names)), indent=2) + "\n")
     (folder / "results.csv").write_text(results_csv())
+    pinned = pins(folder)
     for path in folder.glob("*/results.json"):
-        write_pin(path.parent)
+        if path.parent.name not in pinned:  # a file that changed since shall not pass for the one that was measured
+            write_pin(path.parent)
     return leaderboard()

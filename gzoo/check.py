@@ -123,7 +123,8 @@ def check(
     group = asked or chain[0]
     if group is None:
         raise ValueError(
-            f"{type(model).__name__} is a plain network, so say which group to check: group=gzoo.groups.get('p4m')"
+            f"{type(model).__name__} is a plain network, so say which group to check: "
+            "group=gzoo.groups.get('p4m'), or --group p4m"
         )
     height, width = (size, size) if isinstance(size, int) else size
     model = copied(model).to(dtype).eval()

@@ -6,6 +6,7 @@ import argparse
 import ast
 import functools
 import json
+import os
 import shlex
 import sys
 from importlib.metadata import version
@@ -16,9 +17,9 @@ from typing import Any
 def main(argv: list[str] | None = None) -> int:
     """Run `gzoo ARGUMENTS`. Returns the exit code: 0, or 1 after an error; a wrong command line exits with 2."""
     argv = sys.argv[1:] if argv is None else argv
-    args = _parser(argv).parse_args(argv)
-    args.command_line = shlex.join(["gzoo", *argv])
     try:
+        args = _parser(argv).parse_args(argv)
+        args.command_line = shlex.join([*_launcher(), *argv])
         return args.run(args)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"gzoo: error: {error}", file=sys.stderr)
@@ -29,6 +30,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"\ngzoo: error: {error or 'interrupted'}", file=sys.stderr)
     return 1
+
+
+def _launcher() -> list[str]:
+    """What the command line began with: torch.distributed.run, where that started several processes."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes == 1:
+        return ["gzoo"]
+    return ["python", "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "-m", "gzoo.cli"]
 
 
 class _Versions(argparse.Action):
@@ -60,9 +69,14 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=int, default=256)
     command.add_argument("--workers", type=int, default=0, help="processes that decode images")
     command.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
-    command.add_argument("--transforms", action="store_true", help="also under the 8 rotations and flips of a square")
+    command.add_argument(
+        "--transforms",
+        action="store_true",
+        help="also under the 8 rotations and flips of a square; those that change no logits, on noise to 1e-4, are not "
+        "run again",
+    )
     command.add_argument("--rotation-seed", type=int, help="also with each image rotated by an angle from this seed")
-    command.add_argument("--json", help="write the result to this file")
+    command.add_argument("--json", type=_writable, help="write the result to this file")
 
     command = commands.add_parser("predict", help="classify images")
     command.set_defaults(run=_predict)
@@ -122,20 +136,20 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.add_argument("--rounds", type=int, default=15, help="how often a training step is timed, default: 15")
     command.add_argument("--processes", type=int, default=5, help="fresh processes per construction, default: 5")
     command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    command.add_argument("--json", help="write the result to this file")
+    command.add_argument("--json", type=_writable, help="write the result to this file")
 
     command = commands.add_parser("mnist6", help="learn a partial symmetry: a 6 against its turned or mirrored copy")
     command.set_defaults(run=_mnist6)
     command.add_argument("--mnist", required=True, help="MNIST: folder of parquet files, or dataset on the Hub")
     command.add_argument("--seed", type=int, default=0, help="default: 0")
     command.add_argument("--continuous", action="store_true", help="over SE(2) and E(2), not over groups on the grid")
-    command.add_argument("--json", help="write the result to this file")
+    command.add_argument("--json", type=_writable, help="write the result to this file")
 
     command = commands.add_parser("demo", help="two minutes of tour, offline")
     command.set_defaults(run=_demo)
     command.add_argument("--out", default="gzoo_demo", help="folder for the picture, default: gzoo_demo")
 
-    command = commands.add_parser("card", help="measure a finished run and write its model card")
+    command = commands.add_parser("card", help="measure a finished run of a recipe in recipes/ and write its card")
     command.set_defaults(run=_card)
     command.add_argument("run_folder", metavar="RUN", help="the --out of `gzoo train`")
     command.add_argument("--data", required=True, help="the data set, for its test split")
@@ -152,7 +166,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_push)
     command.add_argument("source", help="NAME.TAG of a card, or the model/ folder of a run")
-    command.add_argument("--org", help="organization or user, default: ours")
+    command.add_argument("--org", help="organization or user; for the cards of the zoo, default: ours")
     command.add_argument("--name", help="of the repository, default: that of the card or the network")
     command.add_argument("--private", action="store_true", help="make a new repository private")
     command.add_argument("--dry-run", action="store_true", help="list what would be uploaded")
@@ -182,6 +196,8 @@ def _add_config_flags(command: argparse.ArgumentParser) -> None:
             options |= {"nargs": "+", "type": _pair, "metavar": "KEY=VALUE"}
         elif field.type == "bool":
             options |= {"action": argparse.BooleanOptionalAction}
+        elif "tuple" in str(field.type):
+            options |= {"nargs": "+", "type": _value, "metavar": field.name.upper()}
         else:
             options |= {"type": str if field.type == "str" else _value, "metavar": field.name.upper()}
         command.add_argument(f"--{field.name.replace('_', '-')}", **options)
@@ -198,6 +214,11 @@ def _value(text: str) -> Any:
         return text
 
 
+def _listed(values: list[Any]) -> Any:
+    """What a flag of several numbers was given: `0.5 1`, or one list as Python spells it, or null."""
+    return values if len(values) > 1 or isinstance(values[0], int | float) else values[0]
+
+
 def _pair(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not (key and equals):
@@ -211,7 +232,9 @@ def _train(args: argparse.Namespace) -> int:
     from gzoo.train import TrainConfig, make_config, merge, read_recipe, resume_config, train
 
     flags = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if hasattr(args, f.name)}
-    flags = {k: dict(v) if str(TrainConfig.__annotations__[k]).startswith("dict") else v for k, v in flags.items()}
+    types = TrainConfig.__annotations__
+    flags = {k: dict(v) if types[k].startswith("dict") else v for k, v in flags.items()}
+    flags = {k: _listed(v) if "tuple" in types[k] else v for k, v in flags.items()}
     entries = merge(read_recipe(args.recipe) if args.recipe else {}, flags)
     config = resume_config(entries) if args.resume else make_config(entries)
     train(config, args.resume, args.command_line)
@@ -226,7 +249,10 @@ def _eval(args: argparse.Namespace) -> int:
     from gzoo.predict import load_model, names_weights
 
     data = open_split(args.data, args.split)
-    model = load_model(args.model, args.pretrained or names_weights(args.model))
+    pretrained = args.pretrained or names_weights(args.model)
+    if not pretrained:
+        print(f"gzoo: these are random weights; --pretrained loads those of {args.model}", file=sys.stderr)
+    model = load_model(args.model, pretrained)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     result = evaluate(
         model, data, args.batch_size, args.workers, args.bf16, args.transforms, rotation_seed=args.rotation_seed
@@ -240,23 +266,35 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
+def _writable(path: str) -> Path:
+    """A file that can be written once there is something to write, which may be after hours."""
+    if not Path(path).expanduser().absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: there is no such folder to write it to")
+    return Path(path).expanduser()
+
+
 def _write_report(args: argparse.Namespace, report: dict[str, Any]) -> None:
     """To the file of --json, if it was given."""
     if args.json:
         text = json.dumps({"command": args.command_line, **report}, indent=2) + "\n"
-        Path(args.json).write_text(text, encoding="utf-8")
+        args.json.write_text(text, encoding="utf-8")
 
 
 def _predict(args: argparse.Namespace) -> int:
+    import torch
+
     from gzoo.predict import load_model, predict
 
-    predictions = predict(load_model(args.model, pretrained=True), args.images, args.topk)
-    for prediction in predictions:
-        if prediction.error is None:
-            print(prediction.path)
-            for name, probability in zip(prediction.names, prediction.probabilities, strict=True):
-                print(f"  {probability:8.2%}  {name}")
-    failed = [p for p in predictions if p.error is not None]
+    model = load_model(args.model, pretrained=True).to("cuda" if torch.cuda.is_available() else "cpu")
+    failed = []
+    for path in args.images:  # one by one: of many, the first are there at once
+        (prediction,) = predict(model, [path], args.topk)
+        if prediction.error is not None:
+            failed.append(prediction)
+            continue
+        print(path)
+        for name, probability in zip(prediction.names, prediction.probabilities, strict=True):
+            print(f"  {probability:8.2%}  {name}")
     for prediction in failed:
         print(f"gzoo: error: {prediction.path} cannot be read: {prediction.error}", file=sys.stderr)
     return 1 if failed else 0
@@ -265,6 +303,8 @@ def _predict(args: argparse.Namespace) -> int:
 def _size(text: str) -> tuple[int, int]:
     """ "48" or "48x65": height and width in pixels."""
     height, _, width = text.partition("x")
+    if not (height.isdecimal() and (width or height).isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 48 or 48x65; a model stands before --size")
     return int(height), int(width or height)
 
 
@@ -301,6 +341,11 @@ def _import(args: argparse.Namespace) -> int:
 
 def _followed(report: Any) -> str:
     """What a network that passed follows: all elements, or those that it has not given up."""
+    whole, order = report.group.grid_elements, report.group.order
+    if not report.given_up and len(whole) < order:
+        return (
+            f"equivariant to the {len(whole)} of {order} elements that fit the pixel grid; the others are not measured"
+        )
     if not report.given_up:
         return "equivariant"
     kept = [report.group.label(g) for g in report.group.grid_elements if g not in report.given_up]
@@ -319,9 +364,17 @@ def _check(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype)
     tolerance = args.tolerance if args.tolerance is not None else 1e-12 if args.dtype == "float64" else 1e-5
     group = groups.get(args.group) if args.group else None
-    reports = [check(model, size, group, dtype) for size in args.size]
-    for report in reports:
-        print(report, end="\n\n")
+    reports = []
+    for size in args.size:
+        try:
+            reports.append(check(model, size, group, dtype))
+        except (RuntimeError, AssertionError, IndexError) as error:
+            height, width = size
+            raise ValueError(
+                f"{args.model} takes no images of {height}x{width} pixels; give --size others, larger ones if it "
+                f"reduces them often: {error}"
+            ) from error
+        print(reports[-1], end="\n\n", flush=True)
     worst = max(report.worst for report in reports)
     passed = worst <= tolerance
     verdict = _followed(reports[0]) if passed else "FAILED"
@@ -369,6 +422,8 @@ def _push(args: argparse.Namespace) -> int:
     from gzoo.hub import planned, push
     from gzoo.weights import HUB_ORGANIZATION
 
+    if args.org is None and Path(args.source).is_dir():
+        raise ValueError(f"say whose repository {args.source} is to be: --org YOU, your name on the Hub")
     organization = args.org or HUB_ORGANIZATION
     if args.dry_run:
         folder, repository, files = planned(args.source, organization, args.name)

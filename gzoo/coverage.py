@@ -15,6 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from gzoo import groups
 from gzoo.check import KeepDouble
 from gzoo.convert import calibrate, check_itself, convert_in_place, randomized
 from gzoo.equivariant import group_of
@@ -38,6 +39,7 @@ class Row:
 
     Attributes:
         params: of the plain network.
+        group: that it was converted to.
         ratio: parameters of the equivariant network to those of the plain one.
         error: of the logits in float64 over all elements, at an even and an odd size, relative to how much they differ
             between two images; NaN if it did not get there.
@@ -48,6 +50,7 @@ class Row:
     module: str
     name: str
     params: int
+    group: str
     ratio: float
     error: float
     seconds: float
@@ -83,8 +86,14 @@ def coverage(
         group: the name of a group.
         path: CSV that is read, and added to.
         say: is told each row.
+
+    Raises:
+        ValueError: there is no such group, or the file has rows over another one.
     """
+    groups.chain(group)
     known = {row.name: row for row in read(path)} if path.exists() else {}
+    if other := {row.group for row in known.values()} - {group}:
+        raise ValueError(f"{path} has rows over {other.pop()}; give another --out for those over {group}")
     for module, name, params in rows:
         if name in known:
             continue
@@ -119,7 +128,7 @@ def measure(module: str, name: str, params: int, group: str) -> Row:
         _train_step(model, x.float())
     except Exception as problem:  # whatever it is, it is what a user would meet
         reason = re.sub(r"\s+", " ", str(problem))[:300] or type(problem).__name__
-    return Row(module, name, params, round(ratio, 3), error, round(time.perf_counter() - start, 1), reason)
+    return Row(module, name, params, group, round(ratio, 3), error, round(time.perf_counter() - start, 1), reason)
 
 
 def _largest_error(model: nn.Module) -> tuple[float, Tensor]:

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms  # type: ignore[import-untyped]
+
+from gzoo.weights import write_atomically
 
 Split = Literal["train", "val", "test"]
 
@@ -269,6 +272,8 @@ def _decode_row(rows: Any, column: str, index: int) -> Image.Image:
 def _decode(file: Any) -> Image.Image:
     """Decode to 8 bits a channel, in mode L, RGB or RGBA."""
     image = Image.open(file)
+    if getattr(image, "is_animated", False):
+        warnings.warn("an image file has several pages or frames, and gzoo reads the first of each", stacklevel=2)
     image.load()
     # 16 bit grey in PNG and PGM was of mode I before it was of I;16.
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
@@ -276,7 +281,14 @@ def _decode(file: Any) -> Image.Image:
             f"its pixels are of PIL's mode {image.mode}, whose black and white are unknown; save 8 or 16 bits"
         )
     if image.mode.startswith("I"):  # PIL's own conversion to 8 bits clips at 255
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+        pixels = np.asarray(image).astype(np.uint32)
+        if pixels.max(initial=0) < 2**14:
+            warnings.warn(
+                "the largest value of an image of 16 bits is below 16384, as of a camera of 10, 12 or 14 bits; gzoo "
+                "takes 65535 for white, so it is dark: scale such images to all 16 bits, or save them with 8",
+                stacklevel=2,
+            )
+        return Image.fromarray((pixels >> 8).clip(0, 255).astype(np.uint8))
     if image.mode in ("1", "L"):
         return image.convert("L")
     return image.convert("RGBA" if "transparency" in image.info or image.mode in ("LA", "RGBA") else "RGB")
@@ -543,9 +555,14 @@ def make_rotated_mnist(
 
     Returns:
         the number of images in each file.
+
+    Raises:
+        FileExistsError: ``out`` is a folder that is not empty, whose images would mix with these.
     """
     import datasets
 
+    if os.path.isdir(out) and os.listdir(out):
+        raise FileExistsError(f"{out} is not an empty folder; give another --out")
     train, test = open_split(source, "train"), open_split(source, "test")
     if len(train) < train_rows + more_test_rows:
         raise ValueError(f"{source}: {len(train)} training images; {train_rows + more_test_rows} are needed")
@@ -563,7 +580,9 @@ def make_rotated_mnist(
     sizes = {}
     for name, rows in (("train", slice(0, train_rows)), ("test", slice(train_rows, None))):
         table = datasets.Dataset.from_dict({"image": cells[rows], "label": labels[rows]}, features=features)
-        table.to_parquet(os.path.join(out, f"{name}.parquet"))
+        written = io.BytesIO()
+        table.to_parquet(written)
+        write_atomically(Path(out) / f"{name}.parquet", written.getvalue())
         sizes[name] = len(table)
     return sizes
 

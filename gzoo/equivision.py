@@ -75,7 +75,8 @@ def create(name: str, strides: Strides = "symmetric", **kwargs: Any) -> nn.Modul
 
 def _row(name: str) -> Architecture:
     if name not in ARCHITECTURES:
-        raise ValueError(f"equivision has no checkpoint of {name!r}; it has {', '.join(ARCHITECTURES)}")
+        given = f"equivision has no checkpoint of {name!r}" if name else "say which network the file is of"
+        raise ValueError(f"{given}; it has {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
 

@@ -1,11 +1,16 @@
 """Publishing a model card or a trained model as a repository of the Hugging Face Hub."""
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+from gzoo.card import UNNAMED
 from gzoo.weights import FILENAME, HUB_ORGANIZATION, card_folder, write_pin
 
 _NEEDED = (FILENAME, "config.json")
@@ -35,7 +40,8 @@ def push(source: str, organization: str = HUB_ORGANIZATION, name: str | None = N
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload {folder.name}")
+        with _addressed(folder, repository) as own:
+            commit = api.upload_folder(repo_id=repository, folder_path=own, commit_message=f"Upload {folder.name}")
     except LocalTokenNotFoundError as error:
         raise PermissionError(
             "you are not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN"
@@ -57,6 +63,20 @@ def push(source: str, organization: str = HUB_ORGANIZATION, name: str | None = N
     if folder.parent == card_folder().resolve() and repository == f"{HUB_ORGANIZATION}/{folder.name}":
         write_pin(folder, commit.oid)
     return commit.commit_url
+
+
+@contextmanager
+def _addressed(folder: Path, repository: str) -> Iterator[Path]:
+    """The folder with the repository's name in its README, which `gzoo train` could not know."""
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    if f"hf-hub:{UNNAMED}" not in text:
+        yield folder
+        return
+    with TemporaryDirectory() as temporary:
+        copy = Path(shutil.copytree(folder, temporary, dirs_exist_ok=True))
+        (copy / "README.md").write_text(text.replace(UNNAMED, repository), encoding="utf-8")
+        yield copy
 
 
 def planned(source: str, organization: str, name: str | None = None) -> tuple[Path, str, list[str]]:

@@ -31,6 +31,11 @@ def load_model(name: str, pretrained: bool, **model_args: Any) -> nn.Module:
     folder = Path(name).expanduser()
     if folder.is_dir():
         folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{name}: there is no config.json in it; a folder with a model is the --out of `gzoo train`, which "
+                "writes it after the first epoch, or the model/ in it"
+            )
         name = f"local-dir:{folder}"
     elif ":" not in name:
         if "/" in name:

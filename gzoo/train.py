@@ -18,6 +18,7 @@ import operator
 import os
 import platform
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -112,7 +113,9 @@ class TrainConfig:
     )
     optimizer: dict[str, Any] = field(
         default_factory=lambda: {"name": "adamw", "lr": 1e-3, "weight_decay": 0.05},
-        metadata={"help": "name, lr, weight_decay ... for timm's create_optimizer_v2"},
+        metadata={
+            "help": "name, lr, weight_decay ... for timm's create_optimizer_v2; a flag changes what it names, as lr=0.1"
+        },
     )
     schedule: dict[str, Any] = field(
         default_factory=lambda: {"name": "cosine"},
@@ -333,7 +336,7 @@ def train(config: TrainConfig, resume: bool = False, command: str = "") -> dict[
         with _deterministic(), _sigterm_as_interrupt():
             _train_epochs(run)
     except KeyboardInterrupt:
-        again = f"gzoo train --resume --out {out}"
+        again = f"gzoo train --resume --out {shlex.quote(str(out))}"
         raise KeyboardInterrupt(f"stopped in epoch {run.epoch + 1}; go on with: {again}") from None
     return _finish(run) if processes.is_main_process else {}
 
@@ -542,7 +545,7 @@ def _train_epochs(run: _Run) -> None:
         unit="step",
         disable=None if run.processes.is_main_process else True,
     )
-    with bar, Winograd() if config.winograd else contextlib.nullcontext():
+    with bar:
         while run.epoch < config.epochs:
             start = time.perf_counter()
             size = _size_at(config, run.epoch, run.input["input_size"][1])
@@ -580,6 +583,7 @@ def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[flo
     _training_mode(run.model, config)
     mixup, loss_function = _loss(config, len(run.train_data.classes) * run.poses)
     parameters = [p for p in run.model.parameters() if p.requires_grad]
+    convolutions = Winograd() if config.winograd else contextlib.nullcontext()
     mean_loss, pending = AverageMeter(), None
     update = run.epoch * run.steps
     if run.schedule:
@@ -599,7 +603,7 @@ def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[flo
         total = torch.zeros((), device=device)
         parts = zip(images.tensor_split(config.grad_accum), labels.tensor_split(config.grad_accum), strict=True)
         for part, targets in parts:
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16), convolutions:
                 logits = forward(part).flatten(1)
             loss = loss_function(logits.float(), targets)
             if config.soft_penalty:

@@ -10,6 +10,7 @@ Source: Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 
 
 from collections.abc import Callable
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -99,8 +100,9 @@ def _transform_result_adjoint(y: Tensor) -> Tensor:
 
 
 @cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, dynamic=False)
+def _compiled(function: Callable[..., Tensor], shape: tuple[int, ...]) -> Callable[..., Tensor]:
+    # By a copy of its code for each shape: torch.compile counts the shapes of a code, and after eight it gives up.
+    return torch.compile(FunctionType(function.__code__.replace(), function.__globals__), dynamic=False)
 
 
 def _to_tiles(x: Tensor) -> Tensor:
@@ -124,21 +126,21 @@ class _Convolution(torch.autograd.Function):
         to_filter = torch.kron(to_filter, to_filter)
         filters = (to_filter @ weight.flatten(2).flatten(0, 1).T).unflatten(1, weight.shape[:2]).mT
         tiles = _to_tiles(x)
-        image = _compiled(_transform_image)(tiles)
+        image = _compiled(_transform_image, tiles.shape)(tiles)
         ctx.save_for_backward(x, image, filters, to_filter)
         shape = (*tiles.shape[:3], len(weight))
-        return _from_tiles(_compiled(_transform_result)(image @ filters, shape), x)
+        return _from_tiles(_compiled(_transform_result, shape)(image @ filters, shape), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, image, filters, to_filter = ctx.saved_tensors
         tiles = _to_tiles(gradients[0])
-        result = _compiled(_transform_result_adjoint)(tiles)
+        result = _compiled(_transform_result_adjoint, tiles.shape)(tiles)
         for_x = for_weight = None
         if ctx.needs_input_grad[0]:
             shape = (*tiles.shape[:3], x.shape[1])
-            for_x = _from_tiles(_compiled(_transform_image_adjoint)(result @ filters.mT, shape), x)
+            for_x = _from_tiles(_compiled(_transform_image_adjoint, shape)(result @ filters.mT, shape), x)
         if ctx.needs_input_grad[1]:
             for_filters = (result.mT @ image).flatten(1)  # (36, O * I)
             for_weight = (for_filters.T @ to_filter).reshape(result.shape[2], x.shape[1], 3, 3)

@@ -113,6 +113,7 @@ def test_a_plain_network_is_refused():
         (Case("resnet20", 9), {}, "is not equivariant; bench compares models"),
         (Case("d8d4d1_resnet20", 32), {}, "changes its group between stages"),
         (Case("p4_cnn7", 8), {}, "p4_cnn7 takes no images of 8x8 pixels"),
+        (Case("p4m_unet", 16), {}, "p4m_unet is no classifier of images"),
         (Case("p4m_resnet4", 32), {}, "p4m_resnet4: no such model"),
         (Case(SMALL, 9), {"processes": 0}, "processes is 0; the least is 1"),
         (Case(SMALL, 9), {"device": "tpu"}, "device is 'tpu'; it is cpu, or cuda"),

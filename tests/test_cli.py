@@ -12,7 +12,7 @@ from PIL import Image
 
 import gzoo
 import gzoo.train
-from gzoo.cli import _value, main
+from gzoo.cli import _listed, _parser, _value, main
 
 
 @pytest.fixture
@@ -78,6 +78,13 @@ def test_resume_with_another_setting_is_an_error(recipe, tmp_path, capsys):
         (["predict", "a.png", "--model", "resnt"], "no such model"),
         (["predict", "a.png", "--model", "./nowhere"], "no such folder"),
         (["data", "rotmnist", "--mnist", "/nowhere", "--out", "o"], "no such folder"),
+        (["predict", "a.png", "--model", "tests"], "there is no config.json in it; a folder with a model is the --out"),
+        (
+            ["check", "test_vit", "--group", "p4", "--size", "33"],
+            "test_vit takes no images of 33x33 pixels; give",
+        ),
+        (["push", "tests", "--dry-run"], "say whose repository tests is to be: --org YOU"),
+        (["import", "equivision", "a.pt", "--out", "o"], "say which network the file is of; it has d1resnet18"),
     ],
 )
 def test_an_error_of_the_user_is_one_line_and_exit_code_1(arguments, message, capsys):
@@ -89,7 +96,12 @@ def test_an_error_of_the_user_is_one_line_and_exit_code_1(arguments, message, ca
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["trian"], ["eval"], ["train", "--epoch-s", "3"], ["train", "--optimizer", "sgd"]]
+    "arguments",
+    [
+        *([], ["trian"], ["eval"], ["train", "--epoch-s", "3"], ["train", "--optimizer", "sgd"]),
+        ["check", "--size", "33", "p4m_resnet20"],
+        ["mnist6", "--mnist", "m", "--json", "no/such/folder.json"],
+    ],
 )
 def test_a_wrong_command_line_is_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -127,6 +139,28 @@ def test_the_version_names_gzoo_and_what_it_stands_on(capsys):
 
 def test_flags_spell_true_false_and_null_as_recipes_do():
     assert [_value(text) for text in ("false", "True", "null", "1e-2", "sgd")] == [False, True, None, 0.01, "sgd"]
+
+
+@pytest.mark.parametrize(
+    ("given", "value"), [(["0.5", "1"], [0.5, 1]), (["[0.5, 1]"], [0.5, 1]), (["(0.5, 1)"], (0.5, 1)), (["null"], None)]
+)
+def test_flags_of_several_numbers_take_them_one_by_one_or_as_a_list(given, value):
+    assert _listed(_parser(["train"]).parse_args(["train", "--scale", *given]).scale) == value
+
+
+def test_a_command_of_several_processes_names_what_launched_them(recipe, monkeypatch):
+    commands = []
+    monkeypatch.setattr(gzoo.train, "train", lambda config, resume, command: commands.append(command))
+    for processes in ("1", "2"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert main(["train", "--recipe", recipe]) == 0
+    launched = f"python -m torch.distributed.run --nproc-per-node=2 -m gzoo.cli train --recipe {recipe}"
+    assert commands == [f"gzoo train --recipe {recipe}", launched]
+
+
+def test_eval_says_that_weights_are_random(recipe, images, capsys):
+    assert main(["eval", "--model", "test_resnet", "--data", str(images)]) == 1  # it knows 1000 classes
+    assert "these are random weights; --pretrained loads those of test_resnet" in capsys.readouterr().err
 
 
 def test_help_lists_every_entry_of_a_recipe(capsys):
@@ -168,7 +202,9 @@ def test_check_says_to_which_elements_a_partial_network_is_still_equivariant(mon
 
 def test_check_exits_with_0_for_an_equivariant_network(capsys):
     assert main(["check", "p4_cnn7", "--size", "28", "29x31"]) == 0
-    assert "equivariant" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(": equivariant\n")
+    assert main(["check", "c8_cnn7", "--size", "28"]) == 0
+    assert "equivariant to the 4 of 8 elements that fit the pixel grid" in capsys.readouterr().out
 
 
 def test_check_exits_with_1_past_the_tolerance(capsys):

@@ -14,6 +14,7 @@ from torchvision.transforms import InterpolationMode
 
 from gzoo.data import (
     Augmentation,
+    decode_file,
     eval_loader,
     eval_transform,
     input_config,
@@ -206,6 +207,20 @@ def test_sixteen_bit_images_keep_their_shades(tmp_path):
     Image.fromarray(np.full((4, 4), 128 * 256, dtype=np.uint16)).save(tmp_path / "x/cat/0.png")
     image, _ = open_split(str(tmp_path / "x"), "train")[0]
     assert (image.mode, image.getpixel((0, 0))) == ("L", 128)
+
+
+@pytest.mark.parametrize(
+    ("pages", "message"),
+    [
+        ([np.full((4, 4), 4095, np.uint16)], "the largest value of an image of 16 bits is below 16384"),
+        (2 * [np.zeros((4, 4), np.uint8)], "several pages or frames, and gzoo reads the first of each"),
+    ],
+)
+def test_what_is_lost_of_a_microscopes_file_is_said(tmp_path, pages, message):
+    first, *others = map(Image.fromarray, pages)
+    first.save(tmp_path / "x.tif", save_all=True, append_images=others)
+    with pytest.warns(UserWarning, match=message):
+        decode_file(str(tmp_path / "x.tif"))
 
 
 @pytest.mark.parametrize("suffix", ["tif", "bmp", "webp"])
@@ -439,6 +454,8 @@ def small_mnist(tmp_path):
 def test_rotated_mnist_is_what_its_definition_says(small_mnist, tmp_path):
     out = str(tmp_path / "rot")
     assert make_rotated_mnist(small_mnist, out, 7, train_rows=4, more_test_rows=5) == {"train": 4, "test": 8}
+    with pytest.raises(FileExistsError, match="is not an empty folder; give another --out"):
+        make_rotated_mnist(small_mnist, out, 7, train_rows=4, more_test_rows=5)
     train, test = open_split(small_mnist, "train"), open_split(small_mnist, "test")
     plain = [train[i] for i in range(4)] + [test[i] for i in range(3)] + [train[i] for i in range(4, 9)]
     angles = np.random.default_rng(7).uniform(0, 360, 12)

@@ -186,6 +186,8 @@ def test_a_trained_model_is_pushed_and_loads_in_another_process(server: Hub, tmp
     assert metadata["library_name"] == "timm"
     assert "gzoo" in metadata["tags"]
     assert "Group: p4. Classes: cat, dog." in readme
+    assert 'timm.create_model("hf-hub:lab/pets", pretrained=True)' in readme
+    assert "hf-hub:OWNER/NAME" in (out / "model" / "README.md").read_text()
     x = torch.rand(2, 1, 28, 28)
     torch.save(x, tmp_path / "x.pt")
     code = (

@@ -59,7 +59,7 @@ def test_a_network_that_gives_features_is_measured_as_a_map_that_moves(monkeypat
 def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, monkeypatch, capsys):
     measured = []
     monkeypatch.setattr(
-        coverage, "measure", lambda *row: measured.append(row[1]) or coverage.Row(*row[:3], 1.0, 1e-15, 0.1, "")
+        coverage, "measure", lambda *row: measured.append(row[1]) or coverage.Row(*row, 1.0, 1e-15, 0.1, "")
     )
     rows = coverage.architectures(("starnet",), 3e6)
     out = tmp_path / "coverage.csv"
@@ -68,6 +68,10 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, monkeypatch, cap
     assert measured == [name for _, name, _ in rows]
     assert main(["coverage", "--module", "starnet", "--most-params", "3e6", "--out", str(out)]) == 0
     assert f"{len(rows)}/{len(rows)}" in capsys.readouterr().out
+    for group, message in (("c8", f"{out} has rows over p4; give another --out for those over c8"), ("p5", "p5")):
+        assert main(["coverage", "--group", group, "--module", "starnet", "--out", str(out)]) == 1
+        assert message in capsys.readouterr().err
+    assert len(measured) == len(rows)
 
 
 def test_an_unknown_module_of_timm_is_named(tmp_path, capsys):
