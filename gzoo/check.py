@@ -13,6 +13,7 @@ import torch
 from timm.layers import SpaceToDepth
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from gzoo.equivariant import copied, group_of, like
 from gzoo.equivarify import Canonicalized, Equivarified
@@ -172,7 +173,8 @@ class KeepDouble(TorchFunctionMode):
     a broken symmetry."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is Tensor.float and args[0].dtype == torch.float64:
+        to_float = func is Tensor.float or (func in (Tensor.to, Tensor.type) and torch.float32 in args)
+        if to_float and args[0].dtype == torch.float64:
             return args[0]
         return func(*args, **(kwargs or {}))
 
@@ -183,7 +185,8 @@ def in_channels(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, SpaceToDepth):
             folded *= module.bs**2
-        channels = getattr(module, "in_channels", None)
+        is_layer = isinstance(module, nn.Conv2d | ExpandedLayer) or not any(True for _ in module.children())
+        channels = getattr(module, "in_channels", None) if is_layer else None
         if type(module).__module__.startswith("escnn."):
             channels = module.in_type.size
         if isinstance(channels, int) and not isinstance(module, GroupConv2d):  # which stands behind one, wherever it is
@@ -316,7 +319,10 @@ def _recorded_outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """The outputs of all leaves by name, and the network's own, under "", last."""
     with _recorded(model) as outputs, KeepDouble():
         output = model(x)
-    return outputs | {"": output} if isinstance(output, Tensor) else outputs
+    if isinstance(output, Tensor):
+        return outputs | {"": output}
+    # Tensors in a list, a tuple or a dictionary: a path in the output, which is none of a module.
+    return outputs | {f"[{i}]": y for i, y in enumerate(tree_leaves(output)) if isinstance(y, Tensor)}
 
 
 def _possible(group: Group, y: Tensor, g: int, found: Tensor) -> Iterator[Tensor]:

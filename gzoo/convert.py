@@ -13,13 +13,16 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models._pretrained import filter_pretrained_cfg
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from gzoo import groups
 from gzoo.bases import BasisName
-from gzoo.check import first_broken_layer
+from gzoo.check import KeepDouble, first_broken_layer
 from gzoo.equivariant import EquivariantClassifier, group_of, make_equivariant
 from gzoo.groups import Group
 from gzoo.nn import PoseConv2d, PoseLinear, Restriction, restrict_output
@@ -125,6 +128,7 @@ def _require_convertible(model: Any, group: Any) -> None:
         )
     if not isinstance(group, str | Group):
         raise ValueError(f"group is {group!r}; accepted are names such as 'p4m' or 'd8:d4:d1', and a gzoo.groups.Group")
+    owners: dict[int, str] = {}
     for path, module in model.named_modules():
         kind = f"{path or 'the network'} is a {type(module).__module__}.{type(module).__qualname__}"
         if isinstance(module, OptimizedModule):
@@ -138,6 +142,26 @@ def _require_convertible(model: Any, group: Any) -> None:
             )
         if type(module).__module__.startswith(("torch.ao.nn.", "torch.ao.quantization.")):
             raise ValueError(f"{kind}, of a quantized network; convert the float network that it was made from")
+        if parametrize.is_parametrized(module):
+            raise ValueError(
+                f"{kind} whose weights are parametrized; take that off first, with "
+                "torch.nn.utils.parametrize.remove_parametrizations, and put it on the converted layer"
+            )
+        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+            raise ValueError(f"{kind}, which has no weights before it has run; run the network once on an image first")
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in owners:
+                raise ValueError(
+                    f"{kind} whose {name} is that of {owners[id(parameter)]} as well, and each would get its own here; "
+                    "use the same module at both places, or give each its own"
+                )
+            owners[id(parameter)] = path
+    own = () if group_of(model) else ("group", "chain", "group_pool")  # which says below that it is converted already
+    if taken := [name for name in own if hasattr(model, name)]:
+        raise ValueError(
+            f"{type(model).__name__} has an attribute {taken[0]}, which is where a converted network keeps its own; "
+            "give it another name"
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
             f"{type(model).__name__} is on the meta device, where the converted network cannot be checked; convert one "
@@ -266,11 +290,13 @@ def _walk(module: nn.Module, recipe: Recipe, done: dict[nn.Module, nn.Module]) -
     is_leaf = not any(True for _ in module.children())
     own = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
     if type(module) in RULES:
-        if path in seen.inputs and recipe.lifts and RULES[type(module)] not in ON_IMAGE:
+        own_rule = RULES[type(module)].__module__ == ON_IMAGE[0].__module__
+        if path in seen.inputs and recipe.lifts and own_rule and RULES[type(module)] not in ON_IMAGE:
             return module
         try:
             new = _like(module, RULES[type(module)](module, recipe))
-            hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+            kinds = ("forward_pre", "forward", "backward_pre", "backward")
+            hooks = [hook for kind in kinds for hook in getattr(module, f"_{kind}_hooks").values()]
             if hooks and new is not module:
                 raise ValueError(
                     f"it has a hook, {hooks[0]!r:.80}, which would not go over to the layer in its place; take it off "
@@ -307,11 +333,11 @@ def _like(plain: nn.Module, new: nn.Module) -> nn.Module:
 
 
 def _unknown(path: str, module: nn.Module, own: list[str] | None = None) -> str:
-    holds = f" with parameters of its own ({', '.join(own)})" if own else ""
+    holds = f" with parameters or buffers of its own ({', '.join(own)})" if own else ""
     return (
         f"{path or 'the network'} is a {type(module).__module__}.{type(module).__qualname__}{holds}, which gzoo has no "
         "equivariant counterpart for. Replace it in the plain network by layers that gzoo knows (convolution, batch, "
-        "group and layer norm, pointwise activation, pooling, linear), or teach it with gzoo.convert.rule. "
+        "group and layer norm, pointwise activation, pooling, linear), or teach it with gzoo.rule. "
         f"{WHOLE_NETWORK}"
     )
 
@@ -384,7 +410,8 @@ def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
     ]
     for own, stage in stages:
         _check_poses(probe, x, own, tolerance, own.grid_elements, stage)
-    odd = x[..., 1:, 1:] if x.shape[-1] % 2 == 0 else x
+    # Odd, and halved odd again and again, where the even size stays even behind all strides.
+    odd = F.pad(x, (0, 1, 0, 1), mode="reflect") if x.shape[-1] % 2 == 0 else x
     try:
         calibrate(probe, odd)
     except Exception:  # a network for one size of image, which says so in any way: an assertion, say
@@ -424,7 +451,8 @@ def calibrate(probe: nn.Module, x: Tensor) -> None:
         if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
             norm.momentum = 1.0
             norm.train()
-    probe(torch.cat((x, x.roll(1, 1).flip(-2))))
+    with KeepDouble():
+        probe(torch.cat((x, x.roll(1, 1).flip(-2))))
     probe.eval()
 
 
@@ -433,7 +461,7 @@ def image_for(probe: nn.Module) -> Tensor:
     for most in _CHECKED_SIZES:
         x = example(probe, most)[:1]
         try:
-            with _path_in_errors(probe), torch.no_grad():
+            with _path_in_errors(probe), torch.no_grad(), KeepDouble():
                 probe(x)
             return x
         except (RuntimeError, ValueError) as error:
@@ -477,7 +505,7 @@ def _check_poses(
 ) -> None:
     at_size = f"under {group.name} at {x.shape[-2]}x{x.shape[-1]} pixels"
     broken = first_broken_layer(probe, x, group, tolerance, elements, stage)
-    if broken:
+    if broken and not broken.startswith("["):
         module = probe.get_submodule(broken)
         raise ValueError(
             f"{broken} ({type(module).__name__}) is not equivariant {at_size}: neither its output nor any permutation "
@@ -486,6 +514,6 @@ def _check_poses(
         )
     if broken is not None:
         raise ValueError(
-            f"the output of {type(probe).__name__} is not equivariant {at_size}, though each of its modules is: look "
+            f"the output{broken} of {type(probe).__name__} is not equivariant {at_size}, though each module is: look "
             "for a step in its forward that treats some pixels or channels unlike others"
         )

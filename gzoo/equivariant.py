@@ -35,7 +35,8 @@ def make_equivariant(model: nn.Module, chain: tuple[Group, ...], pool: Pooling) 
         pool: how its head pools a fibre.
     """
     sign(model, chain)
-    put_in_front(model, EquivariantClassifier if hasattr(model, "forward_head") else Equivariant)
+    is_timms = all(hasattr(model, name) for name in ("forward_head", "get_classifier", "reset_classifier"))
+    put_in_front(model, EquivariantClassifier if is_timms else Equivariant)
     assert isinstance(model, Equivariant)
     model.group, model.chain = chain[-1], chain
     object.__setattr__(model, "group_pool", GroupPool(model.group.order, pool))  # no child: an nn.Sequential runs those
@@ -103,6 +104,12 @@ class Equivariant(Constants, Front):
         if strict:
             require_same_keys(self, state_dict, own)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """As part of a larger network, whose load_state_dict calls this alone."""
+        if prefix + SIGNATURE in state_dict:
+            require_same_group(self, {SIGNATURE: state_dict[prefix + SIGNATURE]})
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class EquivariantClassifier(Equivariant):

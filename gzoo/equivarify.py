@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from gzoo import groups
 from gzoo.equivariant import group_of
 from gzoo.groups import Group
-from gzoo.nn.linear import Pooling
+from gzoo.nn.linear import Head, Pooling
 
-Head = Literal["invariant", "pose"]
 Mode = Literal["whole", "layerwise"]
 
 
@@ -230,11 +229,15 @@ def _one_hot(scores: Tensor, straight_through: bool) -> Tensor:
 
 def _chosen(choice: Tensor, values: Tensor) -> Tensor:
     """(|G|, B, C, H, W) to (B, C, H, W) by a one-hot ``choice`` (B, |G|)."""
+    if not choice.requires_grad:  # picked, as zero times a masked logit of -inf is no number
+        return values[choice.argmax(1), torch.arange(len(choice), device=values.device)]
     return (choice.T[..., None, None, None].to(values.dtype) * values).sum(0)
 
 
 def _grid_group(group: str | Group) -> Group:
     group = groups.get(group) if isinstance(group, str) else group
+    if not isinstance(group, Group):
+        raise ValueError(f"group is {group!r}; accepted are names such as 'p4', and a gzoo.groups.Group")
     if not group.on_grid:
         raise ValueError(
             f"{group.name} turns pixels between pixels, so out(x)[g] = net(g^-1 x) would need interpolation and be "

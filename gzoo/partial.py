@@ -194,11 +194,12 @@ def _run_dropping(model: nn.Module, group: Group, x: Tensor, handles: list[Remov
 
 def _run(model: nn.Module, x: Tensor, handles: list[RemovableHandle], changed: dict[str, Tensor] | None = None) -> Any:
     """The network on x in eval mode, with some parameters ``changed``, under hooks that are gone afterwards."""
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     try:
         return functional_call(model.eval(), changed or {}, x)
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
         for handle in handles:
             handle.remove()
 

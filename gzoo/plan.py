@@ -311,6 +311,12 @@ def plan(
             f"equivariant counterpart here; use a convolution. {WHOLE_NETWORK}"
         )
     found = _classifiers(model, seen) if classifier is None else frozenset([classifier] if classifier else [])
+    sizes = {part.size for segments in seen.outputs.values() for part in flat(segments) if not part.image}
+    for channels, fields in (widths or {}).items():
+        if channels not in sizes:
+            raise ValueError(f"widths has {channels!r}, which is no width of {type(model).__name__}: {sorted(sizes)}")
+        if not isinstance(fields, int) or fields < 1:
+            raise ValueError(f"widths gives {channels} channels {fields!r} fields; the least is 1, and they are whole")
     made = Plan(model, chain, match, seen, found, widths or {}, basis, scale or SCALE[match](chain[0].order), fit)
     if not seen.inputs.keys() & seen.outputs.keys() & {name for name, _ in _layers(model)}:
         lost = next(
@@ -433,9 +439,10 @@ def example(model: nn.Module, most: int | None = None) -> Tensor:
     config = getattr(model, "pretrained_cfg", None) or {}
     height, width = (config.get("input_size") or (3, 64, 64))[1:]
     parameter = like(model)
+    channels = in_channels(model) if "first_conv" in config or not config else config["input_size"][0]
     generator = torch.Generator().manual_seed(0)
     size = (min(height, most or height), min(width, most or width))
-    x = torch.randn(2, in_channels(model), *size, generator=generator, device="cpu")
+    x = torch.randn(2, channels, *size, generator=generator, device="cpu")
     return x.to(parameter.device, parameter.dtype)
 
 

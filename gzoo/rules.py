@@ -179,7 +179,10 @@ def _conv(plain: nn.Conv2d, recipe: Recipe) -> nn.Module:
     order, given = recipe.group.order, recipe.in_runs
     gives = [Run(plain.out_channels, True)] if recipe.is_classifier else recipe.out_runs  # pooled in its own way
     mixed, pools = len(given) > 1, not all(run.regular for run in gives)
-    if recipe.is_classifier and not (mixed or recipe.lifts) and plain.kernel_size == plain.stride == (1, 1):
+    is_linear = (
+        plain.kernel_size == plain.stride == (1, 1) and plain.groups == 1 and plain.padding in (0, (0, 0), "same")
+    )
+    if recipe.is_classifier and is_linear and not (mixed or recipe.lifts):
         bias = plain.bias is not None
         if recipe.head == "pose":
             pose = PoseConv2d(recipe.group, recipe.in_fields, plain.out_channels, bias)
@@ -612,6 +615,16 @@ def _upsample(plain: nn.Upsample, recipe: Recipe) -> nn.Module:
             "'nearest' to a size that is no multiple picks pixels more to one side; use 'nearest-exact', 'bilinear' or "
             "an integer scale_factor"
         )
+    if not all(float(factor or 1).is_integer() for factor in factors):  # else torch measures from one corner
+        plain.recompute_scale_factor = True
+    return plain
+
+
+@rule(nn.PReLU)
+def _prelu(plain: nn.PReLU, recipe: Recipe) -> nn.Module:
+    if plain.num_parameters > 1:
+        plain.num_parameters = recipe.in_fields * recipe.group.order
+        share_along_fibre(plain, ("weight",), recipe.group.order, recipe.in_fields)
     return plain
 
 
@@ -621,6 +634,7 @@ def _upsample(plain: nn.Upsample, recipe: Recipe) -> nn.Module:
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh),
     *(nn.Softmax, nn.LogSoftmax, nn.Softmax2d),
     *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Tanhshrink, nn.Threshold),
+    *(nn.RReLU, nn.Hardshrink, nn.Softshrink),
     *(tl.Swish, tl.Mish, tl.Sigmoid, tl.Tanh, tl.HardSwish, tl.HardSigmoid, tl.HardMish, tl.GELU, tl.GELUTanh),
     *(tl.QuickGELU, nfnet.GammaAct, metaformer.StarReLU, hgnet.LearnableAffineBlock, nfnet.NormFreeBlock),
     *(RadixSoftmax, selecsls.SelectSeq),

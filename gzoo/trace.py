@@ -275,12 +275,13 @@ class _Follow(TorchFunctionMode):
         out = func(*args, **kwargs)
         outputs = [out] if isinstance(out, Tensor) else list(_tensors(out))
         inputs = list(_tensors((args, kwargs)))
-        if not any(_channels(x) for x in inputs):
+        name = getattr(func, "__name__", "")
+        comes_back = name == "unsqueeze" and hasattr(inputs[0], "gzoo_reduced")
+        if not comes_back and not any(_channels(x) for x in inputs):
             lost = next((x.gzoo_lost for x in inputs if hasattr(x, "gzoo_lost")), None)
             for x in outputs if lost else ():
                 x.gzoo_lost = lost  # type: ignore[attr-defined]
             return out
-        name = getattr(func, "__name__", "")
         if name == "__get__":  # a property: x.mT
             name = func.__self__.__name__
         if outputs:
@@ -292,7 +293,7 @@ class _Follow(TorchFunctionMode):
                 _mark(x, *channels)
         for x in outputs:
             if _channels(x) is None:
-                x.gzoo_lost = name  # type: ignore[attr-defined]
+                x.gzoo_lost = inputs[0].gzoo_lost if comes_back else name  # type: ignore[attr-defined]
         return out
 
     def _inherit(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
@@ -382,6 +383,9 @@ class _Follow(TorchFunctionMode):
             if old == channels.dim:
                 if isinstance(i, int) or i.step not in (None, 1):
                     return False
+                if i == slice(None):  # all of them: a step along pixels, whose numbers are no widths
+                    _mark(outputs[0], new, channels.segments)
+                    return True
                 start, stop, _ = i.indices(x.shape[old])
                 self._piece(outputs[0], Channels(new, channels.segments), start, stop)
                 return True
@@ -415,18 +419,24 @@ class _Follow(TorchFunctionMode):
         _mark(outputs[0], dim, channels.segments)
         return True
 
-    def _reduce(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
+    def _reduce(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict, place: int = 1) -> bool:
+        """``dim`` is argument number ``place``."""
         x, channels = inputs[0], _channels(inputs[0])
-        dims = _argument(args, kwargs, 1, "dim", None)
+        dims = _argument(args, kwargs, place, "dim", None)
         if isinstance(dims, Tensor):  # torch.max of two tensors
             return self._inherit(outputs, inputs, args, kwargs)
-        if channels is None or dims is None:
+        if channels is None:
+            return False
+        if dims is None:
+            self._couple(channels.segments)
             return False
         reduced = {d % x.ndim for d in ([dims] if isinstance(dims, int) else dims)}
         if channels.dim in reduced:
             self._couple(channels.segments)
             for out in outputs if outputs[0].ndim == x.ndim else ():
                 _mark(out, channels.dim, (Segment(1, image=True),))
+            for out in outputs if outputs[0].ndim == x.ndim - 1 else ():
+                out.gzoo_reduced = channels.dim  # type: ignore[attr-defined]
             return outputs[0].ndim == x.ndim
         dropped = 0 if outputs[0].ndim == x.ndim else sum(d < channels.dim for d in reduced)
         for out in outputs:
@@ -479,6 +489,15 @@ class _Follow(TorchFunctionMode):
     def _lose(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         return False
 
+    def _unsqueeze(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
+        """A maximum over channels, (B, H, W), becomes a map of one channel again."""
+        x, out = inputs[0], outputs[0]
+        dim = _argument(args, kwargs, 1, "dim", 0) % out.ndim
+        if dim == getattr(x, "gzoo_reduced", None):
+            _mark(out, dim, (Segment(1, image=True),))
+            return True
+        return self._reshape(outputs, inputs, args, kwargs)
+
     def _reshape(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         out, channels = outputs[0], _channels(inputs[0])
         if channels is None:
@@ -516,6 +535,10 @@ class _Follow(TorchFunctionMode):
             tie(segments, own)
 
 
+_REDUCTIONS = (
+    *("mean", "sum", "amax", "amin", "max", "min", "std", "var", "logsumexp", "prod", "median"),
+    *("std_mean", "var_mean"),
+)
 _FOLLOWED: dict[str, Callable[..., bool]] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), _Follow._cat),
     "stack": _Follow._stack,
@@ -525,14 +548,16 @@ _FOLLOWED: dict[str, Callable[..., bool]] = {
     "permute": _Follow._permute,
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _Follow._transpose),
     "mT": lambda self, outputs, inputs, *_: self._transpose(outputs, inputs, (inputs[0], -2, -1), {}),
-    **dict.fromkeys(("mean", "sum", "amax", "amin", "max", "min", "norm", "std", "var"), _Follow._reduce),
+    **dict.fromkeys(_REDUCTIONS, _Follow._reduce),
+    **dict.fromkeys(("norm", "linalg_vector_norm"), lambda self, *given: self._reduce(*given, place=2)),
     **dict.fromkeys(("matmul", "bmm", "__matmul__"), _Follow._matmul),
     "scaled_dot_product_attention": _Follow._attention,
     **dict.fromkeys(("softmax", "log_softmax"), lambda self, *given: self._over(given, 1, None)),
     "normalize": lambda self, *given: self._over(given, 2, 1),
     **dict.fromkeys(("group_norm", "layer_norm", "rms_norm"), lambda self, *given: self._over(given, 9, None)),
     "einsum": _Follow._lose,
-    **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"), _Follow._reshape),
+    **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "squeeze"), _Follow._reshape),
+    "unsqueeze": _Follow._unsqueeze,
 }
 
 

@@ -44,6 +44,19 @@ class Network(nn.Module):
         return self.run(self, x)
 
 
+class Counting(nn.Module):
+    """As tutorials write a ResNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_channels = 16
+        self.head = nn.Linear(16, 5)
+        self.stem = nn.Conv2d(3, 16, 3)
+
+    def forward(self, x):
+        return self.head(self.stem(x).relu().mean((2, 3)))
+
+
 def conv(width_in, width_out, kernel=3, **options):
     return nn.Conv2d(width_in, width_out, kernel, padding=options.pop("padding", kernel // 2), **options)
 
@@ -106,6 +119,19 @@ KINDS = {
     "a norm at two places": lambda: (
         lambda twice: nn.Sequential(conv(3, 16), twice, nn.ReLU(), conv(16, 16), twice, *head(16))
     )(nn.BatchNorm2d(16)),
+    "one slope, and one for each channel": lambda: nn.Sequential(
+        conv(3, 16), nn.PReLU(), conv(16, 16), nn.PReLU(16, 0.3), *head(16)
+    ),
+    "enlarged by a half": lambda: nn.Sequential(
+        conv(3, 16, stride=2), nn.Upsample(scale_factor=1.5, mode="bilinear"), nn.ReLU(), conv(16, 16), *head(16)
+    ),
+    "a counter of channels, and the head defined first": lambda: Counting(),
+    "pixels that are cut off beside a number like the width": lambda: Network(
+        lambda self, x: self.head(F.interpolate(self.stem(x)[:, :, 1:-1, 1:-1], self.sizes[0], mode="bilinear")),
+        stem=conv(3, 8),
+        sizes=[8],
+        head=nn.Sequential(*head(8)),
+    ),
     "residual": lambda: Network(
         lambda self, x: self.head((self.stem(x) + self.body(self.stem(x))).relu()),
         stem=conv(3, 16),
@@ -173,6 +199,49 @@ def test_match_flops_keeps_the_width_of_the_filters():
 def test_widths_overrule_match():
     model = gzoo.convert(small(), "p4m", widths={16: 3, 24: 5})
     assert (model[0].out_fields, model[3].out_fields) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"widths": {17: 3}}, r"widths has 17, which is no width of Sequential: \[5, 16, 24\]"),
+        ({"widths": {16: 2.5}}, r"widths gives 16 channels 2.5 fields"),
+        ({"widths": {16: 0}}, r"widths gives 16 channels 0 fields"),
+        ({"group_pool": "Max"}, "a fibre is pooled by 'Max'; accepted are 'mean' and 'max'"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        gzoo.convert(small(), "p4", **options)
+
+
+def test_a_rule_of_the_user_takes_what_sees_the_image_too(monkeypatch):
+    class Own(nn.Conv2d):
+        pass
+
+    monkeypatch.setitem(RULES, Own, lambda plain, recipe: RULES[nn.Conv2d](plain, recipe))
+    model = gzoo.convert(nn.Sequential(Own(3, 16, 3), nn.ReLU(), *head(16)), "p4")
+    assert isinstance(model[0], gzoo.nn.LiftingConv2d)
+
+
+def test_a_network_that_makes_its_images_float32_converts():
+    plain = Network(lambda self, x: self.body(x.to(torch.float32) / 255), body=small())
+    assert gzoo.check(gzoo.convert(plain, "p4"), 9).worst < 1e-12
+
+
+def test_a_part_of_a_network_refuses_the_weights_of_another_group():
+    """p4 and d2 have tensors of the same shapes."""
+    p4, d2 = (nn.ModuleDict({"backbone": gzoo.convert(small(), group)}) for group in ("p4", "d2"))
+    with pytest.raises(ValueError, match="this checkpoint is of a d2 network"):
+        p4.load_state_dict(d2.state_dict())
+
+
+def test_half_precision_and_back_keeps_the_filters():
+    model = gzoo.convert(small(), "c8").eval()
+    x, state = image().float(), copy.deepcopy(model.state_dict())
+    expected = model(x)
+    model.bfloat16().float().load_state_dict(state)
+    assert model(x).equal(expected)
 
 
 def test_the_group_pool_of_the_classifier_is_the_one_asked_for():
@@ -496,6 +565,12 @@ FIBRELESS = {
     "an image that is made in two steps": lambda: Network(
         lambda self, x: self.b(x + self.a(x)) + x + self.a(x), a=conv(3, 3), b=nn.Sequential(conv(3, 8), conv(8, 3, 1))
     ),
+    "a maximum over channels, as CBAM's authors write it": lambda: Network(
+        lambda self, x: self.head(self.a(x) * self.gate(torch.max(self.a(x), 1)[0].unsqueeze(1)).sigmoid()),
+        a=conv(3, 12),
+        gate=conv(1, 1),
+        head=nn.Sequential(nn.ReLU(), conv(12, 8), *head(8)),
+    ),
     "less the mean over channels": lambda: Network(
         lambda self, x: self.head(self.a(x) - self.a(x).mean(1, keepdim=True)),
         a=conv(3, 12),
@@ -568,6 +643,18 @@ def test_channels_without_a_fibre_are_not_those_of_each_pose(name):
         gzoo.convert(FIBRELESS[name](), "p4", weights="transfer")
 
 
+def tied():
+    a, b = conv(3, 3), conv(3, 3)
+    b.weight = a.weight
+    return {"a": a, "b": b}
+
+
+def hooked():
+    model = small()
+    model[0].register_full_backward_hook(lambda module, to_inputs, to_output: None)
+    return model
+
+
 REFUSED = {
     "norm of features beside the image": (
         lambda: Network(
@@ -598,8 +685,8 @@ REFUSED = {
         "^gate: it makes or reads channels that have no fibre",
     ),
     "unknown module": (
-        lambda: nn.Sequential(conv(3, 16), nn.PReLU(), *head(16)),
-        r"^1 is a torch\.nn\.modules\.activation\.PReLU with parameters of its own \(weight\), .* gzoo.convert.rule",
+        lambda: nn.Sequential(conv(3, 16), type("Slope", (nn.PReLU,), {})(), *head(16)),
+        r"^1 is a .*\.Slope with parameters or buffers of its own \(weight\), .* with gzoo.rule\.",
     ),
     "unknown module without parameters": (
         lambda: nn.Sequential(conv(3, 16), nn.PixelShuffle(2), conv(4, 8), *head(8)),
@@ -611,7 +698,7 @@ REFUSED = {
     ),
     "position embedding": (
         lambda: nn.Sequential(conv(3, 16), Position(), *head(16)),
-        r"^1 is a .*Position with parameters of its own \(embedding\)",
+        r"^1 is a .*Position with parameters or buffers of its own \(embedding\)",
     ),
     "asymmetric functional pad": (
         lambda: Network(
@@ -629,7 +716,7 @@ REFUSED = {
             second=conv(16, 16),
             head=nn.Sequential(*head(16)),
         ),
-        r"^second \(GroupConv2d\) is not equivariant under p4 at 63x63 pixels: .*a functional pooling",
+        r"^second \(GroupConv2d\) is not equivariant under p4 at 65x65 pixels: .*a functional pooling",
     ),
     "crop": (
         lambda: Network(
@@ -639,7 +726,7 @@ REFUSED = {
     ),
     "step after the last module": (
         lambda: Network(lambda self, x: self.first(x)[:, :, :, :3].mean((2, 3)), first=conv(3, 16)),
-        r"the output of EquivariantNetwork is not equivariant under p4 .*, though each of its modules is",
+        r"the output of EquivariantNetwork is not equivariant under p4 .*, though each module is",
     ),
     "split of channels": (
         lambda: Network(
@@ -726,6 +813,42 @@ REFUSED = {
         lambda: Network(lambda self, x: x.mean((1, 2, 3)), first=conv(3, 16)),
         r"^nothing of Network can be followed\. no layer with parameters runs on an image",
     ),
+    "functional pool behind a stride": (
+        lambda: Network(
+            lambda self, x: self.head(F.max_pool2d(self.stem(x), 2)), stem=conv(3, 16, stride=2), head=conv(16, 5, 1)
+        ),
+        r"under p4 at 65x65 pixels",
+    ),
+    "sum of maps of two sizes": (
+        lambda: Network(
+            lambda self, x: self.head(self.a(x) + F.interpolate(self.b(self.a(x)), size=self.a(x).shape[2:])),
+            a=conv(3, 16, stride=2),
+            b=conv(16, 16, stride=2),
+            head=conv(16, 5, 1),
+        ),
+        r"under p4 at 65x65 pixels",
+    ),
+    "one output of several": (
+        lambda: Network(lambda self, x: (self.a(x), {"b": self.a(x)[:, :, ::2, ::2]}), a=conv(3, 16)),
+        r"^the output\[1\] of EquivariantNetwork is not equivariant under p4 at 64x64 pixels",
+    ),
+    "shared weight": (
+        lambda: Network(lambda self, x: self.b(self.a(x)).mean((2, 3)), **tied()),
+        r"^b is a .*Conv2d whose weight is that of a as well, and each would get its own here",
+    ),
+    "own group": (
+        lambda: Network(lambda self, x: self.a(x).mean((2, 3)), a=conv(3, 16), group=2),
+        r"^Network has an attribute group, which is where a converted network keeps its own",
+    ),
+    "lazy layer": (
+        lambda: nn.Sequential(nn.LazyConv2d(16, 3), *head(16)),
+        r"^0 is a .*LazyConv2d, which has no weights before it has run; run the network once",
+    ),
+    "parametrized weight": (
+        lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(conv(3, 16)), *head(16)),
+        r"^0 is a .* whose weights are parametrized; take that off first, with .*remove_parametrizations",
+    ),
+    "backward hook": (lambda: hooked(), r"^0: it has a hook, "),
     "compiled network": (
         lambda: torch.compile(small(), backend="eager"),
         r"^the network is a .*OptimizedModule, which torch\.compile made; convert the network first, then compile",
@@ -869,9 +992,9 @@ def test_the_checkpoint_of_another_band_limit_is_refused_where_all_shapes_are_th
 
 
 def test_a_refused_network_is_left_as_it_was():
-    plain = nn.Sequential(conv(3, 16), nn.BatchNorm2d(16), nn.PReLU(), *head(16))
+    plain = nn.Sequential(conv(3, 16), nn.BatchNorm2d(16), nn.PixelShuffle(2), *head(4))
     before = repr(plain)
-    with pytest.raises(ValueError, match="PReLU"):
+    with pytest.raises(ValueError, match="PixelShuffle"):
         gzoo.convert(plain, "p4")
     assert repr(plain) == before
 

@@ -427,6 +427,10 @@ def test_a_network_that_attends_from_all_poses_at_once_does_not_grow(name):
 
 COUPLINGS = {
     "a softmax layer": lambda net, y: net.softmax(y),
+    "a norm by its name in linalg": lambda net, y: torch.linalg.vector_norm(y, 2, 1, keepdim=True),
+    "a logarithm of a sum": lambda net, y: y.logsumexp(1, keepdim=True),
+    "a variance with its mean": lambda net, y: torch.var_mean(y, 1, keepdim=True)[0],
+    "the largest number": lambda net, y: 1 / y.amax(),
     "softmax": lambda net, y: y.mean((2, 3), keepdim=True).softmax(1),
     "normalize": lambda net, y: F.normalize(y),
     "group norm": lambda net, y: F.group_norm(y, 2),

@@ -49,7 +49,10 @@ def _sharing_class(plain: type[nn.Module], names: tuple[str, ...], group_order: 
             assert parameter is not None
             return along_fibre(parameter, group_order)
 
-        return property(read)
+        def write(self: nn.Module, value: Tensor) -> None:  # as nn.DataParallel fills its copies
+            self._parameters[name] = value  # type: ignore[assignment]
+
+        return property(read, write)
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         # The class exists in this process only, so copies and pickles name what it was made of.

@@ -1,7 +1,7 @@
 """Linear maps on fibres: equivariant inside a network, invariant at its end."""
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +118,10 @@ class GroupPool(nn.Module):
 
     def __init__(self, group_order: int, pool: Pooling = "mean") -> None:
         super().__init__()
+        if pool not in get_args(Pooling):
+            raise ValueError(
+                f"a fibre is pooled by {pool!r}; accepted are {' and '.join(map(repr, get_args(Pooling)))}"
+            )
         self.group_order, self.pool = group_order, pool
 
     def forward(self, x: Tensor) -> Tensor:
