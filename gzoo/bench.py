@@ -35,6 +35,7 @@ from gzoo.equivariant import group_of
 from gzoo.groups import Group
 from gzoo.interop import EscnnLayer
 from gzoo.nn import FibreNorm, GroupConv2d, GroupLinear, InvariantLinear, LiftingConv2d, Restriction, SymmetricPool2d
+from gzoo.winograd import Winograd
 
 
 class Case(NamedTuple):
@@ -155,6 +156,7 @@ def bench(
     processes: int = 5,
     device: str = "cpu",
     say: Callable[[str], object] = lambda text: None,
+    winograd: bool = False,
 ) -> dict[str, Any]:
     """Measures all cases in one run.
 
@@ -167,6 +169,7 @@ def bench(
         processes: how many fresh processes time a construction, a peak of memory, an import.
         device: "cpu" or "cuda".
         say: is told what is measured now.
+        winograd: whether gzoo's own steps run under `gzoo.winograd.Winograd`; those of its rivals do not.
 
     Returns:
         What was measured, on what machine and with which versions, as JSON has it; `table` prints it.
@@ -203,6 +206,7 @@ def bench(
         "batch_size": batch_size,
         "rounds": rounds,
         "processes": processes,
+        "winograd": winograd,
         "targets": {**TARGETS, "import_s": IMPORT_TARGET_S},
     }
     say("import")
@@ -211,13 +215,13 @@ def bench(
     for case in cases:
         what = f"{case.model} at {case.size}x{case.size}:"
         say(f"{what} training and evaluation")
-        steps = (*case, batch_size, threads, rounds, device)
+        steps = (*case, batch_size, threads, rounds, device, winograd)
         taken = _in_fresh_process(_CALL.format("step_times"), *steps, environment=_KEEP_MEMORY)
         say(f"{what} construction")
         taken["construction_s"] = _in_fresh_processes("construction_seconds", processes, case.model, threads)
         if device == "cuda" or _STATUS.exists():
             say(f"{what} memory")
-            taken["memory_mb"] = _in_fresh_processes("peak_memory_mb", processes, *case, batch_size, threads, device)
+            taken["memory_mb"] = _in_fresh_processes("peak_memory_mb", processes, *steps[:4], device, winograd)
         report["cases"].append({**case._asdict(), **{measure: _summary(values) for measure, values in taken.items()}})
     return report
 
@@ -235,16 +239,29 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def step_times(
-    name: str, size: int, batch_size: int, threads: int, rounds: int, device: str
+    name: str, size: int, batch_size: int, threads: int, rounds: int, device: str, winograd: bool = False
 ) -> dict[str, dict[str, list[float]]]:
     """Milliseconds of training and evaluation steps of each library: ``{"train_ms": {"gzoo": [...], ...}, ...}``."""
     torch.set_num_threads(threads)
     models = {library: _build(library, name).to(device) for library in _LIBRARIES}
     x = _images(models["gzoo"], size, batch_size).to(device)
-    train = _in_turns({library: _train_step(model, x) for library, model in models.items()}, rounds, device)
+    own = _under_winograd if winograd else (lambda step: step)
+    training = {library: _train_step(model, x) for library, model in models.items()}
+    train = _in_turns(training | {"gzoo": own(training["gzoo"])}, rounds, device)
     with torch.no_grad():
-        evaluations = {library: partial(model.eval(), x) for library, model in models.items()}
+        evaluations: dict[str, Callable[[], object]] = {
+            library: partial(model.eval(), x) for library, model in models.items()
+        }
+        evaluations["gzoo"] = own(evaluations["gzoo"])
         return {"train_ms": train, "eval_ms": _in_turns(evaluations, 4 * rounds, device)}
+
+
+def _under_winograd(step: Callable[[], object]) -> Callable[[], object]:
+    def under() -> None:
+        with Winograd():
+            step()
+
+    return under
 
 
 def _build(library: str, name: str) -> nn.Module:
@@ -341,7 +358,9 @@ def _empty_escnn_cache() -> Iterator[None]:
             joblib.Memory = memory
 
 
-def peak_memory_mb(library: str, name: str, size: int, batch_size: int, threads: int, device: str) -> float:
+def peak_memory_mb(
+    library: str, name: str, size: int, batch_size: int, threads: int, device: str, winograd: bool = False
+) -> float:
     """Megabytes that building and training a model need at most: of the process, or allocated on the GPU.
 
     For a fresh process, since a peak does not come down again.
@@ -352,6 +371,7 @@ def peak_memory_mb(library: str, name: str, size: int, batch_size: int, threads:
     before = _peak_resident_mb() if device == "cpu" else 0.0
     model = _build(library, name).to(device)
     step = _train_step(model, _images(model, size, batch_size).to(device))
+    step = _under_winograd(step) if winograd and library == "gzoo" else step
     for _ in range(2):  # the first step makes the optimizer's state
         step()
     return _peak_resident_mb() - before if device == "cpu" else torch.cuda.max_memory_allocated() / 1e6
@@ -398,7 +418,8 @@ def costs(names: Sequence[str], batch_size: int = 64, threads: int = 2, device: 
 def table(report: dict[str, Any]) -> str:
     """The medians in a report of `bench`, and the ratios gzoo / rival with their targets; what misses one has a "!"."""
     threads = report["machine"]["threads"]
-    lines = [f"batch {report['batch_size']}, {report['dtype']}, {report['device']}, {threads} threads"]
+    own = ", gzoo under Winograd" if report.get("winograd") else ""
+    lines = [f"batch {report['batch_size']}, {report['dtype']}, {report['device']}, {threads} threads{own}"]
     for case in report["cases"]:
         title = f"{case['model']} at {case['size']}x{case['size']}"
         lines += ["", f"{title:24}{'gzoo':>10}{'escnn':>10}{'plain':>10}   {'gzoo / escnn':18}gzoo / plain"]

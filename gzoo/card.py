@@ -257,7 +257,9 @@ def _cards(folder: Path | None) -> list[dict[str, Any]]:
 
 def leaderboard(folder: Path | None = None) -> str:
     """One Markdown table over all cards, sorted by data set, then test error."""
-    columns = "weight, data, test error, turned and flipped, parameters, multiply-adds, images/s, memory, training"
+    columns = (
+        "weight, data, test error, turned and flipped, any angle, parameters, multiply-adds, images/s, memory, training"
+    )
     lines = [f"| {columns.replace(',', ' |')} |", "|---" * len(columns.split(",")) + "|"]
     for card in _cards(folder):
         test, training, cost = card["test"], card["training"], card["cost"]
@@ -268,6 +270,7 @@ def leaderboard(folder: Path | None = None) -> str:
             _DATASETS[card["name"].rsplit(".", 1)[1]][0],
             f"{100 - test['top1']:.2f}%",
             f"{100 - test['transforms_mean']:.2f}%",
+            f"{100 - test['random_rotation']:.2f}%",
             f"{card['parameters'] / 1e6:.3f}M",
             f"{card['multiply_adds'] / 1e6:.0f}M",
             f"{cost['images_per_second']:.0f}" if cost else "-",

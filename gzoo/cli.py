@@ -136,6 +136,9 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.add_argument("--rounds", type=int, default=15, help="how often a training step is timed, default: 15")
     command.add_argument("--processes", type=int, default=5, help="fresh processes per construction, default: 5")
     command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    command.add_argument(
+        "--winograd", action="store_true", help="gzoo's steps, not its rivals', as gzoo train --winograd"
+    )
     command.add_argument("--json", type=_writable, help="write the result to this file")
 
     command = commands.add_parser("mnist6", help="learn a partial symmetry: a 6 against its turned or mirrored copy")
@@ -395,6 +398,7 @@ def _bench(args: argparse.Namespace) -> int:
         args.processes,
         args.device,
         say=lambda text: print(text, file=sys.stderr, flush=True),
+        winograd=args.winograd,
     )
     print(table(report))
     _write_report(args, report)

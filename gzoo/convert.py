@@ -73,8 +73,8 @@ def convert(
         classifier: path of the layer that makes the logits; "" if none does, and the output stays regular fields. By
             default it is timm's classifier, or else the last layer with parameters, if that is linear, a convolution
             whose map is pooled to a vector, or a 1x1 convolution whose map is the output itself (segmentation), which
-            a resize, sigmoid or softmax may follow. What ends in another convolution, a norm, an activation such as
-            ReLU or a sum is taken for a feature extractor.
+            a resize, clamp, sigmoid, tanh or softmax may follow. What ends in another convolution, a norm, an
+            activation such as ReLU or a sum is taken for a feature extractor.
         weights: where the weights start.
 
             None: fresh ones.

@@ -18,6 +18,7 @@ import timm
 import torch
 from timm.layers import CondConv2d
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from gzoo import groups
 from gzoo.bases import BasisName, lifting_basis, regular_basis
@@ -450,7 +451,10 @@ def example(model: nn.Module, most: int | None = None) -> Tensor:
 REDUCTIONS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten)
 
 # Functions that make logits or probabilities of logits; a feature map ends in a norm, an activation or a sum.
-_OF_LOGITS = {"interpolate", "sigmoid", "softmax", "log_softmax"}
+_OF_LOGITS = {
+    *("interpolate", "sigmoid", "softmax", "log_softmax", "tanh", "clamp", "clip"),
+    *("contiguous", "to", "type", "float", "double", "half", "bfloat16"),
+}
 
 
 def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
@@ -469,14 +473,19 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
     layers = [name for name in seen.order if isinstance(modules[name], nn.Conv2d | nn.Linear)]
     if not layers:
         return frozenset()
-    last, result = layers[-1], seen.result
+    last, results = layers[-1], [y for y in tree_leaves(seen.result) if isinstance(y, Tensor)]
+    if vectors := [tuple(y.shape) for y in results[1:] if y.ndim == results[0].ndim == 2]:
+        raise ValueError(
+            f"{type(model).__name__} gives several vectors, {tuple(results[0].shape)} and {vectors[0]}, and gzoo knows "
+            "of one classifier; convert the part before them, and put a gzoo.nn.InvariantLinear on its fields for each"
+        )
     later = [modules[name] for name in seen.order[seen.order.index(last) + 1 :]]
     if any(True for module in later for _ in module.parameters()):
         return frozenset()
     if isinstance(modules[last], nn.Conv2d):
-        is_output = isinstance(result, Tensor) and result.ndim >= 2 and modules[last].out_channels == result.shape[1]
+        shape = results[0].shape if len(results) == 1 else ()
         at_each_pixel = modules[last].kernel_size == (1, 1) and _OF_LOGITS.issuperset(seen.later)
-        makes = is_output and (result.ndim == 2 or at_each_pixel)
+        makes = shape[1:2] == (modules[last].out_channels,) and (len(shape) == 2 or at_each_pixel)
     else:
         makes = not any(isinstance(module, REDUCTIONS) for module in later)
     return frozenset([last] if makes else [])

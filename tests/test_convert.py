@@ -832,6 +832,15 @@ REFUSED = {
         lambda: Network(lambda self, x: (self.a(x), {"b": self.a(x)[:, :, ::2, ::2]}), a=conv(3, 16)),
         r"^the output\[1\] of EquivariantNetwork is not equivariant under p4 at 64x64 pixels",
     ),
+    "two classifiers": (
+        lambda: Network(
+            lambda self, x: (self.b(self.a(x).mean((2, 3))), self.c(self.a(x).mean((2, 3)))),
+            a=conv(3, 16),
+            b=nn.Linear(16, 7),
+            c=nn.Linear(16, 5),
+        ),
+        r"^Network gives several vectors, \(2, 7\) and \(2, 5\), and gzoo knows of one classifier; convert the part",
+    ),
     "shared weight": (
         lambda: Network(lambda self, x: self.b(self.a(x)).mean((2, 3)), **tied()),
         r"^b is a .*Conv2d whose weight is that of a as well, and each would get its own here",

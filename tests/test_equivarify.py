@@ -297,6 +297,7 @@ def scores(number: int) -> nn.Sequential:
     [
         (lambda: gzoo.equivarify(vector_net(), "c8"), "c8 turns pixels between pixels"),
         (lambda: gzoo.canonicalize(vector_net(), "c8", canonizer("p4")), "c8 turns pixels between pixels"),
+        (lambda: gzoo.equivarify(vector_net(), 4), "group is 4; accepted are names such as 'p4'"),
         (lambda: gzoo.equivarify(vector_net(), "p4", "dense"), "head is 'dense'"),
         (lambda: gzoo.equivarify(vector_net(), "p4", pool="sum"), "pool is 'sum'"),
         (lambda: gzoo.equivarify(vector_net(), "p4", "pose", pool="max"), "pools nothing"),
@@ -442,3 +443,13 @@ def test_of_the_canonicalized_networks_only_the_plain_one_notices_a_quarter_turn
     data = torch.rand(200, 1, 28, 28), torch.arange(200) % 10
     found = script["experiment"](data, data, epochs=1, seed=0)["networks"]
     assert {name for name, row in found.items() if row["error"] == row["error_turned"]} == set(found) - {"CNN"}
+
+
+def test_masked_logits_stay_masked_when_a_map_is_turned_back():
+    class Masked(nn.Module):
+        def forward(self, x):
+            return x.masked_fill(x > 0, float("-inf"))
+
+    y = gzoo.canonicalize(Masked(), "p4", canonizer("p4")).eval()(random_image(2, (8, 8)))
+    assert y.isneginf().any()
+    assert not y.isnan().any()

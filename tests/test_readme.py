@@ -49,10 +49,11 @@ def test_readme_shows_the_fine_tuning_runs_as_measured(name):
     assert neu_surface_row(name) in README.read_text().splitlines()
 
 
-def test_readme_shows_the_bench_as_measured():
-    shown = re.search(r"<!-- bench -->\n```\n(.*?)\n```\n<!-- /bench -->", README.read_text(), re.DOTALL)
+@pytest.mark.parametrize("name", ["bench", "bench_winograd"])
+def test_readme_shows_the_bench_as_measured(name):
+    shown = re.search(rf"<!-- {name} -->\n```\n(.*?)\n```\n<!-- /{name} -->", README.read_text(), re.DOTALL)
     assert shown is not None
-    assert shown[1] == table(json.loads((BENCHMARKS / "bench.json").read_text())).strip()
+    assert shown[1] == table(json.loads((BENCHMARKS / f"{name}.json").read_text())).strip()
 
 
 @pytest.mark.parametrize("name", ["mnist6", "mnist6 continuous"])

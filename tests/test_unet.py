@@ -189,6 +189,7 @@ LOGITS = {
     "a 1x1 convolution": lambda: nn.Conv2d(8, 5, 1),
     "and a sigmoid": lambda: nn.Sequential(nn.Dropout(0.1), nn.Conv2d(8, 5, 1), nn.Sigmoid()),
     "and a softmax": lambda: nn.Sequential(nn.Conv2d(8, 5, 1, bias=False), nn.Softmax(dim=1)),
+    "and a tanh": lambda: nn.Sequential(nn.Conv2d(8, 5, 1), nn.Tanh()),
     "and a resize": lambda: nn.Sequential(nn.Conv2d(8, 5, 1), nn.Upsample(scale_factor=2, mode="bilinear")),
 }
 
@@ -200,6 +201,20 @@ def test_a_1x1_convolution_that_makes_the_output_gives_invariant_logits(end):
         assert model(random_image(3, size)).shape[1] == 5
         assert worst_error(model, "p4m", random_image(3, size), "image", "image") < 1e-12
     assert gzoo.check(model, (9, 12)).worst < 1e-12
+
+
+def test_a_map_in_a_dictionary_is_the_output_all_the_same():
+    """As in torchvision's networks for segmentation."""
+
+    class Named(Own):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+            return {"out": super().forward(x).float()}
+
+    model = gzoo.convert(Named(resized, nn.Conv2d(8, 5, 1)), "p4m").eval()
+    x = random_image(3).float()
+    y, turned = model(x)["out"], model(x.rot90(1, (2, 3)))["out"]
+    assert y.shape[1] == 5
+    torch.testing.assert_close(turned, y.rot90(1, (2, 3)), rtol=1e-4, atol=1e-5)
 
 
 FEATURES = {

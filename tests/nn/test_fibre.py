@@ -118,3 +118,12 @@ def test_only_named_parameters_of_a_block_are_shared():
     assert block._parameters["gamma"].shape == (2,)
     assert block.gamma.shape == (8,)
     assert block.norm.weight.shape == (8,)
+
+
+def test_copies_of_data_parallel_take_their_parameters():
+    module = nn.LayerNorm(8)
+    share_along_fibre(module, ("weight", "bias"), 4, 2)
+    copied = module._replicate_for_data_parallel()
+    for name in ("weight", "bias"):  # as torch.nn.parallel.replicate does
+        setattr(copied, name, torch.full((2,), 3.0))
+    assert copied.weight.tolist() == 8 * [3.0]
