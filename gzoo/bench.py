@@ -176,7 +176,7 @@ def bench(
 
     Raises:
         ValueError: a model is not registered, not equivariant or does not take images of its size; there is no such
-            device; or one of the numbers is below 1.
+            device; one of the numbers is below 1; or Winograd is asked for on a GPU.
     """
     from gzoo.predict import load_model
     from gzoo.train import machine
@@ -186,6 +186,8 @@ def bench(
             raise ValueError(f"{name} is {count}; the least is 1")
     if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
         raise ValueError(f"device is {device!r}; it is cpu, or cuda where torch finds a GPU")
+    if winograd and device != "cpu":
+        raise ValueError(f"winograd is for CPUs, and device is {device!r}; leave it out")
     for case in cases:  # an error now, not after minutes
         model = load_model(case.model, pretrained=False).eval()
         _require_one_group(model)
