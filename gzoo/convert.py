@@ -410,8 +410,7 @@ def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
     ]
     for own, stage in stages:
         _check_poses(probe, x, own, tolerance, own.grid_elements, stage)
-    # Odd, and halved odd again and again, where the even size stays even behind all strides.
-    odd = F.pad(x, (0, 1, 0, 1), mode="reflect") if x.shape[-1] % 2 == 0 else x
+    odd = odd_image(x)
     try:
         calibrate(probe, odd)
     except Exception:  # a network for one size of image, which says so in any way: an assertion, say
@@ -439,6 +438,12 @@ def randomized(model: nn.Module) -> tuple[nn.Module, Tensor]:
     x = image_for(probe)
     calibrate(probe, x)
     return probe, x
+
+
+def odd_image(x: Tensor) -> Tensor:
+    """x (1, C, H, W) with a row and a column more, if its sides are even: 64 pixels stay even behind five strides of
+    two, and 65 odd."""
+    return F.pad(x, (0, 1, 0, 1), mode="reflect") if x.shape[-1] % 2 == 0 else x
 
 
 @torch.no_grad()

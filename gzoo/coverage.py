@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gzoo import groups
 from gzoo.check import KeepDouble
-from gzoo.convert import calibrate, check_itself, convert_in_place, randomized
+from gzoo.convert import calibrate, check_itself, convert_in_place, odd_image, randomized
 from gzoo.equivariant import group_of
 
 # timm's modules whose networks are convolutional by design, a few of them with attention between.
@@ -142,7 +142,7 @@ def _largest_error(model: nn.Module) -> tuple[float, Tensor]:
 def _errors(probe: nn.Module, x: Tensor) -> Iterator[float]:
     group = group_of(probe)
     assert group is not None
-    for image in (x, x[..., 1:, 1:]):
+    for image in (x, odd_image(x)):
         calibrate(probe, image)
         expected, other = probe(image), probe(image.roll(1, 1).flip(-2))
         if probe.num_classes and expected.shape != (1, probe.num_classes):  # without classes it gives features

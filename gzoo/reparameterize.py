@@ -22,6 +22,7 @@ from gzoo.nn import FibreNorm, GroupConv2d, LiftingConv2d
 from gzoo.nn.expand import along_fibre
 from gzoo.nn.merged import MergedConv2d
 from gzoo.partial import subsets
+from gzoo.rules import SymmetricGhostV3
 from gzoo.soft import residuals
 
 
@@ -227,6 +228,7 @@ _MERGE: dict[type[nn.Module], Callable[[Any], nn.Module | None]] = {
     repvit.RepVggDw: _rep_vgg_dw,
     repghost.RepGhostModule: _rep_ghost,
     ghostnet.GhostModuleV3: _ghost_v3,
+    SymmetricGhostV3: _ghost_v3,
     ghostnet.GhostBottleneckV3: _ghost_v3_bottleneck,
     lcnetv2.RepDepthwiseSeparable: _lcnet_v2,
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 import timm.layers as tl
 import torch
+import torch.nn.functional as F
 from timm.layers.adaptive_avgmax_pool import AdaptiveCatAvgMaxPool2d, FastAdaptiveAvgPool
 from timm.layers.grn import GlobalResponseNorm
 from timm.layers.pool2d_same import MaxPool2dSame
@@ -22,6 +23,7 @@ from timm.models import (
     edgenext,
     efficientvit_mit,
     fastvit,
+    ghostnet,
     hgnet,
     inception_next,
     metaformer,
@@ -62,7 +64,7 @@ from gzoo.nn.fibre import share_along_fibre
 from gzoo.nn.linear import Head, Pooling
 from gzoo.nn.mixed import Run
 from gzoo.nn.norm import CHANNELS_FIRST, channel_dim
-from gzoo.nn.resample import Window, square
+from gzoo.nn.resample import Window, centre, square
 from gzoo.plan import REDUCTIONS, Plan, nearest_divisor
 from gzoo.trace import Segments, flat
 
@@ -587,6 +589,37 @@ def _inception_reduction(plain: Any, recipe: Recipe) -> nn.Module:
     return plain
 
 
+class _SymmetricGate:
+    """A module of GhostNet whose gate sees half of the pixels: its forward pools and enlarges them in functions."""
+
+    pool: SymmetricPool2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_fn(self.short_conv(self.pool(x)))  # type: ignore[attr-defined]
+        out = self.ungated(x)  # type: ignore[attr-defined]
+        # To an odd size torch's own 'nearest' would take the pixel in the middle from one side.
+        return out * centre(F.interpolate(gate, scale_factor=2, mode="nearest"), list(out.shape[-2:]))
+
+
+class SymmetricGhostV2(_SymmetricGate, ghostnet.GhostModuleV2):
+    def ungated(self, x: Tensor) -> Tensor:
+        own: Any = self
+        return ghostnet.GhostModule.forward(own, x)  # the first version, which has no gate
+
+
+class SymmetricGhostV3(_SymmetricGate, ghostnet.GhostModuleV3):
+    def ungated(self, x: Tensor) -> Tensor:
+        return ghostnet.GhostModuleV3.forward(self, x)[:, : self.out_chs]
+
+
+@rule(ghostnet.GhostModuleV2, ghostnet.GhostModuleV3)
+def _ghost_gate(plain: Any, recipe: Recipe) -> nn.Module:
+    if getattr(plain, "mode", "shortcut") == "shortcut":  # of the third version's modules, some have no gate
+        plain.__class__ = SymmetricGhostV2 if isinstance(plain, ghostnet.GhostModuleV2) else SymmetricGhostV3
+        plain.pool, plain.mode = SymmetricPool2d(nn.AvgPool2d(2)), "original"
+    return plain
+
+
 @rule(mobilevit.MobileVitBlock, mobilevit.MobileVitV2Block)
 def _patches(plain: Any, recipe: Recipe) -> nn.Module:
     square(plain.patch_size, "patch_size")
@@ -610,10 +643,10 @@ def _space_to_depth(plain: tl.SpaceToDepth, recipe: Recipe) -> nn.Module:
 @rule(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
 def _upsample(plain: nn.Upsample, recipe: Recipe) -> nn.Module:
     factors = plain.scale_factor if isinstance(plain.scale_factor, tuple) else (plain.scale_factor,)
-    if plain.mode == "nearest" and not all(factor and float(factor).is_integer() for factor in factors):
+    if plain.mode.startswith("nearest") and not all(factor and float(factor).is_integer() for factor in factors):
         raise ValueError(
-            "'nearest' to a size that is no multiple picks pixels more to one side; use 'nearest-exact', 'bilinear' or "
-            "an integer scale_factor"
+            f"{plain.mode!r} to a size that is no multiple takes pixels from one side more; use 'bilinear' or an "
+            "integer scale_factor"
         )
     if not all(float(factor or 1).is_integer() for factor in factors):  # else torch measures from one corner
         plain.recompute_scale_factor = True

@@ -15,6 +15,7 @@ from timm.models import edgenext, fastvit, metaformer
 from timm.models._efficientnet_blocks import CondConvResidual
 from timm.models.efficientvit_mit import LiteMLA
 from timm.models.focalnet import FocalNet
+from timm.models.ghostnet import GhostNet
 from timm.models.inception_v3 import InceptionB, InceptionD
 from timm.models.mobilevit import MobileVitV2Block
 from timm.models.swiftformer import EfficientAdditiveAttention
@@ -449,6 +450,14 @@ def test_the_pools_in_the_functions_of_inception_v3_are_symmetric(block, size):
     plain.pretrained_cfg = {"input_size": (3, 20, 20)}  # the self-check takes an image of this size
     model = with_random_statistics(gzoo.convert(plain, "p4", classifier="")).eval()
     assert worst_error(model, "p4", image(size), "image", "fields") < 1e-12
+
+
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_the_gates_in_the_functions_of_ghostnet_are_symmetric(version):
+    cfgs = [[[3, 16, 16, 0, 1]], [[3, 32, 24, 0, 2]], [[3, 32, 24, 0, 1]]]
+    model = gzoo.convert(GhostNet(cfgs, num_classes=5, width=0.5, version=version), "p4m")
+    for size in (32, (33, 35), (38, 45)):
+        assert gzoo.check(model, size).worst < 1e-12
 
 
 class PixelsInARow(nn.Module):

@@ -77,12 +77,12 @@ def resample(x: Tensor, window: Window) -> tuple[Tensor, int, int]:
             f"{window.padding} pixels of padding in all; give the network a larger image"
         )
     if window.extent == 1 and not padding:
-        return _centre(x, size, window.stride), 0, 1
+        return centre(x, size, window.stride), 0, 1
     # torch's strided convolution of 1 pixel in bfloat16 leaves part of the gradient of its weight unwritten on a CPU.
-    return _centre(x, size), padding, window.stride if max(counts) > 1 else 1
+    return centre(x, size), padding, window.stride if max(counts) > 1 else 1
 
 
-def _centre(x: Tensor, size: list[int], step: int = 1) -> Tensor:
+def centre(x: Tensor, size: list[int], step: int = 1) -> Tensor:
     """Every ``step``-th of ``size`` samples of (B, C, H, W), one pixel apart, in the middle of it."""
     for axis, n in enumerate(size, start=2):
         spare = x.shape[axis] - n
