@@ -64,8 +64,8 @@ def resnet(
         **kwargs: of timm's ResNet.
     """
     require_strides(strides)
-    widths = {64 * 2**i: fields * 2**i for i in range(6)}
     plain = timm.create_model(f"resnet{depth}", **kwargs)
+    widths = {64 * 2**i: fields * 2**i for i in range(6) if 64 * 2**i <= plain.num_features}
     model = convert_in_place(plain, group, widths=widths, group_pool=group_pool, basis=basis, scale=1.0)
     config: Any = model.pretrained_cfg
     model.pretrained_cfg = model.default_cfg = config | {"architecture": architecture, "tag": tag} | PREPROCESSING
