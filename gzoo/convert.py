@@ -410,10 +410,8 @@ def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
     ]
     for own, stage in stages:
         _check_poses(probe, x, own, tolerance, own.grid_elements, stage)
-    odd = odd_image(x)
-    try:
-        calibrate(probe, odd)
-    except Exception:  # a network for one size of image, which says so in any way: an assertion, say
+    odd = odd_image(probe, x)
+    if odd is None:
         return
     # All elements were tried at the even size; here the first turn and the reflection do, which make all the others.
     for own, stage in stages:
@@ -440,10 +438,17 @@ def randomized(model: nn.Module) -> tuple[nn.Module, Tensor]:
     return probe, x
 
 
-def odd_image(x: Tensor) -> Tensor:
+def odd_image(probe: nn.Module, x: Tensor) -> Tensor | None:
     """x (1, C, H, W) with a row and a column more, if its sides are even: 64 pixels stay even behind five strides of
-    two, and 65 odd."""
-    return F.pad(x, (0, 1, 0, 1), mode="reflect") if x.shape[-1] % 2 == 0 else x
+    two, and 65 odd. With one less where the network does not take that; None where it takes neither."""
+    sizes = (F.pad(x, (0, 1, 0, 1), mode="reflect"), x[..., 1:, 1:]) if x.shape[-1] % 2 == 0 else (x,)
+    for odd in sizes:
+        try:
+            calibrate(probe, odd)
+            return odd
+        except Exception:  # a network for other sizes of image, which says so in any way: an assertion, say
+            continue
+    return None
 
 
 @torch.no_grad()

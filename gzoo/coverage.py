@@ -142,7 +142,10 @@ def _largest_error(model: nn.Module) -> tuple[float, Tensor]:
 def _errors(probe: nn.Module, x: Tensor) -> Iterator[float]:
     group = group_of(probe)
     assert group is not None
-    for image in (x, odd_image(x)):
+    odd = odd_image(probe, x)
+    if odd is None:
+        raise ValueError("it takes no images of odd size")
+    for image in (x, odd):
         calibrate(probe, image)
         expected, other = probe(image), probe(image.roll(1, 1).flip(-2))
         if probe.num_classes and expected.shape != (1, probe.num_classes):  # without classes it gives features

@@ -185,7 +185,7 @@ def test_the_table_marks_a_missed_target(report):
 def test_the_command_prints_the_table_and_writes_the_json(report, tmp_path, monkeypatch, capsys):
     seen = {}
 
-    def measured(cases, *options, say):
+    def measured(cases, *options, say, winograd):
         seen["cases"], seen["options"] = list(cases), options
         return report
 

@@ -260,7 +260,7 @@ def test_a_classifier_that_is_no_layer_is_refused(path):
 
 
 def test_a_pad_on_one_side_of_the_expanding_path_is_found():
-    with pytest.raises(ValueError, match=r"^joined\.0 \(GroupConv2d\) is not equivariant under p4 at 63x63 pixels"):
+    with pytest.raises(ValueError, match=r"^joined\.0 \(GroupConv2d\) is not equivariant under p4 at 65x65 pixels"):
         gzoo.convert(Own(padded, nn.Conv2d(8, 5, 1)), "p4")
 
 
