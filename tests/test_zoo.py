@@ -24,7 +24,8 @@ SAMPLE = (
 )
 
 REFUSED = {
-    "resnet50_clip": r"head is a .*AttentionPool2d with parameters or buffers of its own \(pos_embed\)",
+    "resnet50_clip": r"head is a timm.layers.attention_pool2d.AttentionPool2d with parameters or buffers of its own "
+    r"\(pos_embed\)",
     "efficientformerv2_s0": "its channels come out of 'matmul'",
     "bat_resnext26ts": r"attn\.ba\.conv_p: kernel_size=\(8, 1\) .* makes the map smaller along one axis only",
     "pnasnet5large": r"pads \(-1, 1, -1, 1\) pixels .* all four must be the same",
