@@ -185,10 +185,10 @@ def in_channels(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, SpaceToDepth):
             folded *= module.bs**2
-        inner = any(isinstance(getattr(child, "in_channels", None), int) for child in list(module.modules())[1:])
-        channels = (
-            None if inner else getattr(module, "in_channels", None)
-        )  # a network may count channels under the name
+        channels = getattr(module, "in_channels", None)
+        inner = list(module.modules())[1:] if channels is not None else []
+        if any(isinstance(getattr(child, "in_channels", None), int) for child in inner):
+            channels = None  # a network may count channels under the name; its layers come after it
         if type(module).__module__.startswith("escnn."):
             channels = module.in_type.size
         if isinstance(channels, int) and not isinstance(module, GroupConv2d):  # which stands behind one, wherever it is
