@@ -438,9 +438,10 @@ def _short(number: float) -> str:
 def example(model: nn.Module, most: int | None = None) -> Tensor:
     """Random images that the network takes: two of its own input size, at most ``most`` pixels wide and high."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    height, width = (config.get("input_size") or (3, 64, 64))[1:]
+    given = config.get("input_size")
+    height, width = (given or (3, 64, 64))[1:]
     parameter = like(model)
-    channels = in_channels(model) if "first_conv" in config or not config else config["input_size"][0]
+    channels = given[0] if given and "first_conv" not in config else in_channels(model)  # timm's leaves in_chans out
     generator = torch.Generator().manual_seed(0)
     size = (min(height, most or height), min(width, most or width))
     x = torch.randn(2, channels, *size, generator=generator, device="cpu")
