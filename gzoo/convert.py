@@ -440,7 +440,8 @@ def randomized(model: nn.Module) -> tuple[nn.Module, Tensor]:
 
 def odd_image(probe: nn.Module, x: Tensor) -> Tensor | None:
     """x (1, C, H, W) with a row and a column more, if its sides are even: 64 pixels stay even behind five strides of
-    two, and 65 odd. With one less where the network does not take that; None where it takes neither."""
+    two, and 65 odd. With one less where the network does not take that; None where it takes neither. ``probe`` is
+    calibrated for it."""
     sizes = (F.pad(x, (0, 1, 0, 1), mode="reflect"), x[..., 1:, 1:]) if x.shape[-1] % 2 == 0 else (x,)
     for odd in sizes:
         try:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gzoo import groups
 from gzoo.check import KeepDouble
-from gzoo.convert import calibrate, check_itself, convert_in_place, odd_image, randomized
+from gzoo.convert import check_itself, convert_in_place, odd_image, randomized
 from gzoo.equivariant import group_of
 
 # timm's modules whose networks are convolutional by design, a few of them with attention between.
@@ -138,22 +138,25 @@ def _largest_error(model: nn.Module) -> tuple[float, Tensor]:
         return max(_errors(probe, x)), x
 
 
-@torch.no_grad()
 def _errors(probe: nn.Module, x: Tensor) -> Iterator[float]:
-    group = group_of(probe)
-    assert group is not None
+    yield from _errors_at(probe, x)  # `randomized` calibrated it for x, and `odd_image` does for what it finds
     odd = odd_image(probe, x)
     if odd is None:
         raise ValueError("it takes no images of odd size")
-    for image in (x, odd):
-        calibrate(probe, image)
-        expected, other = probe(image), probe(image.roll(1, 1).flip(-2))
-        if probe.num_classes and expected.shape != (1, probe.num_classes):  # without classes it gives features
-            raise ValueError(f"the logits have shape {tuple(expected.shape)}, not (1, {probe.num_classes})")
-        for g in group.grid_elements[1:]:
-            moved = expected if expected.ndim == 2 else group.transform_features(expected, g)  # features are a map
-            difference = (probe(group.transform_image(image, g)) - moved).abs().max()
-            yield (difference / (other - expected).abs().max()).item()
+    yield from _errors_at(probe, odd)
+
+
+@torch.no_grad()
+def _errors_at(probe: nn.Module, image: Tensor) -> Iterator[float]:
+    group = group_of(probe)
+    assert group is not None
+    expected, other = probe(image), probe(image.roll(1, 1).flip(-2))
+    if probe.num_classes and expected.shape != (1, probe.num_classes):  # without classes it gives features
+        raise ValueError(f"the logits have shape {tuple(expected.shape)}, not (1, {probe.num_classes})")
+    for g in group.grid_elements[1:]:
+        moved = expected if expected.ndim == 2 else group.transform_features(expected, g)  # features are a map
+        difference = (probe(group.transform_image(image, g)) - moved).abs().max()
+        yield (difference / (other - expected).abs().max()).item()
 
 
 def _train_step(model: nn.Module, x: Tensor) -> None:
