@@ -93,7 +93,7 @@ def lifting_basis(group: Group, size: int, name: BasisName | None = None) -> Bas
         return Basis((size, size), index.flatten(1), None, size, name)
     samples = _harmonics(group, size, name)
     functions = samples.shape[1]
-    return Basis((1, functions), torch.arange(functions).expand(group.order, -1), samples, size, name)
+    return Basis((1, functions), torch.arange(functions).repeat(group.order, 1), samples, size, name)
 
 
 @cache

@@ -488,9 +488,10 @@ def _gradients(rank: int, path: str) -> None:
 
 
 def test_two_processes_give_the_gradient_of_one(tmp_path):
-    model = random_model("p4_cnn7", num_classes=4)  # in eval mode: the statistics of two half batches differ
+    # In eval mode: the statistics of two half batches differ.
     plain, pool = (random_model("cnn7", num_classes=classes) for classes in (4, 1))
-    models = nn.ModuleList([model, gzoo.equivarify(plain, "p4", pool=pool)])  # in one go: processes start slowly
+    native = [random_model(name, num_classes=4) for name in ("p4_cnn7", "c8_cnn7")]
+    models = nn.ModuleList([*native, gzoo.equivarify(plain, "p4", pool=pool)])  # in one go: processes start slowly
     images = torch.randn(4, 1, 28, 28, dtype=torch.float64)
     path = str(tmp_path / "models.pt")
     torch.save((models, images), path)
