@@ -3,7 +3,8 @@
 `BatchTransform` does to a batch what `gzoo.data.train_transform` does to one PIL image: the same options in the same
 order, each image with random numbers of its own, and the same pixels to within the grey levels that PIL rounds away.
 So rotation and crop stay two resamplings, as there. Torchvision's transforms draw one set of numbers for a whole batch
-and its sampling is not PIL's, hence the three operations below. Source: Pillow's `rotate`, `resize` and `ImageEnhance`.
+and its sampling is not PIL's, hence the three operations below. Source: Pillow's `transform`, `resize` and
+`ImageEnhance`.
 """
 
 from __future__ import annotations
@@ -141,8 +142,11 @@ class BatchTransform:
                     f"augment_batches transposes square images, not {x.shape[2]}x{x.shape[3]}; leave transpose out"
                 )
             x = torch.where((uniform(0, 1) < a.transpose)[:, None, None, None], x.mT, x)
-        if a.rotate:
-            x = rotate(x, uniform(-a.rotate, a.rotate).deg2rad(), self.interpolation)
+        if a.turns_or_stretches:
+            angles = uniform(-a.rotate, a.rotate).deg2rad()
+            zooms = uniform(*a.zoom) if a.zoom else torch.ones_like(angles)
+            shears = uniform(-a.shear, a.shear).deg2rad() if a.shear else torch.zeros_like(angles)
+            x = affine(x, angles, zooms, shears, self.interpolation)
         if a.crop_padding:
             x = self._padded_crop(x, uniform(0, 1, 2))
         else:
@@ -182,11 +186,13 @@ class BatchTransform:
         return x[image, :, rows, columns].movedim(3, 1).contiguous()
 
 
-def rotate(x: Tensor, angles: Tensor, interpolation: str) -> Tensor:
-    """Rotate each image about its centre, counterclockwise; what comes from outside is black.
+def affine(x: Tensor, angles: Tensor, zooms: Tensor, shears: Tensor, interpolation: str) -> Tensor:
+    """Shear each image along its rows, enlarge it and rotate it about its centre; what comes from outside is black.
 
     Args:
-        angles: (B,), in radians.
+        angles: (B,), in radians, counterclockwise.
+        zooms: (B,), above 1 to enlarge.
+        shears: (B,), in radians: rows move against each other by the tangent of it.
         interpolation: "bilinear" or "bicubic".
 
     Shape:
@@ -196,7 +202,9 @@ def rotate(x: Tensor, angles: Tensor, interpolation: str) -> Tensor:
     down = (torch.arange(height, device=x.device) + 0.5 - height / 2)[:, None]  # of pixel centres, from the middle
     right = torch.arange(width, device=x.device) + 0.5 - width / 2
     cos, sin = angles.cos()[:, None, None], angles.sin()[:, None, None]
-    row, column = sin * right + cos * down + height / 2, cos * right - sin * down + width / 2  # where each comes from
+    row, column = sin * right + cos * down, cos * right - sin * down  # where each comes from
+    zoom = zooms[:, None, None]
+    row, column = row / zoom + height / 2, (column + shears.tan()[:, None, None] * row) / zoom + width / 2
     inside = (row >= 0) & (row <= height) & (column >= 0) & (column <= width)
     if interpolation == "bilinear":
         grid = torch.stack([2 * column / width - 1, 2 * row / height - 1], 3)  # -1 and 1 are the edges of the image

@@ -350,7 +350,7 @@ def split_validation(data: ImageData, fraction: float, seed: int) -> tuple[Image
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training image. Names and meanings are those of `timm.data.create_transform`, but for three."""
+    """What happens to a training image. Names and meanings are those of `timm.data.create_transform`, but for five."""
 
     scale: tuple[float, float] | None = None
     ratio: tuple[float, float] | None = None
@@ -361,11 +361,17 @@ class Augmentation:
     re_prob: float = 0.0
     crop_padding: int = 0  # pixels: crop from the image padded by zeros, as in CIFAR recipes, not by resizing a part
     rotate: float = 0.0  # degrees: rotate by a uniform angle in [-rotate, rotate], corners black
+    zoom: tuple[float, float] | None = None  # enlarge about the centre by a uniform factor, in the same resampling
+    shear: float = 0.0  # degrees: shear by a uniform angle in [-shear, shear], in the same resampling
     transpose: float = 0.0  # probability of a swap of rows and columns; with both flips at 0.5, all of p4m
 
     def __post_init__(self) -> None:
         if self.crop_padding and (self.scale or self.ratio):
             raise ValueError("crop_padding and scale or ratio are two ways to crop; set one of them")
+
+    @property
+    def turns_or_stretches(self) -> bool:
+        return bool(self.rotate or self.zoom or self.shear)
 
     @property
     def resized_crop(self) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -400,10 +406,10 @@ def train_transform(config: dict[str, Any], augmentation: Augmentation) -> trans
     steps: list[Any] = [to_channels(config["input_size"][0])]
     if a.transpose:
         steps.append(transforms.RandomApply([_transpose], a.transpose))
-    if a.rotate:
+    if a.turns_or_stretches:
         modes = transforms.InterpolationMode  # PIL rotates by no other two; the blur of a bilinear one is felt
         mode = modes.BILINEAR if config["interpolation"] == "bilinear" else modes.BICUBIC
-        steps.append(transforms.RandomRotation(a.rotate, mode))
+        steps.append(transforms.RandomAffine(a.rotate, scale=a.zoom, shear=a.shear or None, interpolation=mode))
     scale, ratio = a.resized_crop
     if a.crop_padding:
         interpolation = timm.data.transforms.str_to_interp_mode(config["interpolation"])

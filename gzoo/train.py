@@ -165,6 +165,8 @@ class TrainConfig:
     )
     crop_padding: int = _option(0, "in place of scale: crop from the image padded by this many black pixels", least=0)
     rotate: float = _option(0.0, "rotate by a random angle up to this many degrees", least=0, most=180)
+    zoom: tuple[float, float] | None = _option(None, "enlarge about the centre by a random factor, 0.9 to 1.1", above=0)
+    shear: float = _option(0.0, "shear by a random angle up to this many degrees", least=0, below=90)
     transpose: float = _option(
         0.0, "probability of transposing it; with both flips at 0.5, all of p4m", least=0, most=1
     )

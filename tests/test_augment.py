@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as pil
 
-from gzoo.augment import BatchTransform, crop_boxes, jitter, make_resident, resident_loader, resized_crop, rotate
+from gzoo.augment import BatchTransform, affine, crop_boxes, jitter, make_resident, resident_loader, resized_crop
 from gzoo.data import Augmentation, ImageData, set_epoch, train_transform
 
 CPU = torch.device("cpu")
@@ -83,6 +83,22 @@ def test_a_rotation_is_that_of_pil(shape, interpolation):
         assert (x - tensor(pil.rotate(image, angle, InterpolationMode(interpolation)))).abs().max() < LEVEL
 
 
+def rotate(x, angles, interpolation):
+    return affine(x, angles, torch.ones_like(angles), torch.zeros_like(angles), interpolation)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_affine_change_is_that_of_pil(shape, interpolation):
+    image = noise(shape)
+    angles, zooms, shears = np.random.default_rng(2).uniform((-180, 0.7, -25), (180, 1.4, 25), (30, 3)).T
+    changes = (torch.tensor(values).float() for values in (np.deg2rad(angles), zooms, np.deg2rad(shears)))
+    found = affine(tensor(image).expand(30, -1, -1, -1), *changes, interpolation)
+    for x, angle, zoom, shear in zip(found, angles, zooms, shears, strict=True):  # torchvision turns clockwise here
+        made = pil.affine(image, -angle, [0, 0], zoom, [shear, 0.0], InterpolationMode(interpolation))
+        assert (x - tensor(made)).abs().max() < LEVEL
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [28, 29])
 def test_a_quarter_turn_moves_pixels_without_blending(size, interpolation):
@@ -90,6 +106,20 @@ def test_a_quarter_turn_moves_pixels_without_blending(size, interpolation):
     for quarters in range(-2, 4):
         turned = rotate(x, torch.tensor([quarters * torch.pi / 2], dtype=torch.float64), interpolation)
         torch.testing.assert_close(turned, x.rot90(quarters, (2, 3)), atol=1e-12, rtol=0)
+
+
+def test_zoom_and_shear_are_drawn_for_each_image_from_their_ranges():
+    dot = np.zeros((41, 41), np.uint8)
+    dot[20 - 8, 20] = 255  # eight pixels above the middle
+    x = augmented(Image.fromarray(dot), 400, config(1, 41, 41), zoom=(0.75, 1.25), shear=30, **NOTHING)[:, 0]
+    rows, columns = torch.meshgrid(torch.arange(41.0) - 20, torch.arange(41.0) - 20, indexing="ij")
+    mass = x.sum((1, 2))
+    up, right = -(x * rows).sum((1, 2)) / mass, (x * columns).sum((1, 2)) / mass
+    assert 8 * 0.75 - 0.5 < up.min() < 6.5 < 9.5 < up.max() < 8 * 1.25 + 0.5
+    slant = right / up
+    tangent = np.tan(np.pi / 6)
+    assert -tangent - 0.1 < slant.min() < -tangent + 0.1
+    assert tangent - 0.1 < slant.max() < tangent + 0.1
 
 
 def test_corners_are_black_before_the_normalisation():
@@ -234,7 +264,16 @@ def test_all_changes_together_have_the_mean_and_spread_of_pils(crop):
     y, x = np.mgrid[:20, :20]
     pixels = np.stack([6 * x + 6 * y, 250 - 12 * x, 40 + 9 * y], 2).clip(0, 255).astype(np.uint8)
     image, data_config, count = Image.fromarray(pixels), config(3, 16, 16, "bicubic"), 1500
-    options = {"rotate": 40, "hflip": 0.2, "vflip": 0.3, "color_jitter": 0.3, "re_prob": 0.4, **crop}
+    options = {
+        "rotate": 40,
+        "zoom": (0.8, 1.2),
+        "shear": 9,
+        "hflip": 0.2,
+        "vflip": 0.3,
+        "color_jitter": 0.3,
+        "re_prob": 0.4,
+        **crop,
+    }
     random.seed(0)
     torch.manual_seed(0)
     transform = train_transform(data_config, Augmentation(**options))

@@ -437,7 +437,7 @@ def test_a_rotation_interpolates_as_the_config_says(interpolation):
     torch.manual_seed(0)
     found = train_transform(config(9, 1) | {"interpolation": interpolation}, whole)(image)
     torch.manual_seed(0)
-    turned = transforms.RandomRotation(90, InterpolationMode(interpolation))(image)
+    turned = transforms.RandomAffine(90, interpolation=InterpolationMode(interpolation))(image)
     assert torch.equal(found, train_transform(config(9, 1), replace(whole, rotate=0))(turned))
 
 
