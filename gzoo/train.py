@@ -141,7 +141,7 @@ class TrainConfig:
     channels_last: bool = _option(False, "channels_last memory format")
     compile: bool = _option(False, "torch.compile the model")
     winograd: bool = _option(
-        False, "3x3 convolutions by Winograd's algorithm, see gzoo.winograd: faster in float32 on a CPU"
+        False, "3x3 and 5x5 convolutions by Winograd's algorithm, see gzoo.winograd: faster in float32 on a CPU"
     )
     seed: int = _option(0, "seeds weights, order, augmentation and the validation split", least=0)
     val_fraction: float = _option(
