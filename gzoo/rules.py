@@ -27,6 +27,7 @@ from timm.models import (
     hgnet,
     inception_next,
     metaformer,
+    mobilenetv5,
     mobilevit,
     nfnet,
     rdnet,
@@ -617,6 +618,25 @@ def _ghost_gate(plain: Any, recipe: Recipe) -> nn.Module:
     if getattr(plain, "mode", "shortcut") == "shortcut":  # of the third version's modules, some have no gate
         plain.__class__ = SymmetricGhostV2 if isinstance(plain, ghostnet.GhostModuleV2) else SymmetricGhostV3
         plain.pool, plain.mode = SymmetricPool2d(nn.AvgPool2d(2)), "original"
+    return plain
+
+
+class SymmetricFusion(mobilenetv5.MobileNetV5MultiScaleFusionAdapter):
+    """Brings maps that no whole number enlarges to the size of the first between their pixels, not to the next one,
+    which is the one on one side; all else is as in timm."""
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        size = inputs[0].shape[-2:]
+        whole = [all(n % m == 0 for n, m in zip(size, x.shape[-2:], strict=True)) for x in inputs]
+        resized = [
+            x if exact else F.interpolate(x, size, mode="bilinear") for x, exact in zip(inputs, whole, strict=True)
+        ]
+        return super().forward(resized)
+
+
+@rule(mobilenetv5.MobileNetV5MultiScaleFusionAdapter)
+def _fusion(plain: Any, recipe: Recipe) -> nn.Module:
+    plain.__class__ = SymmetricFusion
     return plain
 
 

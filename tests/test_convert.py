@@ -17,6 +17,7 @@ from timm.models.efficientvit_mit import LiteMLA
 from timm.models.focalnet import FocalNet
 from timm.models.ghostnet import GhostNet
 from timm.models.inception_v3 import InceptionB, InceptionD
+from timm.models.mobilenetv5 import MobileNetV5MultiScaleFusionAdapter
 from timm.models.mobilevit import MobileVitV2Block
 from timm.models.swiftformer import EfficientAdditiveAttention
 from torch import nn
@@ -28,7 +29,7 @@ from gzoo import groups
 from gzoo.check import KeepDouble, relative_error
 from gzoo.convert import convert_in_place
 from gzoo.nn import GroupConv2d, InvariantLinear, LiftingConv2d
-from gzoo.rules import RULES
+from gzoo.rules import RULES, SymmetricFusion
 from tests.conftest import GRID_GROUPS, random_image, with_random_statistics, worst_error
 
 
@@ -458,6 +459,31 @@ def test_the_gates_in_the_functions_of_ghostnet_are_symmetric(version):
     model = gzoo.convert(GhostNet(cfgs, num_classes=5, width=0.5, version=version), "p4m")
     for size in (32, (33, 35), (38, 45)):
         assert gzoo.check(model, size).worst < 1e-12
+
+
+class Fused(nn.Module):
+    """Two scales, brought together by MobileNetV5's adapter."""
+
+    def __init__(self):
+        super().__init__()
+        self.fine, self.coarse = conv(3, 8), nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.msfa = MobileNetV5MultiScaleFusionAdapter([8, 16], 12, output_resolution=6)
+
+    def forward(self, x):
+        fine = self.fine(x)
+        return self.msfa([fine, self.coarse(fine)])
+
+
+@pytest.mark.parametrize("size", [(12, 12), (13, 13), (12, 17), (9, 11)])
+def test_the_fusion_of_mobilenet_v5_is_symmetric(size):
+    torch.manual_seed(0)
+    plain = Fused()
+    model = with_random_statistics(gzoo.convert(copy.deepcopy(plain), "p4m", classifier="", match="width")).eval()
+    assert worst_error(model, "p4m", image(size), "image", "fields") < 1e-12
+    adapter, maps = plain.msfa, [torch.randn(1, 8, 12, 12), torch.randn(1, 16, 6, 6)]
+    expected = adapter(maps)
+    adapter.__class__ = SymmetricFusion
+    assert torch.equal(adapter(maps), expected)  # whole factors stay as they are
 
 
 class PixelsInARow(nn.Module):
