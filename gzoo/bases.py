@@ -83,6 +83,7 @@ def lifting_basis(group: Group, size: int, name: BasisName | None = None) -> Bas
 
     Raises:
         ValueError: there is no such basis, or no pixel basis of this group.
+        TypeError: ``group`` is something else, such as a name.
     """
     name = choose(group, size, name)
     if size == 1:
@@ -103,7 +104,7 @@ def regular_basis(group: Group, size: int, name: BasisName | None = None) -> Bas
 
     Arguments and errors are those of `lifting_basis`.
     """
-    order, name = group.order, choose(group, size, name)
+    name, order = choose(group, size, name), group.order
     if size > 1 and name == "pixel":
         w = torch.arange(order * size * size).view(1, order, size, size)
         index = torch.stack([group.transform_features(w, g) for g in range(order)])
@@ -180,6 +181,8 @@ def _poses(group: Group, size: int, name: BasisName) -> Tensor:
 
 def choose(group: Group, size: int, name: BasisName | None) -> BasisName:
     """The basis that ``name`` means; arguments and errors are those of `lifting_basis`."""
+    if not isinstance(group, Group):
+        raise TypeError(f"group is {group!r}; layers take a gzoo.groups.Group, such as gzoo.groups.get('p4m') gives")
     if name is not None and name not in NAMES:
         accepted = ", ".join(map(repr, NAMES))
         raise ValueError(f"basis is {name!r}; accepted are {accepted} and None, which chooses by the group")

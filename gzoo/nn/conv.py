@@ -15,6 +15,7 @@ from gzoo.nn.resample import Window, resample
 if TYPE_CHECKING:
     from escnn.nn import FieldType
 
+Padding = int | Literal["same", "valid"]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
@@ -28,7 +29,7 @@ class _GroupConv2d(ExpandedLayer):
         in_per_group: int,
         basis: Basis,
         stride: int,
-        padding: int | Literal["same"],
+        padding: Padding,
         dilation: int,
         groups: int,
         bias: bool,
@@ -100,7 +101,7 @@ class LiftingConv2d(_GroupConv2d):
             which differ by an even number: then the filter is the square of the longer side, zero around the kernel,
             and ``padding`` is that of the square. Off the pixel grid the kernel fills that square.
         stride: in pixels.
-        padding: pixels on either side; "same" keeps the size at stride 1.
+        padding: pixels on either side; "same" keeps the size at stride 1, "valid" is 0.
         dilation: pixels between taps.
         groups: as in ``nn.Conv2d``; divides in_channels and out_fields.
         bias: whether each field has one.
@@ -125,7 +126,7 @@ class LiftingConv2d(_GroupConv2d):
         out_fields: int,
         kernel_size: int | tuple[int, int],
         stride: int = 1,
-        padding: int | Literal["same"] = 0,
+        padding: Padding = 0,
         dilation: int = 1,
         groups: int = 1,
         bias: bool = True,
@@ -183,7 +184,7 @@ class GroupConv2d(_GroupConv2d):
         out_fields: int,
         kernel_size: int | tuple[int, int],
         stride: int = 1,
-        padding: int | Literal["same"] = 0,
+        padding: Padding = 0,
         dilation: int = 1,
         groups: int = 1,
         bias: bool = True,
@@ -211,10 +212,12 @@ class GroupConv2d(_GroupConv2d):
         return self._convolve(x)
 
 
-def window_of(kernel_size: int, stride: int, padding: int | Literal["same"], dilation: int) -> Window:
+def window_of(kernel_size: int, stride: int, padding: Padding, dilation: int) -> Window:
     """The window of a convolution, whose padding may be given as in ``nn.Conv2d``."""
-    total = dilation * (kernel_size - 1) if padding == "same" else 2 * padding
-    return Window(kernel_size, stride, total, dilation)
+    words = {"same": dilation * (kernel_size - 1), "valid": 0}
+    if isinstance(padding, str) and padding not in words:
+        raise ValueError(f"padding is {padding!r}; accepted are pixels on each side, 'same' and 'valid'")
+    return Window(kernel_size, stride, words[padding] if isinstance(padding, str) else 2 * padding, dilation)
 
 
 def convolve(

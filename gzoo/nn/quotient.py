@@ -8,14 +8,14 @@ in this order. Over c16 the last are trivial. Pointwise activations and spatial 
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from gzoo.bases import BasisName, balance, choose, quotient_basis
 from gzoo.groups import Group
-from gzoo.nn.conv import PaddingMode, convolve, window_of
+from gzoo.nn.conv import Padding, PaddingMode, convolve, window_of
 from gzoo.nn.expand import ExpandedLayer, along_fibre
 from gzoo.nn.linear import GroupPool, Pooling
 from gzoo.nn.norm import FibreNorm
@@ -54,7 +54,7 @@ class QuotientConv2d(nn.Module):
         out_fields: the number of fields out.
         kernel_size: side of the square kernel in pixels, odd or even.
         stride: in pixels.
-        padding: pixels on either side; "same" keeps the size at stride 1.
+        padding: pixels on either side; "same" keeps the size at stride 1, "valid" is 0.
         dilation: pixels between taps.
         bias: whether each field has one.
         padding_mode: as in ``nn.Conv2d``.
@@ -78,7 +78,7 @@ class QuotientConv2d(nn.Module):
         out_fields: Fields,
         kernel_size: int,
         stride: int = 1,
-        padding: int | Literal["same"] = 0,
+        padding: Padding = 0,
         dilation: int = 1,
         bias: bool = True,
         padding_mode: PaddingMode = "zeros",

@@ -168,6 +168,19 @@ def test_same_padding_keeps_every_size(kernel):
         assert layer(torch.zeros(1, 1, n, 5)).shape == (1, 4, n, 5)
 
 
+def test_valid_padding_is_none_and_other_words_are_refused():
+    layer = LiftingConv2d(groups.get("p4"), 1, 1, 3, padding="valid")
+    assert layer(torch.zeros(1, 1, 9, 7)).shape == (1, 4, 7, 5)
+    with pytest.raises(ValueError, match=r"padding is 'full'; accepted are pixels on each side, 'same' and 'valid'"):
+        LiftingConv2d(groups.get("p4"), 1, 1, 3, padding="full")
+
+
+@pytest.mark.parametrize("layer", [LiftingConv2d, GroupConv2d])
+def test_the_name_of_a_group_is_no_group(layer):
+    with pytest.raises(TypeError, match=r"group is 'p4'; layers take a gzoo.groups.Group, such as gzoo.groups.get"):
+        layer("p4", 1, 1, 3)
+
+
 @pytest.mark.parametrize("size", [(7, 7), (9, 7)])
 def test_where_the_window_fits_the_layer_is_one_plain_convolution(size):
     layer = with_random_statistics(GroupConv2d(groups.get("p4m"), 2, 3, 3, stride=2, padding=1))
