@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.add_argument("images", nargs="+", metavar="IMAGE")
     command.add_argument("--model", required=True, help="a folder that `gzoo train` wrote, or a pretrained model")
     command.add_argument("--topk", type=int, default=5, help="classes to print, default: 5")
+    command.add_argument("--json", type=_writable, help="write the predictions to this file")
 
     command = commands.add_parser("plan", help="show the widths of a conversion before anything is built")
     command.set_defaults(run=_plan)
@@ -289,15 +291,17 @@ def _predict(args: argparse.Namespace) -> int:
     from gzoo.predict import load_model, predict
 
     model = load_model(args.model, pretrained=True).to("cuda" if torch.cuda.is_available() else "cpu")
-    failed = []
+    predictions = []
     for path in args.images:  # one by one: of many, the first are there at once
-        (prediction,) = predict(model, [path], args.topk)
+        predictions += predict(model, [path], args.topk)
+        prediction = predictions[-1]
         if prediction.error is not None:
-            failed.append(prediction)
             continue
         print(path)
         for name, probability in zip(prediction.names, prediction.probabilities, strict=True):
             print(f"  {probability:8.2%}  {name}")
+    _write_report(args, {"model": args.model, "predictions": [asdict(prediction) for prediction in predictions]})
+    failed = [prediction for prediction in predictions if prediction.error is not None]
     for prediction in failed:
         print(f"gzoo: error: {prediction.path} cannot be read: {prediction.error}", file=sys.stderr)
     return 1 if failed else 0

@@ -176,10 +176,16 @@ def test_predict_lists_unreadable_images_and_exits_1_after_the_others(recipe, im
     assert main(["train", "--recipe", recipe, "--epochs", "1"]) == 0
     (tmp_path / "bad.png").write_text("no image")
     paths = [str(tmp_path / "bad.png"), str(images / "test/dark/0.png")]
-    assert main(["predict", *paths, "--model", str(tmp_path / "run")]) == 1
+    report = tmp_path / "report.json"
+    assert main(["predict", *paths, "--model", str(tmp_path / "run"), "--json", str(report)]) == 1
     streams = capsys.readouterr()
     assert paths[1] in streams.out
     assert f"{paths[0]} cannot be read" in streams.err
+    unreadable, read = json.loads(report.read_text())["predictions"]
+    assert (unreadable["path"], read["path"], read["error"]) == (*paths, None)
+    assert "cannot identify image file" in unreadable["error"]
+    assert set(read["names"]) == {"bright", "dark"}
+    assert sum(read["probabilities"]) == pytest.approx(1)
 
 
 def test_data_rotmnist_writes_a_set_that_opens(tmp_path, monkeypatch, capsys):
