@@ -7,6 +7,7 @@ of all cards.
 
 import csv
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def multiply_adds(model: nn.Module, size: tuple[int, ...]) -> int:
 def render(results: dict[str, Any]) -> str:
     """The README of a card, with the Hub's metadata, from its results."""
     name, test, training = results["name"], results["test"], results["training"]
-    config, machine = training["config"], training["machine"]
+    config = training["config"]
     architecture, tag = name.rsplit(".", 1)
     title, dataset = _DATASETS[tag]
     error = f"{100 - test['top1']:.2f}"
@@ -120,11 +121,18 @@ def render(results: dict[str, Any]) -> str:
     start = "It went on from earlier weights of this name: " if config["pretrained"] else ""
     epochs = _epochs(trained[-1])
     if len(runs) > 1:
+        start = "It went on from an earlier run: "
+        epochs = ", then ".join(map(_epochs, trained))
+    if any("subgroup" in run["config"]["model_args"] for run in runs):
         start = "It grew from a network over a subgroup (`gzoo.grow`): "
         epochs = ", ".join(
             f"{_epochs(run)} over {run['config']['model_args'].get('subgroup', group)}" for run in trained
         )
     commands = "\n".join(run["command"] for run in runs)
+    times = ", then ".join(
+        f"{seconds / 60:.0f} minutes on {machine['gpu'] or machine['cpu']}, {_threads(machine)}"
+        for seconds, machine in _spans(runs)
+    )
     validation = "the last epoch's weights, without validation"
     if training["n_val"]:
         validation = f"{training['n_val']:,} more chose the weights of epoch {trained[-1]['best_epoch']}"
@@ -171,7 +179,7 @@ The eight symmetries are the rotations by 0, 90, 180 and 270 degrees, then the s
 ```
 
 {start}{epochs} on {training["n_train"]:,} images of {title}; {validation}. Seed {config["seed"]}.
-{_seconds(runs) / 60:.0f} minutes on {machine["gpu"] or machine["cpu"]}, {_threads(machine)}, with torch
+{times}, with torch
 {training["torch"]} and timm {training["timm"]}. The recipe is `recipes/{name}.yaml`; all numbers are in results.json.
 
 ![loss and validation accuracy](curves.png)
@@ -236,6 +244,12 @@ def _seconds(runs: list[dict[str, Any]]) -> float:
     return round(sum(run["seconds"] for run in runs), 1)
 
 
+def _spans(runs: list[dict[str, Any]]) -> list[tuple[float, dict[str, Any]]]:
+    """Seconds and machine of each run, those that follow each other on one machine as one."""
+    spans = itertools.groupby(runs, lambda run: run["machine"])
+    return [(_seconds(list(span)), machine) for machine, span in spans]
+
+
 def _thread_count(machine: dict[str, Any]) -> int:
     return machine["threads"] * machine.get("processes", 1)
 
@@ -263,7 +277,6 @@ def leaderboard(folder: Path | None = None) -> str:
     lines = [f"| {columns.replace(',', ' |')} |", "|---" * len(columns.split(",")) + "|"]
     for card in _cards(folder):
         test, training, cost = card["test"], card["training"], card["cost"]
-        machine = training["machine"]["gpu"] or f"CPU, {_threads(training['machine'])}"
         earlier = " after earlier runs" if training["config"]["pretrained"] else ""
         cells = (
             f"`{card['name']}`",
@@ -275,7 +288,10 @@ def leaderboard(folder: Path | None = None) -> str:
             f"{card['multiply_adds'] / 1e6:.0f}M",
             f"{cost['images_per_second']:.0f}" if cost else "-",
             f"{cost['training_memory_mb']:.0f} MB" if cost.get("training_memory_mb") else "-",
-            f"{_seconds(_runs(training)) / 60:.0f} min{earlier}, {machine}",
+            " + ".join(
+                f"{seconds / 60:.0f} min{earlier}, {machine['gpu'] or 'CPU, ' + _threads(machine)}"
+                for seconds, machine in _spans(_runs(training))
+            ),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -163,12 +163,30 @@ def test_a_card_tells_all_runs_that_a_network_was_grown_in():
     results["training"] = {"grown_from": {}} | last
     for subgroup in ("c1", "p4"):
         config = last["config"] | {"model_args": {"subgroup": subgroup}}
-        earlier = {"config": config, "command": f"over {subgroup}", "seconds": 60, "epochs": 5}
+        earlier = last | {"config": config, "command": f"over {subgroup}", "seconds": 60, "epochs": 5}
         results["training"]["grown_from"] = earlier | {"grown_from": results["training"]["grown_from"]}
     text = card.render(results)
     assert f"```\nover c1\nover p4\n{last['command']}\n```" in text
     assert f"(`gzoo.grow`): 5 epochs over c1, 5 epochs over p4, 3 epochs over {results['group']} on" in text
     assert "\n12 minutes on " in text
+
+
+def test_a_card_tells_where_each_run_was_made_that_the_last_went_on_from(tmp_path):
+    results = json.loads((CARDS[0] / "results.json").read_text())
+    last, machine = results["training"], {"cpu": "A CPU", "cores": 2, "threads": 1, "gpu": None, "processes": 1}
+    first = last | {"machine": machine, "seconds": 60, "epochs": 5, "command": "the first", "grown_from": {}}
+    results["training"] = last | {
+        "machine": machine | {"processes": 2},
+        "seconds": 120,
+        "epochs": 3,
+        "grown_from": first,
+    }
+    text = card.render(results)
+    assert "It went on from an earlier run: 5 epochs, then 3 epochs on" in text
+    assert "\n1 minutes on A CPU, 1 thread, then 2 minutes on A CPU, 2 threads, with torch" in text
+    (tmp_path / CARDS[0].name).mkdir()
+    (tmp_path / CARDS[0].name / "results.json").write_text(json.dumps(results))
+    assert "| 1 min, CPU, 1 thread + 2 min, CPU, 2 threads |" in card.leaderboard(tmp_path)
 
 
 def test_the_tables_are_written_from_the_cards(tmp_path, monkeypatch, capsys):
