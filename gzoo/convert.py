@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from timm.models._pretrained import filter_pretrained_cfg
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -110,6 +111,8 @@ def convert(
             not equivariant; names the module. Or the options do not go together.
     """
     _require_convertible(model, group)
+    if weights is None:
+        _require_trainable(model)
     copied = copy.deepcopy(model)
     with torch.device("cpu"):  # new layers move to the model's device; a default device of "meta" would empty them
         converted = convert_in_place(
@@ -167,6 +170,16 @@ def _require_convertible(model: Any, group: Any) -> None:
             f"{type(model).__name__} is on the meta device, where the converted network cannot be checked; convert one "
             "with real numbers, as model.to_empty(device='cpu') and its initialization or checkpoint give them"
         )
+
+
+def _require_trainable(model: nn.Module) -> None:
+    """Raises ValueError where a frozen layer would get fresh weights: they would stay random, or train unasked."""
+    for path, module in model.named_modules():
+        if isinstance(module, _ConvNd | nn.Linear) and not module.weight.requires_grad:
+            raise ValueError(
+                f"{path} is frozen, and its new weights are fresh; convert before you freeze, "
+                "or take over what it has learned by weights='transfer' or 'project'"
+            )
 
 
 def convert_in_place(

@@ -461,6 +461,15 @@ def test_the_gates_in_the_functions_of_ghostnet_are_symmetric(version):
         assert gzoo.check(model, size).worst < 1e-12
 
 
+def test_a_frozen_layer_gets_no_fresh_weights():
+    plain = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    plain[2].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"2 is frozen, and its new weights are fresh; convert before you freeze, or"):
+        gzoo.convert(plain, "p4")
+    model = gzoo.convert(plain, "p4", weights="transfer")
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {"2.weight", "2.bias"}
+
+
 class Fused(nn.Module):
     """Two scales, brought together by MobileNetV5's adapter."""
 
