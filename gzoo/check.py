@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from gzoo import groups
 from gzoo.equivariant import copied, group_of, like
 from gzoo.equivarify import Canonicalized, Equivarified
 from gzoo.fields import level_groups, transform_features
@@ -95,7 +96,7 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 def check(
     model: nn.Module,
     size: int | tuple[int, int] = 33,
-    group: Group | None = None,
+    group: str | Group | None = None,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     in_chans: int | None = None,
@@ -111,7 +112,7 @@ def check(
         model: a classifier (B, C, H, W) -> (B, classes), or of each pixel -> (B, classes, H, W); with timm's
             ``forward_intermediates`` its stages are measured too. Or a ``features_only`` model.
         size: height and width of the image in pixels; one number for a square.
-        group: which group; by default the model's own, or of several stages the first.
+        group: which group, or its name; by default the model's own, or of several stages the first.
         dtype: float64 tells a broken symmetry from rounding; float32 is what runs in use.
         seed: of the random image.
         in_chans: channels of the image; by default those that the first convolution takes.
@@ -119,15 +120,19 @@ def check(
     Raises:
         ValueError: the model has no group of its own and none is given, or no convolution and no ``in_chans``.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is {model!r:.60}; it takes a network, an nn.Module as timm.create_model gives it")
+    group = groups.get(group) if isinstance(group, str) else group
     own_group, asked = group_of(model), group
+    around = isinstance(model, Equivarified | Canonicalized)  # follows its own group, whatever network is in it
     chain: Any = next((module.chain for module in model.modules() if hasattr(module, "chain")), (own_group,))
-    group = asked or chain[0]
+    group = asked or (own_group if around else chain[0])
     if group is None:
         raise ValueError(
             f"{type(model).__name__} is a plain network, so say which group to check: "
             "group=gzoo.groups.get('p4m'), or --group p4m"
         )
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = _sides(size)
     model = copied(model).to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     channels = in_chans or in_channels(model)
@@ -135,13 +140,13 @@ def check(
 
     with _group_layers(model) as ran:
         expected = _outputs(model, x)
-    pooled = isinstance(model, Equivarified | Canonicalized) or _is_pooled(ran, expected)
+    pooled = around or _is_pooled(ran, expected)
     mixture = _mixture(ran)
     levels = dict(zip(expected, level_groups(model), strict=False))
     errors: dict[str, dict[int, float]] = {name: {} for name in expected}
     given_up: dict[int, float] = {}
-    kept = symmetry(model) if any(subsets(model)) else group.grid_elements
-    soft = asked is None and any(residual.any() for residual in residuals(model))
+    kept = symmetry(model) if any(subsets(model)) and not around else group.grid_elements
+    soft = asked is None and not around and any(residual.any() for residual in residuals(model))
     for g in group.grid_elements:
         for name, value in _outputs(model, group.transform_image(x, g)).items():
             moved, law = expected[name], levels.get(name, own_group) or group
@@ -179,6 +184,13 @@ class KeepDouble(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _sides(size: Any) -> tuple[int, int]:
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, tuple | list) or [type(side) for side in sides] != [int, int] or min(sides) < 1:
+        raise ValueError(f"size is {size!r}; it takes a number of pixels, or two: height and width")
+    return sides[0], sides[1]
+
+
 def in_channels(model: nn.Module) -> int:
     """The channels of the image that ``model`` takes: those of its first convolution."""
     folded = 1
@@ -206,7 +218,12 @@ def _outputs(model: Any, x: Tensor) -> dict[str, Tensor]:
             features, stages = model.forward_intermediates(x)
             return {**_named(stages), "logits": model.forward_head(features)}
         output = model(x)
-    return {"logits": output} if isinstance(output, Tensor) else _named(output)
+    if isinstance(output, Tensor):
+        return {"logits": output}
+    tensors = [y for y in tree_leaves(output) if isinstance(y, Tensor)]  # of a tuple or dictionary
+    if not tensors:
+        raise ValueError(f"{type(model).__name__} gives a {type(output).__name__} without a tensor in it to check")
+    return _named(tensors)
 
 
 @contextmanager

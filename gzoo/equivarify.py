@@ -59,8 +59,12 @@ def equivarify(
         raise ValueError("head='pose' pools nothing; leave pool out")
     if mode not in ("whole", "layerwise"):
         raise ValueError(f"mode is {mode!r}; accepted are 'whole' and 'layerwise'")
-    if mode == "layerwise" and not isinstance(net, nn.Sequential):
-        raise ValueError(f"mode='layerwise' needs an nn.Sequential, not a {type(net).__name__}; take mode='whole'")
+    _require_network("net", net)
+    if mode == "layerwise" and type(net).forward is not nn.Sequential.forward:
+        raise ValueError(
+            f"mode='layerwise' needs an nn.Sequential, not a {type(net).__name__}, and no forward of its own; take "
+            "mode='whole'"
+        )
     return Equivarified(net, _grid_group(group), head, pool, batched, mode)
 
 
@@ -103,7 +107,8 @@ class Equivarified(_AroundNet):
 
     def forward(self, x: Tensor) -> Tensor:
         views = poses(self.group, x)
-        values = views
+        scores = self._each(self.pool, views) if isinstance(self.pool, nn.Module) else None
+        values = views  # after the scores, as a layer in place may change them
         layers: Iterable[nn.Module] = self.net if isinstance(self.net, nn.Sequential) else (self.net,)
         for layer in layers if self.mode == "layerwise" else (self.net,):
             values = self._each(layer, values)
@@ -112,8 +117,7 @@ class Equivarified(_AroundNet):
             values = torch.stack([self.group.transform_image(y, g) for g, y in enumerate(values)])
         if self.head == "pose":
             return values.movedim(0, 2)
-        if isinstance(self.pool, nn.Module):
-            scores = self._each(self.pool, views)
+        if scores is not None:
             if scores[0].numel() != len(x):
                 raise ValueError(
                     f"the pool gives {tuple(scores.shape[1:])} for {len(x)} images; accepted is one score an image, "
@@ -144,6 +148,8 @@ def canonicalize(net: nn.Module, group: str | Group, canonizer: nn.Module) -> "C
 
     Source: Mondal et al. 2023, arXiv:2310.01647 (equiadapt), after Kaba et al. 2022, arXiv:2211.06489.
     """
+    _require_network("net", net)
+    _require_network("canonizer", canonizer)
     group, own = _grid_group(group), group_of(canonizer)
     if own not in (None, group):  # of a group as large (p4 and d2) its scores would have the same shape
         raise ValueError(
@@ -156,8 +162,12 @@ def canonicalize(net: nn.Module, group: str | Group, canonizer: nn.Module) -> "C
 class Canonicalized(_AroundNet):
     """A network behind a canonizer; made by `canonicalize`.
 
-    In train mode the choice of the pose passes gradients straight through to the softmax of the scores. The prior loss,
-    which keeps upright images upright, is ``pose_loss(model.canonizer(x), labels=0 for each image)``.
+    Where the highest scores of an image tie to rounding, as they do for an object that has a symmetry of its own, the
+    network runs on each of those poses, and the result is the mean.
+
+    In train mode it is the first of them, and its choice passes gradients straight through to the softmax of the
+    scores. The prior loss, which keeps upright images upright, is
+    ``pose_loss(model.canonizer(x), labels=0 for each image)``.
 
     Shape:
         x: (B, C, H, W), square if the group has quarter turns; result: the network's own. Vectors are invariant, maps
@@ -179,12 +189,28 @@ class Canonicalized(_AroundNet):
                 f"the canonizer gives {given}, not {(len(x), 1, self.group.order)}, a score for each element of "
                 f"{self.group.name}; make it with head='pose', num_classes=1"
             )
-        choice = _one_hot(scores[:, 0], self.training)
-        y = _on_batch(self.net, _chosen(choice, poses(self.group, x)))
+        views = poses(self.group, x)
+        if not self.training:
+            return self._mean_of_best(scores[:, 0], views)
+        choice = _one_hot(scores[:, 0])
+        y = _on_batch(self.net, _chosen(choice, views))
         _require_output(self.group, y)
-        if y.ndim == 2:
-            return y
-        return _chosen(choice, torch.stack([self.group.transform_image(y, g) for g in range(self.group.order)]))
+        return y if y.ndim == 2 else _chosen(choice, self._moved(y))
+
+    def _mean_of_best(self, scores: Tensor, views: Tensor) -> Tensor:
+        tolerance = torch.finfo(scores.dtype).eps ** 0.5 * scores.nan_to_num(0, 0, 0).abs().amax(1, keepdim=True)
+        best = scores >= scores.amax(1, keepdim=True) - tolerance  # (B, |G|)
+        image, g = best.nonzero(as_tuple=True)  # one row for each image, and more where scores tie
+        y = _on_batch(self.net, views[g, image])
+        _require_output(self.group, y)
+        if y.ndim == 4:
+            y = self._moved(y)[g, torch.arange(len(g), device=y.device)]
+        y = y / best.sum(1)[image].view(-1, *(1,) * (y.ndim - 1)).to(y.dtype)
+        return y.new_zeros(len(scores), *y.shape[1:]).index_add(0, image, y)
+
+    def _moved(self, y: Tensor) -> Tensor:
+        """g.y for every g: (|G|, B, C, H, W)."""
+        return torch.stack([self.group.transform_image(y, g) for g in range(self.group.order)])
 
 
 def pose_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -203,7 +229,7 @@ def pose_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     if logits.ndim != 3:
         raise ValueError(f"logits are {tuple(logits.shape)}; accepted are those with poses, (B, classes, |G|)")
-    return F.cross_entropy(logits.flatten(1), labels * logits.shape[2])
+    return F.cross_entropy(logits.flatten(1), labels.long() * logits.shape[2])  # uint8 would wrap around
 
 
 def poses(group: Group, x: Tensor) -> Tensor:
@@ -218,12 +244,10 @@ def poses(group: Group, x: Tensor) -> Tensor:
     return torch.stack([group.transform_image(x, group.inverse(g)) for g in range(group.order)])
 
 
-def _one_hot(scores: Tensor, straight_through: bool) -> Tensor:
-    """(B, |G|): one at the highest score; with the gradient of the softmax if ``straight_through``."""
-    hard = F.one_hot(scores.argmax(1), scores.shape[1]).to(scores.dtype)
-    if not straight_through:
-        return hard
+def _one_hot(scores: Tensor) -> Tensor:
+    """(B, |G|): one at the highest score, with the gradient of the softmax."""
     soft = scores.softmax(1)
+    hard = F.one_hot(scores.argmax(1), scores.shape[1]).to(scores.dtype)
     return hard + (soft - soft.detach())  # in these brackets the sum stays exactly one-hot
 
 
@@ -232,6 +256,11 @@ def _chosen(choice: Tensor, values: Tensor) -> Tensor:
     if not choice.requires_grad:  # picked, as zero times a masked logit of -inf is no number
         return values[choice.argmax(1), torch.arange(len(choice), device=values.device)]
     return (choice.T[..., None, None, None].to(values.dtype) * values).sum(0)
+
+
+def _require_network(name: str, given: object) -> None:
+    if not isinstance(given, nn.Module):
+        raise ValueError(f"{name} is {given!r:.60}; it takes a network, an nn.Module")
 
 
 def _grid_group(group: str | Group) -> Group:

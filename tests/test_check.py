@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -168,3 +169,46 @@ def test_a_check_of_finer_rotations_measures_the_grid_elements():
     model = nn.Sequential(LiftingConv2d(G, 1, 2, 1), Mean(), InvariantLinear(G, 2, 3))
     assert list(gzoo.check(model, 5).errors["logits"]) == [0, 2, 4, 6]
     assert len(elements("c8")) == 8
+
+
+class Several(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = timm.create_model("p4_cnn7", num_classes=4)
+
+    def forward(self, x):
+        return {"logits": self.net(x), "maps": [self.net.forward_features(x), None]}
+
+
+def test_tensors_in_a_dictionary_are_checked_as_those_in_a_list():
+    report = gzoo.check(Several(), 28)
+    assert len(report.errors) == 2
+    assert report.worst < 1e-12
+
+
+class Nothing(nn.Module):
+    def forward(self, x):
+        return {"boxes": None}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: gzoo.check("p4_cnn7"), "model is 'p4_cnn7'; it takes a network, an nn.Module"),
+        (
+            lambda: gzoo.check(nn.Conv2d(1, 1, 3), size=32.0, group="p4"),
+            "size is 32.0; it takes a number of pixels, or two",
+        ),
+        (lambda: gzoo.check(nn.Conv2d(1, 1, 3), size=(1, 2, 3), group="p4"), r"size is \(1, 2, 3\); it takes a number"),
+        (lambda: gzoo.check(nn.Conv2d(1, 1, 3), group="p5"), "unknown group 'p5'"),
+        (lambda: gzoo.check(Nothing(), group="p4", in_chans=1), "Nothing gives a dict without a tensor in it to check"),
+    ],
+)
+def test_what_cannot_be_checked_is_an_error_in_one_line(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_group_is_taken_by_its_name():
+    symmetric = nn.Conv2d(1, 1, 1)
+    assert gzoo.check(symmetric, group="p4m").group.name == "p4m"

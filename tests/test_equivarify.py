@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import GRID_GROUPS, elements, random_image
+from conftest import GRID_GROUPS, elements, random_image, with_random_statistics
 from timm.data import resolve_model_data_config
 from torch import nn
 
@@ -228,6 +228,71 @@ def test_the_choice_of_the_pose_gets_gradients_in_training_only_and_is_the_same(
     assert torch.autograd.grad(y.sum(), first, allow_unused=True)[0] is None
 
 
+@pytest.mark.parametrize("make", [vector_net, map_net])
+@pytest.mark.parametrize("group", ["p4", "p4m", "d2"])
+def test_where_scores_tie_the_result_is_the_mean_over_those_poses(group, make):
+    """As for an object with a symmetry of its own beside the middle: the image has none."""
+
+    class Mass(nn.Module):
+        def forward(self, x):
+            return x.mean((1, 2, 3))[:, None]
+
+    G, net, x = groups.get(group), make(), random_image(2, (8, 8), batch=3)
+    model = gzoo.canonicalize(net, group, gzoo.equivarify(Mass(), group, "pose")).eval()  # ties everywhere
+    assert_follows(model, group)
+    torch.testing.assert_close(model(x), gzoo.equivarify(net, group)(x), rtol=1e-12, atol=1e-12)
+    square, chooser = torch.zeros(2, 2, 8, 8, dtype=torch.float64), canonizer(group)
+    square[:, :, 1:3, 1:3] = 1
+    square[1] = x[0]  # beside an image whose scores do not tie
+    model = gzoo.canonicalize(net, group, chooser).eval()
+    expected = model(square)
+    for g in range(1, G.order):
+        moved = G.transform_image(expected, g) if expected.ndim == 4 else expected
+        assert relative_error(model(G.transform_image(square, g)), moved) < 1e-12
+    torch.testing.assert_close(expected[1:], model(square[1:]))
+
+
+def test_an_object_with_a_symmetry_of_its_own_beside_the_middle_is_no_exception():
+    image = torch.zeros(1, 1, 33, 33, dtype=torch.float64)
+    image[..., 10:15, 8:13] = 1
+    chooser = with_random_statistics(timm.create_model("p4_resnet20", in_chans=1, num_classes=1, head="pose")).eval()
+    net = nn.Sequential(nn.Flatten(), nn.Linear(33 * 33, 3)).double()
+    model = gzoo.canonicalize(net, "p4", chooser).eval()
+    for turns in range(1, 4):
+        assert relative_error(model(image.rot90(turns, (2, 3))), model(image)) < 1e-12
+
+
+def test_what_is_around_a_network_is_checked_for_its_own_group():
+    inner = with_random_statistics(timm.create_model("p4_cnn7", num_classes=4)).eval()
+    report = gzoo.check(gzoo.equivarify(inner, "p4m"), size=28)
+    assert report.group.name == "p4m"
+    assert report.worst < 1e-12
+    broken = gzoo.canonicalize(inner, "p4m", nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.Unflatten(1, (1, 8))))
+    assert gzoo.check(broken, size=28).worst > 1e-3
+    soft = timm.create_model("p4_cnn7", num_classes=5, soft=True).double()
+    for residual in gzoo.soft.residuals(soft):
+        residual.data.normal_(std=0.1)
+    report = gzoo.check(gzoo.equivarify(soft, "p4"), size=28)
+    assert report.worst < 1e-12
+    assert not report.given_up
+
+
+def test_a_pool_scores_the_image_as_it_was():
+    net = nn.Sequential(nn.ReLU(), *vector_net())
+    in_place = nn.Sequential(nn.ReLU(inplace=True), *net[1:])
+    x, pool = random_image(2, (8, 8)), canonizer("c1").net
+    expected = gzoo.equivarify(net, "p4", pool=pool)(x)
+    for batched in (True, False):
+        made = gzoo.equivarify(in_place, "p4", pool=pool, batched=batched)(x.clone())
+        torch.testing.assert_close(made, expected)
+
+
+def test_labels_of_bytes_do_not_wrap_around():
+    logits = torch.randn(1, 200, 4)
+    label = torch.tensor([100])
+    assert gzoo.pose_loss(logits, label.byte()) == gzoo.pose_loss(logits, label)
+
+
 def test_the_prior_loss_teaches_a_canonizer_to_leave_images_as_they_are():
     model, x = canonizer("p4"), random_image(2, (8, 8), batch=4)
     optimizer = torch.optim.Adam(model.parameters(), 0.05)
@@ -274,6 +339,11 @@ class Pair(nn.Module):
         return x, x
 
 
+class OwnForward(nn.Sequential):
+    def forward(self, x):
+        return x
+
+
 class Total(nn.Module):
     def forward(self, x):
         return x.sum()
@@ -297,6 +367,12 @@ def scores(number: int) -> nn.Sequential:
     [
         (lambda: gzoo.equivarify(vector_net(), "c8"), "c8 turns pixels between pixels"),
         (lambda: gzoo.canonicalize(vector_net(), "c8", canonizer("p4")), "c8 turns pixels between pixels"),
+        (lambda: gzoo.equivarify("resnet18", "p4"), "net is 'resnet18'; it takes a network, an nn.Module"),
+        (lambda: gzoo.canonicalize(vector_net(), "p4", None), "canonizer is None; it takes a network, an nn.Module"),
+        (
+            lambda: gzoo.equivarify(OwnForward(), "p4", mode="layerwise"),
+            "not a OwnForward, and no forward of its own",
+        ),
         (lambda: gzoo.equivarify(vector_net(), 4), "group is 4; accepted are names such as 'p4'"),
         (lambda: gzoo.equivarify(vector_net(), "p4", "dense"), "head is 'dense'"),
         (lambda: gzoo.equivarify(vector_net(), "p4", pool="sum"), "pool is 'sum'"),
