@@ -44,10 +44,16 @@ def transform_features(
         ValueError: x does not have the channels of its type; g is no element, or lies between the pixels; the type is
             over a group that gzoo does not know, or has a field whose values mix or change sign, such as an irrep.
     """
+    if not isinstance(x, Tensor) and not hasattr(x, "tensor"):
+        raise ValueError(f"x is a {x.__class__.__name__}; accepted are a tensor and a GeometricTensor")
     if not isinstance(x, Tensor):
         return _escnn.load().nn.GeometricTensor(transform_features(x.tensor, g, x.type), x.type)
     if type is None:
         raise ValueError("a tensor's channels can be anything; give their escnn FieldType, or a GeometricTensor")
+    if not hasattr(type, "representations"):
+        raise ValueError(f"type is {type!r:.60}; it takes an escnn FieldType, such as group.field_type(fields) makes")
+    if x.ndim not in (2, 4):
+        raise ValueError(f"x is {tuple(x.shape)}; accepted are (B, {type.size}, H, W) and (B, {type.size})")
     if x.shape[1] != type.size:
         raise ValueError(f"x has {x.shape[1]} channels, but its type {type} has {type.size}")
     group, elements = _group(type), type.fibergroup.elements

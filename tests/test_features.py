@@ -142,6 +142,28 @@ def test_what_cannot_be_moved_exactly_is_refused(what):
         gzoo.transform_features(random_image(8), g, law)
 
 
+@pytest.mark.parametrize(
+    ("x", "law", "message"),
+    [
+        (
+            torch.zeros(2, 8, 9),
+            lambda: groups.get("p4m").field_type(1),
+            r"x is \(2, 8, 9\); accepted are \(B, 8, H, W\)",
+        ),
+        (
+            torch.zeros(8),
+            lambda: groups.get("p4m").field_type(1),
+            r"x is \(8,\); accepted are \(B, 8, H, W\) and \(B, 8\)",
+        ),
+        (torch.zeros(2, 8, 3, 3), lambda: "p4m", "type is 'p4m'; it takes an escnn FieldType"),
+        ([[1.0]], lambda: None, "x is a list; accepted are a tensor and a GeometricTensor"),
+    ],
+)
+def test_what_is_no_map_of_fields_is_refused(x, law, message):
+    with pytest.raises(ValueError, match=message):
+        gzoo.transform_features(x, 1, law())
+
+
 # Pyramids
 
 PYRAMIDS = {
