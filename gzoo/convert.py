@@ -225,7 +225,8 @@ def convert_in_place(
     _restrict(converted, planned)
     if isinstance(converted, EquivariantClassifier):
         converted.says_pose = head == "pose"
-    if head == "pose" and planned.classifiers and not _has_pose(converted):
+    to_come = isinstance(converted, EquivariantClassifier)  # timm's networks without classes may get some later
+    if head == "pose" and not _has_pose(converted) and (planned.classifiers or not to_come):
         raise ValueError(
             f"head='pose' needs a linear classifier, or a 1x1 convolution in a network with timm's forward_head; those "
             f"of {type(model).__name__} are {sorted(planned.classifiers)}. Give the path of a linear one as classifier"

@@ -461,6 +461,15 @@ def test_the_gates_in_the_functions_of_ghostnet_are_symmetric(version):
         assert gzoo.check(model, size).worst < 1e-12
 
 
+def test_a_pose_head_where_there_is_no_classifier_is_refused():
+    features = nn.Sequential(conv(3, 8), nn.ReLU())
+    for classifier in (None, ""):
+        with pytest.raises(
+            ValueError, match=r"head='pose' needs a linear classifier, .* those of EquivariantSequential are \[\]"
+        ):
+            gzoo.convert(features, "p4", head="pose", classifier=classifier)
+
+
 def test_a_frozen_layer_gets_no_fresh_weights():
     plain = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
     plain[2].requires_grad_(False)
