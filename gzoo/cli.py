@@ -309,10 +309,10 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _size(text: str) -> tuple[int, int]:
     """ "48" or "48x65": height and width in pixels."""
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and (width or height).isdecimal()):
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 48 or 48x65; a model stands before --size")
-    return int(height), int(width or height)
+    return int(sides[0]), int(sides[-1])
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -100,6 +100,7 @@ def test_an_error_of_the_user_is_one_line_and_exit_code_1(arguments, message, ca
     [
         *([], ["trian"], ["eval"], ["train", "--epoch-s", "3"], ["train", "--optimizer", "sgd"]),
         ["check", "--size", "33", "p4m_resnet20"],
+        *(["check", "p4_cnn7", "--size", size] for size in ("28x", "x28", "28x28x28", "28.0")),
         ["mnist6", "--mnist", "m", "--json", "no/such/folder.json"],
     ],
 )
