@@ -84,7 +84,7 @@ def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = Fals
     }
     files = {Path(path).name: (source / path).read_bytes() for path in _COPIED}
     files |= {
-        "curves.png": plot_curves([row for earlier in runs for row in earlier["log"]]),
+        "curves.png": plot_curves([row for earlier in runs for row in earlier.get("log", ())]),
         "results.json": (json.dumps(results, indent=2) + "\n").encode(),
         "README.md": render(results).encode(),
     }
