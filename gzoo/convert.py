@@ -175,7 +175,8 @@ def _require_convertible(model: Any, group: Any) -> None:
 def _require_trainable(model: nn.Module) -> None:
     """Raises ValueError where a frozen layer would get fresh weights: they would stay random, or train unasked."""
     for path, module in model.named_modules():
-        if isinstance(module, _ConvNd | nn.Linear) and not module.weight.requires_grad:
+        weight = module._parameters.get("weight")  # no parameter under spectral norm, whose hook is refused later
+        if isinstance(module, _ConvNd | nn.Linear) and weight is not None and not weight.requires_grad:
             raise ValueError(
                 f"{path} is frozen, and its new weights are fresh; convert before you freeze, "
                 "or take over what it has learned by weights='transfer' or 'project'"
