@@ -329,7 +329,7 @@ def test_augmenting_in_batches_changes_the_speed_and_not_the_images(settings, tm
 
 
 def test_winograds_convolutions_change_the_speed_and_not_the_run(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(gzoo.winograd, "_compiled", lambda function, shape: function)
+    monkeypatch.setattr(gzoo.winograd, "_compiled", lambda function, kernel, shape: function)
     applied, apply = [], gzoo.winograd._Convolution.apply
     monkeypatch.setattr(gzoo.winograd._Convolution, "apply", lambda *args: applied.append(1) or apply(*args))
     settings |= {"model": "resnet20", "optimizer": {"name": "sgd", "lr": 0.01}}
