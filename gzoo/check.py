@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from gzoo import groups
-from gzoo.equivariant import copied, group_of, like
+from gzoo.equivariant import copied, group_of, like, require_network
 from gzoo.equivarify import Canonicalized, Equivarified
 from gzoo.fields import level_groups, transform_features
 from gzoo.groups import Group
@@ -120,8 +120,7 @@ def check(
     Raises:
         ValueError: the model has no group of its own and none is given, or no convolution and no ``in_chans``.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model is {model!r:.60}; it takes a network, an nn.Module as timm.create_model gives it")
+    require_network("model", model)
     group = groups.get(group) if isinstance(group, str) else group
     own_group, asked = group_of(model), group
     around = isinstance(model, Equivarified | Canonicalized)  # follows its own group, whatever network is in it

@@ -42,6 +42,12 @@ def make_equivariant(model: nn.Module, chain: tuple[Group, ...], pool: Pooling) 
     object.__setattr__(model, "group_pool", GroupPool(model.group.order, pool))  # no child: an nn.Sequential runs those
 
 
+def require_network(name: str, given: object) -> None:
+    """Raises ValueError unless the argument called ``name`` is a network."""
+    if not isinstance(given, nn.Module):
+        raise ValueError(f"{name} is {given!r:.60}; it takes a network, an nn.Module as timm.create_model gives it")
+
+
 def group_of(model: nn.Module) -> Group | None:
     """The group of the first equivariant layer in ``model``; None if there is none."""
     for module in model.modules():

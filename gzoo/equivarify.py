@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gzoo import groups
-from gzoo.equivariant import group_of
+from gzoo.equivariant import group_of, require_network
 from gzoo.groups import Group
 from gzoo.nn.linear import Head, Pooling
 
@@ -59,7 +59,7 @@ def equivarify(
         raise ValueError("head='pose' pools nothing; leave pool out")
     if mode not in ("whole", "layerwise"):
         raise ValueError(f"mode is {mode!r}; accepted are 'whole' and 'layerwise'")
-    _require_network("net", net)
+    require_network("net", net)
     if mode == "layerwise" and type(net).forward is not nn.Sequential.forward:
         raise ValueError(
             f"mode='layerwise' needs an nn.Sequential, not a {type(net).__name__}, and no forward of its own; take "
@@ -148,8 +148,8 @@ def canonicalize(net: nn.Module, group: str | Group, canonizer: nn.Module) -> "C
 
     Source: Mondal et al. 2023, arXiv:2310.01647 (equiadapt), after Kaba et al. 2022, arXiv:2211.06489.
     """
-    _require_network("net", net)
-    _require_network("canonizer", canonizer)
+    require_network("net", net)
+    require_network("canonizer", canonizer)
     group, own = _grid_group(group), group_of(canonizer)
     if own not in (None, group):  # of a group as large (p4 and d2) its scores would have the same shape
         raise ValueError(
@@ -256,11 +256,6 @@ def _chosen(choice: Tensor, values: Tensor) -> Tensor:
     if not choice.requires_grad:  # picked, as zero times a masked logit of -inf is no number
         return values[choice.argmax(1), torch.arange(len(choice), device=values.device)]
     return (choice.T[..., None, None, None].to(values.dtype) * values).sum(0)
-
-
-def _require_network(name: str, given: object) -> None:
-    if not isinstance(given, nn.Module):
-        raise ValueError(f"{name} is {given!r:.60}; it takes a network, an nn.Module")
 
 
 def _grid_group(group: str | Group) -> Group:
