@@ -83,7 +83,7 @@ def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = Fals
         "training": training,
     }
     files = {Path(path).name: (source / path).read_bytes() for path in _COPIED}
-    files |= {
+    files |= {  # an older run's results, kept in a card, may be without a log
         "curves.png": plot_curves([row for earlier in runs for row in earlier.get("log", ())]),
         "results.json": (json.dumps(results, indent=2) + "\n").encode(),
         "README.md": render(results).encode(),

@@ -44,9 +44,9 @@ def transform_features(
         ValueError: x does not have the channels of its type; g is no element, or lies between the pixels; the type is
             over a group that gzoo does not know, or has a field whose values mix or change sign, such as an irrep.
     """
-    if not isinstance(x, Tensor) and not hasattr(x, "tensor"):
-        raise ValueError(f"x is a {x.__class__.__name__}; accepted are a tensor and a GeometricTensor")
     if not isinstance(x, Tensor):
+        if not hasattr(x, "tensor"):
+            raise ValueError(f"x is a {x.__class__.__name__}; accepted are a tensor and a GeometricTensor")
         return _escnn.load().nn.GeometricTensor(transform_features(x.tensor, g, x.type), x.type)
     if type is None:
         raise ValueError("a tensor's channels can be anything; give their escnn FieldType, or a GeometricTensor")

@@ -627,9 +627,9 @@ class SymmetricFusion(mobilenetv5.MobileNetV5MultiScaleFusionAdapter):
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
         size = inputs[0].shape[-2:]
-        whole = [all(n % m == 0 for n, m in zip(size, x.shape[-2:], strict=True)) for x in inputs]
+        height, width = size
         resized = [
-            x if exact else F.interpolate(x, size, mode="bilinear") for x, exact in zip(inputs, whole, strict=True)
+            F.interpolate(x, size, mode="bilinear") if height % x.shape[2] or width % x.shape[3] else x for x in inputs
         ]
         return super().forward(resized)
 
