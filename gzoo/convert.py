@@ -7,7 +7,7 @@ rule knows is an error. `gzoo.transfer` carries weights over, where that is want
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -47,7 +47,7 @@ def convert(
     widths: Mapping[int, int] | None = None,
     group_pool: Pooling = "mean",
     basis: BasisName | None = None,
-    classifier: str | None = None,
+    classifier: str | Sequence[str] | None = None,
     weights: Weights | None = None,
     head: Head = "invariant",
     partial: bool = False,
@@ -71,11 +71,12 @@ def convert(
         group_pool: how the classifier pools a fibre, "mean" or "max"; "mean" with ``weights``.
         basis: of the kernels: "pixel", "steerable" (band-limited, as escnn's) or "steerable_3r" (frequencies up to 3r
             on the ring of radius r); None: pixel for groups on the grid, else steerable.
-        classifier: path of the layer that makes the logits; "" if none does, and the output stays regular fields. By
-            default it is timm's classifier, or else the last layer with parameters, if that is linear, a convolution
-            whose map is pooled to a vector, or a 1x1 convolution whose map is the output itself (segmentation), which
-            a resize, clamp, sigmoid, tanh or softmax may follow. What ends in another convolution, a norm, an
-            activation such as ReLU or a sum is taken for a feature extractor.
+        classifier: path of the layer that makes the logits, or a list of those of a network with several outputs; ""
+            if none does, and the output stays regular fields. By default it is timm's classifier, or else the last
+            layer with parameters, if that is linear, a convolution whose map is pooled to a vector, or a 1x1
+            convolution whose map is the output itself (segmentation), which a resize, clamp, sigmoid, tanh or softmax
+            may follow. What ends in another convolution, a norm, an activation such as ReLU or a sum is taken for a
+            feature extractor, and so is each map beside another output.
         weights: where the weights start.
 
             None: fresh ones.
@@ -190,7 +191,7 @@ def convert_in_place(
     widths: Mapping[int, int] | None = None,
     group_pool: Pooling = "mean",
     basis: BasisName | None = None,
-    classifier: str | None = None,
+    classifier: str | Sequence[str] | None = None,
     weights: Weights | None = None,
     scale: float | None = None,
     head: Head = "invariant",

@@ -9,7 +9,7 @@ narrow network over a large group may miss it all the same, as no width is less 
 import difflib
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -275,7 +275,7 @@ def plan(
     widths: Mapping[int, int] | None = None,
     scale: float | None = None,
     basis: BasisName | None = None,
-    classifier: str | None = None,
+    classifier: str | Sequence[str] | None = None,
     fit: bool = True,
 ) -> Plan:
     """Plans the conversion of a plain network.
@@ -287,7 +287,8 @@ def plan(
         widths: plain channels -> fields, where they differ from ``match``.
         scale: fields for each plain channel, in place of the one that ``match`` leads to.
         basis: of the kernels, "pixel", "steerable" or "steerable_3r"; None chooses by the group.
-        classifier: path of the layer that makes the logits, "" for none; by default found as `gzoo.convert` says.
+        classifier: path of the layer that makes the logits, or of several, "" for none; by default found as
+            `gzoo.convert` says.
         fit: whether widths may give way, to keep what ``match`` says of the whole network; else ``match`` holds for
             each width, and where C / |G| is no whole number, `Plan.fields` is an error.
 
@@ -300,18 +301,20 @@ def plan(
     if group_of(model) is not None:
         raise ValueError(f"{type(model).__name__} is equivariant already; convert the plain network")
     _require_convolution(model)
-    if classifier and not isinstance(dict(model.named_modules()).get(classifier), nn.Conv2d | nn.Linear):
-        raise ValueError(
-            f"classifier is {classifier!r}; {type(model).__name__} has no Conv2d or Linear of that path. Give the path "
-            "of the layer that makes the logits, as named_modules() spells it, or '' if there is none"
-        )
+    paths = classifier if isinstance(classifier, list | tuple) else [classifier or ""]
+    for path in filter(None, paths):
+        if not isinstance(dict(model.named_modules()).get(path), nn.Conv2d | nn.Linear):
+            raise ValueError(
+                f"classifier is {path!r}; {type(model).__name__} has no Conv2d or Linear of that path. Give the path "
+                "of the layer that makes the logits, as named_modules() spells it, a list of several, or '' for none"
+            )
     seen = trace(model, example(model))
     if seen.over_pixels:
         raise ValueError(
             f"{seen.over_pixels[0]} is linear over pixels or tokens, each with a weight of its own, which has no "
             f"equivariant counterpart here; use a convolution. {WHOLE_NETWORK}"
         )
-    found = _classifiers(model, seen) if classifier is None else frozenset([classifier] if classifier else [])
+    found = _classifiers(model, seen) if classifier is None else frozenset(filter(None, paths))
     sizes = {part.size for segments in seen.outputs.values() for part in flat(segments) if not part.image}
     for channels, fields in (widths or {}).items():
         if channels not in sizes:
@@ -477,8 +480,8 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
     last, results = layers[-1], [y for y in tree_leaves(seen.result) if isinstance(y, Tensor)]
     if vectors := [tuple(y.shape) for y in results[1:] if y.ndim == results[0].ndim == 2]:
         raise ValueError(
-            f"{type(model).__name__} gives several vectors, {tuple(results[0].shape)} and {vectors[0]}, and gzoo knows "
-            "of one classifier; convert the part before them, and put a gzoo.nn.InvariantLinear on its fields for each"
+            f"{type(model).__name__} gives several vectors, {tuple(results[0].shape)} and {vectors[0]}; give the paths "
+            f"of the layers that make logits as classifier, a list: {', '.join(layers[-len(vectors) - 1 :])}, say"
         )
     later = [modules[name] for name in seen.order[seen.order.index(last) + 1 :]]
     if any(True for module in later for _ in module.parameters()):

@@ -470,6 +470,41 @@ def test_a_pose_head_where_there_is_no_classifier_is_refused():
             gzoo.convert(features, "p4", head="pose", classifier=classifier)
 
 
+@pytest.mark.parametrize("size", [(33, 33), (32, 27)])
+@pytest.mark.parametrize("head", ["invariant", "pose"])
+def test_several_outputs_have_a_classifier_each(head, size):
+    plain = Network(
+        lambda self, x: {"kind": self.kind(self.a(x).mean((2, 3))), "age": self.age(self.a(x).amax((2, 3))).sigmoid()},
+        a=conv(3, 16),
+        kind=nn.Linear(16, 7),
+        age=nn.Linear(16, 1),
+    )
+    model = gzoo.convert(plain, "p4m", classifier=["kind", "age"], head=head).double().eval()
+    p4m, x = groups.get("p4m"), torch.randn(2, 3, *size, dtype=torch.float64)
+    upright = model(x)
+    assert {name: tuple(y.shape[:2]) for name, y in upright.items()} == {"kind": (2, 7), "age": (2, 1)}
+    for g in p4m.grid_elements:
+        for name, y in model(p4m.transform_image(x, g)).items():
+            expected = upright[name] if head == "invariant" else p4m.transform_features(upright[name].flatten(1), g)
+            torch.testing.assert_close(y.flatten(1), expected, rtol=0, atol=1e-12)
+
+
+def test_a_mask_and_a_vector_beside_it_have_a_classifier_each():
+    plain = Network(
+        lambda self, x: (self.mask(self.a(x)), self.kind(self.a(x).mean((2, 3)))),
+        a=conv(3, 16),
+        mask=nn.Conv2d(16, 2, 1),
+        kind=nn.Linear(16, 5),
+    )
+    model = gzoo.convert(plain, "p4", classifier=("mask", "kind")).double().eval()
+    x = torch.randn(2, 3, 17, 12, dtype=torch.float64)
+    mask, kind = model(x)
+    turned_mask, turned_kind = model(x.rot90(1, (2, 3)))
+    assert mask.shape == (2, 2, 17, 12)
+    torch.testing.assert_close(turned_mask, mask.rot90(1, (2, 3)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(turned_kind, kind, rtol=0, atol=1e-12)
+
+
 def test_a_frozen_layer_gets_no_fresh_weights():
     plain = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
     plain[2].requires_grad_(False)
@@ -892,7 +927,7 @@ REFUSED = {
             b=nn.Linear(16, 7),
             c=nn.Linear(16, 5),
         ),
-        r"^Network gives several vectors, \(2, 7\) and \(2, 5\), and gzoo knows of one classifier; convert the part",
+        r"^Network gives several vectors, \(2, 7\) and \(2, 5\); give the paths .* as classifier, a list: b, c, say$",
     ),
     "shared weight": (
         lambda: Network(lambda self, x: self.b(self.a(x)).mean((2, 3)), **tied()),

@@ -1,6 +1,7 @@
 """Networks with an output at every pixel: rotate the image, and the mask rotates with it."""
 
 import copy
+import re
 
 import pytest
 import timm
@@ -253,9 +254,12 @@ def test_without_a_classifier_the_output_is_regular_fields():
     assert worst_error(model, "p4", random_image(3, (9, 12)), "image", "fields") < 1e-12
 
 
-@pytest.mark.parametrize("path", ["ends", "joined.1"])
+@pytest.mark.parametrize("path", ["ends", "joined.1", ["end", "ends"], nn.Linear(8, 5)])
 def test_a_classifier_that_is_no_layer_is_refused(path):
-    with pytest.raises(ValueError, match=f"classifier is '{path}'; Own has no Conv2d or Linear of that path"):
+    named = path[1] if isinstance(path, list) else path
+    with pytest.raises(
+        ValueError, match=f"classifier is {re.escape(repr(named))}; Own has no Conv2d or Linear of that path"
+    ):
         gzoo.convert(Own(resized, nn.Conv2d(8, 5, 1)), "p4", classifier=path)
 
 
