@@ -367,8 +367,10 @@ def _possible(group: Group, y: Tensor, g: int, found: Tensor) -> Iterator[Tensor
         yield _move_fibres(group, _move_fibres(group, y, g).mT, g).mT
     if y.ndim == 4:
         yield from _possible_maps(group, y, g, found)
+        last = y.permute(0, 3, 1, 2)  # channels last
+        yield group.transform_image(last, g).permute(0, 2, 3, 1)
         if y.shape[-1] % group.order == 0:
-            yield group.transform_features(y.permute(0, 3, 1, 2), g).permute(0, 2, 3, 1)
+            yield group.transform_features(last, g).permute(0, 2, 3, 1)
     if y.ndim == 4 and _is_square(y.shape[2]) and _is_square(y.shape[3]):  # in a patch, and of which patch
         inside = math.isqrt(y.shape[2])
         for moved in _possible_maps(group, _folded(y, inside), g, _folded(found, inside)):

@@ -491,7 +491,7 @@ def image_for(probe: nn.Module) -> Tensor:
             with _path_in_errors(probe), torch.no_grad(), KeepDouble():
                 probe(x)
             return x
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             reason = error
     raise ValueError(
         f"the converted {type(probe).__name__} does not run ({reason}). Plain widths that its forward fixes in numbers "
@@ -501,7 +501,7 @@ def image_for(probe: nn.Module) -> Tensor:
 
 @contextmanager
 def _path_in_errors(model: nn.Module) -> Iterator[None]:
-    """Puts the path of the leaf that ran last before the message of an error."""
+    """Puts the path of the layer that ran last, a leaf or one with parameters, before the message of an error."""
     last = ""
 
     def hook(name: str) -> Callable[..., None]:
@@ -511,11 +511,15 @@ def _path_in_errors(model: nn.Module) -> Iterator[None]:
 
         return enter
 
-    leaves = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in leaves]
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if not any(True for _ in module.children()) or any(True for _ in module.parameters(recurse=False))
+    ]
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers]
     try:
         yield
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"at {last}: {error}") from error
     finally:
         for handle in handles:

@@ -165,8 +165,8 @@ def _run(model: nn.Module, x: Tensor) -> Trace:
     follow = _Follow(seen)
     for name, module in model.named_modules():
         _make_followable(module)
-        module.register_forward_pre_hook(follow.enter(name))
-        module.register_forward_hook(follow.leave(name))
+        module.register_forward_pre_hook(follow.enter(name), with_kwargs=True)
+        module.register_forward_hook(follow.leave(name), with_kwargs=True)
     _mark(x, 1, (Segment(x.shape[1], image=True),))
     with torch.no_grad(), follow:
         seen.result = model.eval()(x)
@@ -212,9 +212,10 @@ class _Follow(TorchFunctionMode):
     # --- modules
 
     def enter(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             self.path.append(name)
             seen = self.seen
+            inputs += tuple(named.values())
             x = next((x for x in _tensors(inputs) if _channels(x)), None)
             if not any(True for _ in module.children()) and name not in seen.order:
                 seen.order.append(name)
@@ -231,8 +232,9 @@ class _Follow(TorchFunctionMode):
         return hook
 
     def leave(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             self.path.pop()
+            inputs += tuple(named.values())
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 self.seen.later.clear()
             channels = _channels(inputs[0]) if inputs else None

@@ -505,6 +505,21 @@ def test_a_mask_and_a_vector_beside_it_have_a_classifier_each():
     torch.testing.assert_close(turned_kind, kind, rtol=0, atol=1e-12)
 
 
+CHANNELS_LAST = {
+    "map": (lambda self, x: self.b(self.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2), "image"),
+    "tokens": (lambda self, x: self.b(self.a(x).flatten(2).transpose(1, 2)).mean(1), "invariant"),
+}
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 6)])
+@pytest.mark.parametrize("layout", CHANNELS_LAST)
+def test_a_linear_classifier_of_each_pixel(layout, size):
+    forward, law = CHANNELS_LAST[layout]
+    plain = Network(forward, a=conv(3, 8), b=nn.Linear(8, 5))
+    model = with_random_statistics(gzoo.convert(plain, "p4m")).eval()
+    assert worst_error(model, "p4m", image(size), "image", law) < 1e-12
+
+
 def test_a_frozen_layer_gets_no_fresh_weights():
     plain = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
     plain[2].requires_grad_(False)
@@ -919,6 +934,10 @@ REFUSED = {
     "one output of several": (
         lambda: Network(lambda self, x: (self.a(x), {"b": self.a(x)[:, :, ::2, ::2]}), a=conv(3, 16)),
         r"^the output\[1\] of EquivariantNetwork is not equivariant under p4 at 64x64 pixels",
+    ),
+    "input by keyword": (
+        lambda: Network(lambda self, x: self.b(self.a(input=x)).mean((2, 3)), a=conv(3, 16), b=conv(16, 5)),
+        r"^the converted EquivariantNetwork does not run \(at a: LiftingConv2d.forward\(\) got .* argument 'input'",
     ),
     "two classifiers": (
         lambda: Network(

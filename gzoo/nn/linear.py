@@ -109,24 +109,26 @@ class GroupPool(nn.Module):
     Args:
         group_order: |G|.
         pool: "mean" or "max".
+        dim: where the channels are, 1 or -1.
 
     Shape:
-        x: (B, fields * |G|, ...); result: (B, fields, ...).
+        x: (B, fields * |G|, ...); result: (B, fields, ...). Or (B, ..., fields * |G|) and (B, ..., fields).
 
     Source: coset pooling over all of G, Cohen & Welling 2016, arXiv:1602.07576, section 6.3.
     """
 
-    def __init__(self, group_order: int, pool: Pooling = "mean") -> None:
+    def __init__(self, group_order: int, pool: Pooling = "mean", dim: Literal[1, -1] = 1) -> None:
         super().__init__()
         if pool not in get_args(Pooling):
             raise ValueError(
                 f"a fibre is pooled by {pool!r}; accepted are {' and '.join(map(repr, get_args(Pooling)))}"
             )
-        self.group_order, self.pool = group_order, pool
+        self.group_order, self.pool, self.dim = group_order, pool, dim
 
     def forward(self, x: Tensor) -> Tensor:
-        fibres = x.unflatten(1, (-1, self.group_order))  # (B, fields, |G|, ...)
-        return fibres.amax(2) if self.pool == "max" else fibres.mean(2)
+        fibres = x.unflatten(self.dim, (-1, self.group_order))  # (B, fields, |G|, ...)
+        along = 2 if self.dim == 1 else -1
+        return fibres.amax(along) if self.pool == "max" else fibres.mean(along)
 
     def extra_repr(self) -> str:
         return f"group_order={self.group_order}, pool={self.pool!r}"
@@ -144,10 +146,11 @@ class InvariantLinear(nn.Linear):
         pool: group pooling, "mean" or "max".
 
     Shape:
-        x: (B, in_fields * |G|); result: (B, out_features). weight: (out_features, in_fields).
+        x: (B, ..., in_fields * |G|), channels last as for ``nn.Linear``; result: (B, ..., out_features).
+        weight: (out_features, in_fields).
 
     Raises:
-        ValueError: x does not have in_fields * |G| channels, or is a map.
+        ValueError: x does not have in_fields * |G| channels in its last dimension.
     """
 
     def __init__(
@@ -155,7 +158,7 @@ class InvariantLinear(nn.Linear):
     ) -> None:
         super().__init__(in_fields, out_features, bias)
         self.group = group
-        self.group_pool = GroupPool(group.order, pool)
+        self.group_pool = GroupPool(group.order, pool, dim=-1)
 
     @property
     def in_type(self) -> "FieldType":
@@ -163,12 +166,12 @@ class InvariantLinear(nn.Linear):
         return self.group.field_type(self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        require_fields(x, 1, self.in_features, self.group)
-        if x.ndim != 2:
+        if x.ndim == 4 and x.shape[-1] != self.in_features * self.group.order:
             raise ValueError(
                 f"the classifier takes pooled features (B, C), not a map of shape {tuple(x.shape)}; give the model a "
                 "global_pool such as 'avg', or num_classes=0 with global_pool='' for the map itself"
             )
+        require_fields(x, -1, self.in_features, self.group)
         return super().forward(self.group_pool(x))
 
 
