@@ -54,7 +54,7 @@ def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = Fals
 
     Raises:
         FileNotFoundError: the run is not finished.
-        ValueError: the tag of its data has no title here.
+        ValueError: the tag of its data has no title here, or ``data`` is called otherwise.
     """
     source = Path(run)
     if not (source / "results.json").is_file():
@@ -65,6 +65,8 @@ def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = Fals
     if not any(earlier["epochs"] for earlier in runs):
         raise ValueError(f"{run}: no epoch of it was trained; a card tells how weights were made")
     tag = config["pretrained_cfg"]["tag"]
+    if Path(data).resolve().name != tag:
+        raise ValueError(f"{data}: the run was trained on {training['config']['data']}; give its test images as data")
     if tag not in _DATASETS:
         raise ValueError(f"{data}: no title for data of the tag {tag!r}; known are {', '.join(_DATASETS)}")
     name = f"{config['architecture']}.{tag}"

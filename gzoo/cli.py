@@ -240,8 +240,8 @@ def _train(args: argparse.Namespace) -> int:
     types = TrainConfig.__annotations__
     flags = {k: dict(v) if types[k].startswith("dict") else v for k, v in flags.items()}
     flags = {k: _listed(v) if "tuple" in types[k] else v for k, v in flags.items()}
-    entries = merge(read_recipe(args.recipe) if args.recipe else {}, flags)
-    config = resume_config(entries) if args.resume else make_config(entries)
+    recipe = read_recipe(args.recipe) if args.recipe else {}
+    config = resume_config(recipe, flags) if args.resume else make_config(merge(recipe, flags))
     train(config, args.resume, args.command_line)
     return 0
 

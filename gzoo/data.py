@@ -114,6 +114,8 @@ def open_split(source: str, split: Split, memory_budget: int = MEMORY_BUDGET) ->
         raise ValueError(f"{source}: every training image is of the one class {name!r}; a classifier needs two or more")
     if skipped:
         print(f"gzoo: {source}: skipped {len(skipped)} unreadable {split} images, first {skipped[0]}", file=sys.stderr)
+    if split == "train" and (without := [rows.classes[i] for i in set(range(len(rows.classes))) - set(data.labels)]):
+        print(f"gzoo: {source}: no image to train on has the classes {sorted(without)}", file=sys.stderr)
     return data
 
 
@@ -170,6 +172,9 @@ def _class_images(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
         raise ValueError(f"{folder}: no images in class folders; {_ACCEPTED}")
     if "" in names:
         raise ValueError(f"{folder}: some images lie outside a class folder; move each to {folder}/<class>/")
+    children = {child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")}
+    if empty := sorted(children - set(names)):
+        print(f"gzoo: {folder}: no images in the folders {empty}, so they are no classes", file=sys.stderr)
     images = [(path, name) for path, _ in samples if not (name := Path(path).parent.name).startswith(".")]
     for path, _ in images:
         inside = Path(path).relative_to(folder)
@@ -209,11 +214,29 @@ def _hub_splits(source: str, complaint: str) -> dict[str, Callable[[], _Rows]]:
     found = {split: loaded[name] for split, names in _SPLIT_NAMES.items() for name in reversed(names) if name in loaded}
     if not found:
         raise ValueError(f"{source}: its splits are {list(loaded)}; none of them is train, validation or test")
+    if is_folder:
+        _require_same_features(Path(source))
     image, label = _columns(next(iter(found.values())).features, source)
     classes = _class_names(next(iter(found.values())), label)
     return {
         split: partial(_hub_rows, rows, image, label, classes, f"{source} {split}") for split, rows in found.items()
     }
+
+
+def _require_same_features(folder: Path) -> None:
+    """Raises ValueError if two files number their classes in two ways: `datasets` reads all as the first."""
+    import datasets
+    from pyarrow.parquet import read_schema  # type: ignore[import-untyped]
+
+    first, *others = sorted(folder.rglob("*.parquet"))
+    own, *found = (datasets.Features.from_arrow_schema(read_schema(path)) for path in (first, *others))
+    for path, features in zip(others, found, strict=True):
+        for name, feature in features.items():
+            if isinstance(feature, datasets.ClassLabel) and feature != own.get(name):
+                raise ValueError(
+                    f"{path}: its column {name} has the classes {feature.names}, and that of {first.name} "
+                    f"{getattr(own.get(name), 'names', None)}; write all files with one list of classes"
+                )
 
 
 def _columns(features: Any, source: str) -> tuple[str, str]:
@@ -329,18 +352,22 @@ def _try_decode(decoder: partial) -> Image.Image | str:
 
 
 def split_validation(data: ImageData, fraction: float, seed: int) -> tuple[ImageData, ImageData]:
-    """Split off `fraction` of every class, the same images for the same seed: (training, validation)."""
+    """Split off `fraction` of every class, the same images for the same seed: (training, validation).
+
+    A class of two images or more has one in each, at least.
+    """
     if not 0 < fraction < 1:
         raise ValueError(f"val_fraction is {fraction}; a number above 0 and below 1 splits off a validation set")
     labels, rng = np.asarray(data.labels), np.random.default_rng(seed)
     held_out = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
-        held_out[members[: round(fraction * len(members))]] = True
-    if held_out.all() or not held_out.any():
+        most = len(members) - 1
+        held_out[members[: min(max(round(fraction * len(members)), 1), most)]] = True
+    if not held_out.any():
         raise ValueError(
-            f"val_fraction {fraction} of {len(labels)} images in {len(data.classes)} classes leaves "
-            f"{int(held_out.sum())} to validate on; choose another fraction, or 0 to train without validation"
+            f"{len(labels)} images in {len(data.classes)} classes leave none to validate on, as each class has one; "
+            "give it more images, or val_fraction 0 to train without validation"
         )
     return data.subset(np.flatnonzero(~held_out).tolist()), data.subset(np.flatnonzero(held_out).tolist())
 
@@ -368,6 +395,12 @@ class Augmentation:
     def __post_init__(self) -> None:
         if self.crop_padding and (self.scale or self.ratio):
             raise ValueError("crop_padding and scale or ratio are two ways to crop; set one of them")
+        if self.color_jitter and self.auto_augment and "3a" not in self.auto_augment:
+            raise ValueError("auto_augment changes colours in its own way, without color_jitter; set one of them")
+        for name in ("scale", "ratio", "zoom"):
+            low, high = getattr(self, name) or (1.0, 1.0)
+            if low > high:
+                raise ValueError(f"{name} is {low} to {high}; give the smaller number first")
 
     @property
     def turns_or_stretches(self) -> bool:
@@ -402,8 +435,13 @@ def eval_transform(config: dict[str, Any]) -> transforms.Compose:
 
 def train_transform(config: dict[str, Any], augmentation: Augmentation) -> transforms.Compose:
     """PIL image to a randomly changed, normalised tensor (C, H, W)."""
-    a, size = augmentation, config["input_size"][1:]
-    steps: list[Any] = [to_channels(config["input_size"][0])]
+    a, (channels, *size) = augmentation, config["input_size"]
+    if a.auto_augment and (channels == 4 or config["interpolation"] not in ("nearest", "bilinear", "bicubic")):
+        raise ValueError(
+            f"auto_augment changes images of 1 or 3 channels, not {channels}, by nearest, bilinear or bicubic "
+            f"interpolation, not {config['interpolation']}; leave it out"
+        )
+    steps: list[Any] = [to_channels(channels)]
     if a.transpose:
         steps.append(transforms.RandomApply([_transpose], a.transpose))
     if a.turns_or_stretches:

@@ -17,7 +17,7 @@ from gzoo import groups
 from gzoo.check import relative_error
 from gzoo.data import ImageData, eval_loader, eval_transform, input_config
 from gzoo.equivariant import group_of, like
-from gzoo.predict import count_poses, label_names
+from gzoo.predict import count_poses, label_names, own_label_names
 
 View = Callable[[Tensor], Tensor]  # images (B, C, H, W) to changed images
 
@@ -180,7 +180,7 @@ def _elements(model: nn.Module) -> dict[str, int]:
 
 
 def match_classes(model: nn.Module, data: ImageData) -> ImageData:
-    """The data with its labels numbered as the model numbers its classes, which are matched by name."""
+    """The data with its labels numbered as the model numbers its classes: matched by name, if it has names."""
     classes: Any = getattr(model, "num_classes", None)
     if not isinstance(classes, int):
         raise ValueError(f"{type(model).__name__} has no num_classes; set it to the number of logits, as timm does")
@@ -188,10 +188,10 @@ def match_classes(model: nn.Module, data: ImageData) -> ImageData:
     if set(data.classes) <= set(names):
         labels = [names.index(name) for name in data.classes]
         return ImageData(data.images, [labels[i] for i in data.labels], names)
-    named_by_number = names == [str(i) for i in range(classes)]
-    if named_by_number and classes == len(data.classes):
+    unnamed = not own_label_names(model, classes)
+    if unnamed and classes == len(data.classes):
         return data
-    known = f"{classes} classes" if named_by_number else f"the classes {names}"
+    known = f"{classes} classes" if unnamed else f"the classes {names}"
     raise ValueError(f"the model knows {known}, the data have {len(data.classes)}: {data.classes}; fine-tune it first")
 
 

@@ -113,7 +113,12 @@ def count_poses(model: nn.Module, logits: Any) -> int:
 
 def label_names(model: nn.Module, num_classes: int) -> list[str]:
     """The class names that the model's weights came with, else the class numbers."""
+    return own_label_names(model, num_classes) or [str(i) for i in range(num_classes)]
+
+
+def own_label_names(model: nn.Module, num_classes: int) -> list[str]:
+    """The class names that the model's weights came with; none if they came without, or for other classes."""
     config: Any = getattr(model, "pretrained_cfg", {})  # which a network that is not timm's lacks
     names = config.get("label_names")
     names = list(names.values()) if isinstance(names, dict) else list(names or [])
-    return names if len(names) == num_classes else [str(i) for i in range(num_classes)]
+    return names if len(names) == num_classes else []

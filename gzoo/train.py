@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import types
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -157,9 +158,11 @@ class TrainConfig:
     )
     interpolation: str | None = _option(None, "bilinear, bicubic ..., the model's own if not given")
     crop_pct: float | None = _option(
-        None, "share of the image that validation crops, the model's own if not given", above=0
+        None, "share of the image that validation crops, the model's own if not given", above=0, most=1
     )
-    scale: tuple[float, float] | None = _option(None, "area of the random crop, 0.35 to 1 if not given", above=0)
+    scale: tuple[float, float] | None = _option(
+        None, "area of the random crop, 0.35 to 1 if not given", above=0, most=1
+    )
     ratio: tuple[float, float] | None = _option(
         None, "aspect ratio of the random crop, 3/4 to 4/3 if not given", above=0
     )
@@ -201,6 +204,8 @@ class TrainConfig:
             raise ValueError(f"model_args has {own[0]}; the classes follow from the data, and pretrained is an option")
         if self.winograd and (self.bf16 or self.compile):
             raise ValueError("winograd is for float32 and networks that are not compiled; leave out bf16 and compile")
+        if any(number < 1 for pair in self.image_sizes or () for number in pair):
+            raise ValueError(f"image_sizes is {self.image_sizes}; epochs and sizes must be at least 1")
         if self.pretrained and self.grown_from:
             raise ValueError("pretrained and grown_from are two starts; set one of them")
         for name in ("optimizer", "schedule"):
@@ -235,11 +240,12 @@ def make_config(entries: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**entries)
 
 
-def resume_config(entries: dict[str, Any]) -> TrainConfig:
-    """The config of the run in `out`; what `entries` say on top is compared with it by `train`."""
-    if "out" not in entries:
+def resume_config(recipe: dict[str, Any], flags: dict[str, Any]) -> TrainConfig:
+    """The config of the run in `out`; what recipe and flags say on top is compared with it by `train`."""
+    out = {**recipe, **flags}.get("out")
+    if out is None:
         raise ValueError("--resume needs --out, the folder of the run to go on with")
-    return TrainConfig(**{**_load_checkpoint(Path(entries["out"]).expanduser())["config"], **entries})
+    return TrainConfig(**merge({**_load_checkpoint(Path(out).expanduser())["config"], **recipe}, flags))
 
 
 def _tuples(value: Any) -> Any:
@@ -296,6 +302,11 @@ class _Run:
     seconds: float = 0.0  # of the finished epochs
     commands: list[str] = field(default_factory=list)
 
+    @property
+    def validated(self) -> nn.Module:
+        """The network that is validated and saved."""
+        return self.ema.module if self.ema else self.model
+
 
 def train(config: TrainConfig, resume: bool = False, command: str = "") -> dict[str, Any]:
     """Run a recipe, or go on with the run in `config.out`.
@@ -320,6 +331,11 @@ def train(config: TrainConfig, resume: bool = False, command: str = "") -> dict[
     saved = _load_checkpoint(out) if resume else None
     if saved:
         _check_same(config, saved["config"])
+        if config.epochs < saved["epoch"]:
+            raise ValueError(
+                f"the run in {out} has had {saved['epoch']} epochs, more than epochs = {config.epochs}; give at least "
+                "as many"
+            )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not an empty folder; give another --out, or --resume to go on with the run in it")
     processes.wait_for_everyone()  # all have looked into `out` before one writes there
@@ -346,7 +362,7 @@ def train(config: TrainConfig, resume: bool = False, command: str = "") -> dict[
 def _set_up(config: TrainConfig, out: Path, processes: PartialState, fresh: bool) -> _Run:
     """Everything up to the first step. What cannot work fails here, before anything is written to `out`."""
     train_data: ImageData | Resident
-    train_data, val_data = _open_data(config)
+    train_data, val_data = _open_data(config, out)
     device = processes.device
     if config.winograd and device.type != "cpu":
         raise ValueError(f"winograd is for CPUs, and this is a run on {device}; leave it out")
@@ -364,14 +380,18 @@ def _set_up(config: TrainConfig, out: Path, processes: PartialState, fresh: bool
     if config.soft_penalty:
         penalty(model)  # raises if the model is not soft
     try:
-        train_transform(data_config, _augmentation(config))
+        transform = train_transform(data_config, _augmentation(config))
+        eval_transform(data_config)
     except (AssertionError, KeyError) as error:  # timm asserts the names of policies and looks interpolations up
         raise ValueError(
             f"timm knows no such auto_augment {config.auto_augment} or interpolation {config.interpolation}: {error}"
         ) from error
     if config.augment_batches:
-        BatchTransform(data_config, _augmentation(config))
+        changes = BatchTransform(data_config, _augmentation(config))
         train_data = make_resident(train_data, data_config["input_size"][0], device)
+        changes(train_data.images[:1], config.seed)
+    else:
+        transform(train_data[0][0])
     _freeze_backbone(model, config)
     if device.type == "cuda" and processes.num_processes > 1:
         model = convert_sync_batchnorm(model)
@@ -411,6 +431,8 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         optimizer = create_optimizer_v2(model, opt=config.optimizer["name"], layer_decay=config.layer_decay, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"optimizer {config.optimizer}: {error}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise ValueError(f"optimizer {config.optimizer['name']} needs second derivatives, which gzoo does not take")
     learned = subset_parameters(model)
     if learned:  # at the rate of the weights they would hardly leave the whole group
         apart = set(learned)
@@ -426,20 +448,29 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int)
         raise ValueError("schedule plateau steps by epochs and metrics; choose one that steps by updates: cosine")
     options = {key: value for key, value in config.schedule.items() if key != "name"}
     try:
+        warmup, cooldown = options.get("warmup_epochs", 0), options.get("cooldown_epochs", 0)
+        between = config.epochs - cooldown - (warmup if options.get("warmup_prefix") else 0)  # timm adds these
+        if warmup + cooldown > config.epochs or between < 1:
+            raise ValueError(f"warm-up and cooldown take {warmup + cooldown} epochs, and there are {config.epochs}")
         schedule, epochs = create_scheduler_v2(
-            optimizer, name, config.epochs, step_on_epochs=False, updates_per_epoch=steps, **options
+            optimizer, name, between, step_on_epochs=False, updates_per_epoch=steps, **options
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"schedule {config.schedule}: {error}") from error
     if epochs != config.epochs:
-        raise ValueError(f"this schedule runs for {epochs} epochs, the recipe for {config.epochs}; make them the same")
+        raise ValueError(
+            f"schedule {config.schedule} runs for {epochs} epochs, the recipe for {config.epochs}; leave cycles out"
+        )
     return schedule
 
 
-def _open_data(config: TrainConfig) -> tuple[ImageData, ImageData | None]:
+def _open_data(config: TrainConfig, out: Path) -> tuple[ImageData, ImageData | None]:
     """Training and validation images; the test split is never looked at."""
+    folder, splits = Path(config.data).expanduser().resolve(), split_names(config.data)
+    if out.resolve().is_relative_to(folder) and splits == ["train"] and not (folder / "train").is_dir():
+        raise ValueError(f"{out} lies in {config.data}, whose folders are classes; give another --out")
     train_data = open_split(config.data, "train")
-    if "val" in split_names(config.data):
+    if "val" in splits:
         return train_data, open_split(config.data, "val")
     if config.val_fraction == 0:
         return train_data, None
@@ -537,7 +568,6 @@ def _train_epochs(run: _Run) -> None:
     config = run.config
     model = DistributedDataParallel(run.model) if run.processes.num_processes > 1 else run.model
     forward = torch.compile(model, dynamic=False) if config.compile else model
-    validated = run.ema.module if run.ema else run.model
     val = None
     if run.val_data:
         val = eval_loader(run.val_data, eval_transform(run.input), config.batch_size, config.workers, run.device)
@@ -560,7 +590,7 @@ def _train_epochs(run: _Run) -> None:
             row: dict[str, Any] = {"epoch": run.epoch + 1, "lr": lr}
             row |= {"train_loss": train_loss, "val_loss": "", "val_top1": ""}
             if val:
-                measured = measure(validated, val, run.device, config.bf16)["upright"]
+                measured = measure(run.validated, val, run.device, config.bf16)["upright"]
                 if not math.isfinite(measured["loss"]):
                     raise _not_finite(run, f"the validation loss after epoch {run.epoch + 1}", measured["loss"])
                 row |= {"val_loss": measured["loss"], "val_top1": measured.get("pose_top1", measured["top1"])}
@@ -570,7 +600,7 @@ def _train_epochs(run: _Run) -> None:
             run.epoch, run.seconds, run.rows = run.epoch + 1, run.seconds + seconds, [*run.rows, row]
             if _is_best(row, run.best):
                 run.best = row
-                export(validated, run.out / "model", run.input, run.train_data.classes, config)
+                export(run.validated, run.out / "model", run.input, run.train_data.classes, config)
             _save_checkpoint(run)
             bar.write(_describe(row))
 
@@ -729,6 +759,7 @@ def _save_checkpoint(run: _Run) -> None:
         "commands": run.commands,
         "classes": run.train_data.classes,
         "n_train": len(run.train_data),
+        "labels": _checksum(run),
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -772,12 +803,20 @@ def _restore(run: _Run, saved: dict[str, Any]) -> None:
             f"{run.config.data} has changed since the run began: {saved['n_train']} training images of the classes "
             f"{saved['classes']} then, {len(run.train_data)} of {run.train_data.classes} now"
         )
+    if saved.get("labels", (now := _checksum(run))) != now:  # not in the checkpoints of older versions
+        raise ValueError(f"{run.config.data} has changed since the run began: other images, or in another order")
     run.model.load_state_dict(saved["model"])
     if run.ema:
         run.ema.module.load_state_dict(saved["ema"])
     run.optimizer.load_state_dict(saved["optimizer"])
     run.epoch, run.rows, run.best, run.seconds = saved["epoch"], saved["rows"], saved["best"], saved["seconds"]
     run.commands = saved["commands"]
+
+
+def _checksum(run: _Run) -> int:
+    """Of the labels of all images, in order: it changes where images come, go or change their class."""
+    labels = torch.as_tensor(run.train_data.labels).tolist() + [-1] + (run.val_data.labels if run.val_data else [])
+    return zlib.crc32(str(labels).encode())
 
 
 def export(model: nn.Module, folder: Path, data: dict[str, Any], classes: list[str], config: TrainConfig) -> None:
@@ -808,8 +847,9 @@ def _finish(run: _Run) -> dict[str, Any]:
     _write_log(run)
     if run.rows:
         write_atomically(run.out / "curves.png", plot_curves(run.rows))
-    else:
-        export(run.model, run.out / "model", run.input, run.train_data.classes, run.config)
+    if not (run.out / "model" / "model.safetensors").is_file():  # no epoch at all, or someone removed it
+        run.best = run.rows[-1] if run.rows else None
+        export(run.validated, run.out / "model", run.input, run.train_data.classes, run.config)
     best = run.best or {}
     results = {
         "config": asdict(run.config),

@@ -343,11 +343,44 @@ def test_split_validation_depends_on_the_seed_alone(tmp_path):
     assert ids[0] != ids[2]
 
 
-@pytest.mark.parametrize("fraction", [0.001, 0.0, 1.0])
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.9, 0.999])
+def test_a_class_of_two_images_or_more_has_one_in_each_part(tmp_path, fraction):
+    data = open_split(str(write_images(tmp_path / "x", count=4)), "train")
+    for part in split_validation(data, fraction, seed=0):
+        assert set(part.labels) == set(data.labels)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
 def test_a_fraction_that_leaves_a_side_empty_is_an_error(tmp_path, fraction):
     data = open_split(str(write_images(tmp_path / "x")), "train")
     with pytest.raises(ValueError, match="val_fraction"):
         split_validation(data, fraction, 0)
+
+
+def test_classes_of_one_image_leave_none_to_validate_on(tmp_path):
+    data = open_split(str(write_images(tmp_path / "x", count=1)), "train")
+    with pytest.raises(ValueError, match="leave none to validate on, as each class has one"):
+        split_validation(data, 0.5, 0)
+
+
+def test_files_that_number_their_classes_in_two_ways_are_refused(tmp_path):
+    for name, classes in (("train", ["a", "b"]), ("test", ["b", "a"])):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
+        rows = {"image": [Image.new("L", (4, 4))] * 2, "label": [0, 1]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(ValueError, match=r"train.parquet: its column label has the classes \['a', 'b'\], and that of"):
+        open_split(str(tmp_path), "test")
+
+
+def test_a_class_folder_without_images_is_told_of(tmp_path, capsys):
+    folder = write_images(tmp_path / "x", ("a", "b", "c"))
+    (folder / "d").mkdir()
+    for file in (folder / "c").iterdir():
+        file.write_bytes(b"no image")
+    open_split(str(folder), "train")
+    told = capsys.readouterr().err
+    assert "no images in the folders ['d'], so they are no classes" in told
+    assert "no image to train on has the classes ['c']" in told
 
 
 # --- transforms and loaders

@@ -206,6 +206,11 @@ def test_classes_that_the_model_does_not_know_are_an_error(corners):
         evaluate(model, corners)
 
 
+def test_classes_that_are_named_by_number_are_names(corners):
+    with pytest.raises(ValueError, match=r"knows the classes \['0', '1'\], the data have 2"):
+        evaluate(Corner(label_names=["0", "1"]), corners)
+
+
 def test_a_model_without_logits_is_an_error(corners):
     model = Corner()
     model.forward = lambda x: x * model.scale

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -274,7 +275,11 @@ def test_layer_decay_gives_lower_layers_smaller_rates(settings):
 
 
 @pytest.mark.parametrize(
-    "path", [{"auto_augment": "rand-m5-mstd0.5"}, {"augment_batches": True, "grad_accum": 2, "workers": 2}]
+    "path",
+    [
+        {"auto_augment": "rand-m5-mstd0.5"},
+        {"color_jitter": 0.2, "augment_batches": True, "grad_accum": 2, "workers": 2},
+    ],
 )
 def test_every_option_of_augmentation_and_loss_trains(path, settings):
     changes = path | {
@@ -285,7 +290,6 @@ def test_every_option_of_augmentation_and_loss_trains(path, settings):
         "bf16": True,
         "channels_last": True,
         "vflip": 0.5,
-        "color_jitter": 0.2,
         "re_prob": 0.3,
         "rotate": 45.0,
         "crop_padding": 2,
@@ -520,14 +524,14 @@ def test_a_finished_run_resumed_says_so_and_changes_nothing(settings, capsys):
 
 def test_a_finished_run_goes_on_if_it_is_given_more_epochs(settings):
     train(TrainConfig(**settings), command="first")
-    results = train(resume_config({"out": settings["out"], "epochs": 3}), resume=True, command="second")
+    results = train(resume_config({}, {"out": settings["out"], "epochs": 3}), resume=True, command="second")
     assert (results["epochs"], results["command"]) == (3, "first; second")
     assert len(log(settings["out"])) == 3
 
 
 def test_resuming_with_another_config_is_an_error_that_names_the_difference(settings):
     train(TrainConfig(**settings))
-    config = resume_config({"out": settings["out"], "batch_size": 4, "seed": 3, "workers": 0, "epochs": 9})
+    config = resume_config({}, {"out": settings["out"], "batch_size": 4, "seed": 3, "workers": 0, "epochs": 9})
     with pytest.raises(ValueError, match=r"another config \(batch_size: 8 -> 4; seed: 0 -> 3\)"):
         train(config, resume=True)
 
@@ -543,6 +547,51 @@ def test_resuming_with_other_images_is_an_error(settings, tmp_path):
         train(TrainConfig(**settings), resume=True)
 
 
+def test_resuming_with_relabelled_images_is_an_error(settings, tmp_path):
+    shutil.copytree(settings["data"], data := tmp_path / "data")
+    settings["data"] = str(data)
+    train(TrainConfig(**settings))
+    image = next(data.glob("**/dark/*"))
+    image.rename(data / "bright" / "moved.png")  # as many images as before
+    with pytest.raises(ValueError, match="has changed since the run began: other images"):
+        train(TrainConfig(**settings), resume=True)
+
+
+def test_resuming_with_fewer_epochs_than_there_were_is_an_error(settings):
+    train(TrainConfig(**settings))
+    before = (Path(settings["out"]) / "results.json").read_text()
+    with pytest.raises(ValueError, match="has had 2 epochs, more than epochs = 1; give at least as many"):
+        train(resume_config({}, {"out": settings["out"], "epochs": 1}), resume=True)
+    assert (Path(settings["out"]) / "results.json").read_text() == before
+
+
+def test_a_flag_on_resuming_changes_what_it_names_of_the_run(settings):
+    train(TrainConfig(**settings | {"optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.5}}))
+    config = resume_config({}, {"out": settings["out"], "optimizer": {"lr": 0.1}, "epochs": 3})
+    assert config.optimizer == {"name": "sgd", "lr": 0.1, "momentum": 0.5}
+    assert train(config, resume=True)["epochs"] == 3
+
+
+def test_a_finished_run_whose_model_is_gone_gets_the_last_one(settings):
+    train(TrainConfig(**settings))
+    shutil.rmtree(Path(settings["out"]) / "model")
+    results = train(TrainConfig(**settings), resume=True)
+    assert results["best_epoch"] == results["epochs"]
+    assert load_model(settings["out"], pretrained=True).num_classes == 2
+
+
+def test_out_in_a_folder_of_classes_is_an_error(settings):
+    flat = next(Path(settings["data"]).glob("**/dark")).parent
+    with pytest.raises(ValueError, match="whose folders are classes; give another --out"):
+        train(TrainConfig(**settings | {"data": str(flat), "out": str(flat / "runs")}))
+
+
+def test_cooldown_epochs_are_of_the_recipes_epochs(settings):
+    schedule = {"name": "cosine", "cooldown_epochs": 1, "min_lr": 0.0005}
+    train(TrainConfig(**settings | {"schedule": schedule, "epochs": 3}))
+    assert float(log(settings["out"])[-1]["lr"]) == pytest.approx(0.0005)
+
+
 def test_a_new_run_in_a_folder_that_is_in_use_is_an_error(settings):
     Path(settings["out"]).mkdir()
     (Path(settings["out"]) / "notes.txt").touch()
@@ -552,13 +601,13 @@ def test_a_new_run_in_a_folder_that_is_in_use_is_an_error(settings):
 
 def test_resuming_where_nothing_ran_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
-        resume_config({"out": str(tmp_path)})
+        resume_config({}, {"out": str(tmp_path)})
 
 
 def test_a_checkpoint_that_is_cut_off_is_an_error(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 half a file")
     with pytest.raises(ValueError, match="no readable checkpoint"):
-        resume_config({"out": str(tmp_path)})
+        resume_config({}, {"out": str(tmp_path)})
 
 
 # --- what goes wrong
@@ -572,11 +621,21 @@ def test_a_wrong_setting_fails_before_anything_is_written(settings):
         ({"optimizer": {"name": "sgd", "lr": 0.1, "momentun": 0.9}}, "momentun"),
         ({"schedule": {"name": "cosin"}}, "cosin"),
         ({"schedule": {"name": "plateau"}}, "steps by updates"),
-        ({"schedule": {"name": "cosine", "cooldown_epochs": 3}}, "runs for 5 epochs, the recipe for 2"),
+        ({"schedule": {"name": "cosine", "cooldown_epochs": 3}}, "warm-up and cooldown take 3 epochs, and there are 2"),
+        ({"schedule": {"name": "cosine", "cooldown_epochs": 2}}, "warm-up and cooldown take 2 epochs, and there are 2"),
+        ({"schedule": {"name": "cosine", "warmup_epochs": 3}}, "warm-up and cooldown take 3 epochs, and there are 2"),
+        ({"schedule": {"name": "cosine", "cycle_limit": 2}}, "runs for 4 epochs, the recipe for 2; leave cycles out"),
+        ({"optimizer": {"name": "adahessian", "lr": 0.1}}, "adahessian needs second derivatives"),
+        ({"interpolation": "random"}, "no such auto_augment None or interpolation random"),
+        ({"interpolation": "lanczos", "auto_augment": "original"}, "not lanczos; leave it out"),
+        ({"model_args": {"in_chans": 4}, "auto_augment": "rand-m9"}, "images of 1 or 3 channels, not 4"),
+        ({"color_jitter": 0.4, "auto_augment": "rand-m9"}, "in its own way, without color_jitter; set one"),
+        ({"zoom": [1.1, 0.9]}, "zoom is 1.1 to 0.9; give the smaller number first"),
+        ({"scale": [0.5, 3.0]}, "scale is .*; it must be at most 1"),
+        ({"image_sizes": [[-3, 32], [1, 32]]}, "epochs and sizes must be at least 1"),
         ({"model_args": {"in_chan": 1}}, "in_chan"),
         ({"mean": [0.1, 0.2]}, "mean has 2 values; the model takes 3 channels"),
         ({"model": "test_vit", "image_size": 33}, "cannot take images of 33x33"),
-        ({"val_fraction": 0.01}, "val_fraction"),
         ({"mixup_alpha": 0.2, "batch_size": 7}, "a batch of 7 images is odd"),
         ({"grad_accum": 9}, "grad_accum is 9; a batch of 8 images has 8 parts at most"),
         ({"data": settings["data"] + "/nowhere"}, "no such folder"),
@@ -699,7 +758,7 @@ def test_a_killed_process_loses_at_most_one_epoch_and_resumes_bit_for_bit(settin
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the process above: sums depend on how they are shared out
     try:
-        train(resume_config({"out": str(out)}), resume=True)
+        train(resume_config({}, {"out": str(out)}), resume=True)
         train(TrainConfig(**killed | {"out": str(tmp_path / "alone")}))
     finally:
         torch.set_num_threads(threads)
