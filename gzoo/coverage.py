@@ -5,6 +5,7 @@ it was.
 """
 
 import csv
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -156,7 +157,8 @@ def _errors_at(probe: nn.Module, image: Tensor) -> Iterator[float]:
     for g in group.grid_elements[1:]:
         moved = expected if expected.ndim == 2 else group.transform_features(expected, g)  # features are a map
         difference = (probe(group.transform_image(image, g)) - moved).abs().max()
-        yield (difference / (other - expected).abs().max()).item()
+        error = (difference / (other - expected).abs().max()).item()
+        yield error if math.isfinite(error) else math.inf
 
 
 def _train_step(model: nn.Module, x: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gzoo import groups, transform_features
+from gzoo.check import relative_error
 from gzoo.groups import Group
 from gzoo.registry import ENTRIES, Entry
 
@@ -89,23 +90,18 @@ def worst_error(
     for g in G.grid_elements if elements is None else elements:
         turned = act(G, law, x.detach(), g).requires_grad_()
         y_g = layer(turned)
-        worst = max(worst, relative(y_g, act(G, out_law or law, y, g)))
+        worst = max(worst, relative_error(y_g, act(G, out_law or law, y, g)))
         turned_gradient, *turned_gradients = torch.autograd.grad(
             y_g, (turned, *parameters), act(G, out_law or law, cotangent, g)
         )
-        worst = max(worst, relative(turned_gradient, act(G, law, input_gradient, g)))
-        # One scale for all: a bias in front of an instance norm has no gradient but rounding.
-        for turned_gradient, gradient in zip(turned_gradients, gradients, strict=True):
-            scale = max(gradient.abs().max().item() for gradient in gradients)
-            worst = max(worst, (turned_gradient - gradient).abs().max().item() / scale)
+        worst = max(worst, relative_error(turned_gradient, act(G, law, input_gradient, g)))
+        if parameters:  # one scale for all: a bias in front of an instance norm has no gradient but rounding
+            worst = max(worst, relative_error(_joined(turned_gradients), _joined(gradients)))
     return worst
 
 
-def relative(value: Tensor, expected: Tensor) -> float:
-    """max abs(value - expected) / max abs(expected); inf if the shapes differ."""
-    if value.shape != expected.shape:
-        return float("inf")
-    return ((value - expected).abs().max() / expected.abs().max().clamp_min(1e-300)).item()
+def _joined(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def with_random_statistics(model: nn.Module) -> nn.Module:

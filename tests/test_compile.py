@@ -7,11 +7,11 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from conftest import with_random_statistics
 from torch import nn
 
 import gzoo
 from gzoo.check import in_channels
+from tests.conftest import with_random_statistics
 
 NAMES = ("p4m_resnet20", "p4_cnn7", "p4m_convnext_atto")
 

@@ -11,11 +11,12 @@ from torch import nn
 import gzoo
 from gzoo import groups
 from gzoo.bases import circular_harmonics
+from gzoo.check import relative_error
 from gzoo.convert import calibrate
 from gzoo.mnist6 import CONTINUOUS_TASKS, _build
 from gzoo.nn.continuous import Arc, ContinuousConv2d, ContinuousLiftingConv2d, Elements, Features, pool_all
 from gzoo.partial import subsets, symmetry
-from tests.conftest import random_image, relative, with_random_statistics
+from tests.conftest import random_image, with_random_statistics
 
 
 def network(group="se2", elements=4, partial=False, backbone="resnet", **options):
@@ -38,7 +39,7 @@ def test_a_network_that_drops_nothing_is_exact_for_all_that_fits_the_grid(backbo
     shape = (size, size) if isinstance(size, int) else size
     calibrate(model, random_image(1, shape, batch=4))  # else the image fades away in the depth
     one, other = model(random_image(1, shape))
-    assert relative(one, other) > 1e-3
+    assert relative_error(one, other) > 1e-3
     report = gzoo.check(model, size)
     assert len(report.errors["logits"]) == (8 if group == "e2" else 4)
     assert report.worst < 1e-12
@@ -71,10 +72,10 @@ def test_features_and_gradients_follow_the_image(group, elements, size):
     for g in range(G.order):
         turned = G.transform_image(x, g)
         moved = _move(G, arc(), run(x), g)
-        assert relative(run(turned), moved) < 1e-12
+        assert relative_error(run(turned), moved) < 1e-12
         image, *weights = gradients(turned, _move(G, arc(), cotangent, g))
-        assert relative(image, G.transform_image(expected[0], g)) < 1e-12
-        assert max(relative(a, b) for a, b in zip(weights, expected[1:], strict=True)) < 1e-12
+        assert relative_error(image, G.transform_image(expected[0], g)) < 1e-12
+        assert max(relative_error(a, b) for a, b in zip(weights, expected[1:], strict=True)) < 1e-12
 
 
 def _move(group, elements, maps, g):
@@ -113,7 +114,7 @@ def test_a_convolution_is_the_sum_over_the_group_written_out():
             pose = circular_harmonics(3, u.angles[i : i + 1], u.mirrored[i : i + 1])[0] / conv.norm
             kernel = (coefficients @ pose).view(1, 1, 3, 3)
             expected += v.weights[j] * nn.functional.conv2d(x[:, :, j], kernel, padding=1)
-        assert relative(result[:, :, i], expected) < 1e-12
+        assert relative_error(result[:, :, i], expected) < 1e-12
 
 
 def test_eight_elements_follow_a_turn_by_45_degrees_better_than_four():
@@ -139,7 +140,7 @@ def test_eight_elements_follow_a_turn_by_45_degrees_better_than_four():
     one.load_state_dict({k: v for k, v in eight.state_dict().items() if k != "group_signature"}, strict=False)
 
     def error(f):
-        return relative(f(image(math.pi / 4)), f(image(0.0)))
+        return relative_error(f(image(math.pi / 4)), f(image(0.0)))
 
     def before_the_pools(model):
         return lambda x: pool_all(model.blocks[0].first(model.stem(x)))
@@ -296,7 +297,7 @@ def test_a_network_made_without_numbers_is_filled_by_a_checkpoint():
             empty = timm.create_model("e2_resnet", elements=8, partial=partial, width=3, kernel_size=5, num_classes=4)
         filled = empty.to_empty(device="cpu").double().eval()
         filled.load_state_dict(model.state_dict())
-        assert relative(filled(x), model(x)) < 1e-12
+        assert relative_error(filled(x), model(x)) < 1e-12
 
 
 def test_weights_of_another_continuous_group_are_refused():
@@ -310,9 +311,9 @@ def test_weights_of_another_continuous_group_are_refused():
 def test_full_networks_export_and_take_synchronized_batch_norms(group, elements):
     model, x = network(group, elements), random_image(1, (9, 9))
     exported = torch.export.export(model, (x,)).module()
-    assert relative(exported(x), model(x)) < 1e-12
+    assert relative_error(exported(x), model(x)) < 1e-12
     synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
-    assert relative(synchronized(x), model(x)) < 1e-12
+    assert relative_error(synchronized(x), model(x)) < 1e-12
 
 
 @pytest.mark.parametrize(

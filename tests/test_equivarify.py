@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import GRID_GROUPS, elements, random_image, with_random_statistics
 from timm.data import resolve_model_data_config
 from torch import nn
 
 import gzoo
 from gzoo import groups
 from gzoo.check import in_channels, relative_error
+from tests.conftest import GRID_GROUPS, elements, random_image, with_random_statistics
 
 
 def vector_net() -> nn.Sequential:

@@ -3,10 +3,11 @@
 import pytest
 import timm
 import torch
-from conftest import GRID_GROUPS, random_image, relative, with_random_statistics
 
 import gzoo
 from gzoo import _escnn, groups
+from gzoo.check import relative_error
+from tests.conftest import GRID_GROUPS, random_image, with_random_statistics
 
 SIZES = ((6, 6), (7, 7), (5, 8))
 
@@ -54,7 +55,7 @@ def test_maps_move_as_escnn_moves_them(name):
     x = fields_of(law)
     for g in group.grid_elements:
         element = law.fibergroup.elements[g]
-        assert relative(law.transform(x, element), gzoo.transform_features(x, g, law)) < 1e-12
+        assert relative_error(law.transform(x, element), gzoo.transform_features(x, g, law)) < 1e-12
 
 
 def test_regular_and_trivial_fields_move_as_those_of_the_group():
@@ -201,7 +202,7 @@ def test_geometric_levels_move_with_the_image(name, size):
     for g in group.grid_elements:
         turned = gzoo.geometric(model, group.transform_image(x, g))
         for y, expected in zip(turned, levels, strict=True):
-            assert relative(y.tensor, gzoo.transform_features(expected, g).tensor) < 1e-12
+            assert relative_error(y.tensor, gzoo.transform_features(expected, g).tensor) < 1e-12
 
 
 def test_geometric_levels_move_under_escnns_own_transform():
@@ -210,7 +211,7 @@ def test_geometric_levels_move_under_escnns_own_transform():
     levels = gzoo.geometric(model, x)
     for g, element in enumerate(group.gspace.fibergroup.elements):
         for y, expected in zip(gzoo.geometric(model, group.transform_image(x, g)), levels, strict=True):
-            assert relative(y.tensor, expected.transform(element).tensor) < 1e-12
+            assert relative_error(y.tensor, expected.transform(element).tensor) < 1e-12
 
 
 def test_features_of_a_plain_network_have_no_type():

@@ -10,7 +10,7 @@ from torch import nn
 
 import gzoo
 from gzoo import _escnn, backbones, groups
-from gzoo.check import check
+from gzoo.check import check, relative_error
 from gzoo.equivariant import make_equivariant
 from gzoo.interop import EscnnLayer, from_escnn, to_escnn
 from gzoo.nn import (
@@ -28,7 +28,7 @@ from gzoo.nn import (
     WeightStandardization,
 )
 from gzoo.nn.resample import Window
-from tests.conftest import random_fields, random_image, relative, with_random_statistics
+from tests.conftest import random_fields, random_image, with_random_statistics
 from tests.nn.test_conv import VARIANTS
 
 
@@ -100,17 +100,17 @@ def test_outputs_are_equal_at_every_size(pair):
     model, twin, images = pair
     with torch.no_grad():
         for x in images:
-            assert relative(twin.eval()(x), model.eval()(x)) < 1e-5
+            assert relative_error(twin.eval()(x), model.eval()(x)) < 1e-5
 
 
 def test_batch_norms_train_alike(pair):
     model, twin, images = pair
     model, twin = from_escnn(twin).train(), to_escnn(model).train()  # both new: a step changes the statistics
     with torch.no_grad():
-        assert relative(twin(images[0]), model(images[0])) < 1e-5
+        assert relative_error(twin(images[0]), model(images[0])) < 1e-5
     for ours, theirs in zip(modules(model, nn.BatchNorm2d), modules(twin, nn.BatchNorm3d), strict=True):
-        assert relative(theirs.running_mean, ours.running_mean) < 1e-5
-        assert relative(theirs.running_var, ours.running_var) < 1e-5
+        assert relative_error(theirs.running_mean, ours.running_mean) < 1e-5
+        assert relative_error(theirs.running_var, ours.running_var) < 1e-5
         assert theirs.num_batches_tracked == ours.num_batches_tracked
 
 
@@ -129,13 +129,13 @@ def test_the_way_there_and_back_gives_the_same_network(pair):
     back = from_escnn(twin).eval()
     with torch.no_grad():
         for x in images:
-            assert relative(back(x), model(x)) < 1e-5
+            assert relative_error(back(x), model(x)) < 1e-5
     assert not modules(back, EscnnLayer)
     if modules(model, BatchNormAct2d):
         return  # the activation that timm fuses into it now stands beside the norm
     own, found = model.state_dict(), back.state_dict()
     assert list(own) == list(found)
-    assert all(relative(found[key].double(), own[key].double()) < 1e-5 for key in own)
+    assert all(relative_error(found[key].double(), own[key].double()) < 1e-5 for key in own)
 
 
 def test_what_escnn_learns_comes_back(pair):
@@ -147,8 +147,8 @@ def test_what_escnn_learns_comes_back(pair):
     twin.eval()
     back = from_escnn(twin)
     with torch.no_grad():
-        assert relative(back(images[1]), twin(images[1])) < 1e-5
-        assert relative(back(images[1]), model(images[1])) > 1e-3
+        assert relative_error(back(images[1]), twin(images[1])) < 1e-5
+        assert relative_error(back(images[1]), model(images[1])) > 1e-3
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -163,14 +163,14 @@ def test_every_kind_of_window_is_equal_at_every_size_and_comes_back(group, basis
         twin = to_escnn(ours)
         back = from_escnn(twin, basis)
         # A kernel that is no square comes back as the square that it stands in.
-        assert relative(back.filter(), ours.filter()) < 1e-5
-        assert back.weight.shape[-2:] != ours.weight.shape[-2:] or relative(back.weight, ours.weight) < 1e-5
+        assert relative_error(back.filter(), ours.filter()) < 1e-5
+        assert back.weight.shape[-2:] != ours.weight.shape[-2:] or relative_error(back.weight, ours.weight) < 1e-5
         for height, width in [(7, 7), (8, 8), (5, 8), (6, 5)]:
             image = x[..., :height, :width].float()
             with torch.no_grad():
-                assert relative(twin(image), ours(image)) < 1e-5
+                assert relative_error(twin(image), ours(image)) < 1e-5
                 assert back(image).shape == ours(image).shape
-                assert relative(back(image), ours(image)) < 1e-5
+                assert relative_error(back(image), ours(image)) < 1e-5
 
 
 @pytest.mark.parametrize("variant", ["1x1", "2x2 strided", "3x3 strided", "4x4 same, dilated"])
@@ -182,12 +182,12 @@ def test_convolutions_of_quotient_fields_are_equal_at_every_size_and_come_back(g
     twin = to_escnn(ours)
     back = from_escnn(twin, basis)
     assert (back.in_fields, back.out_fields) == (inside, outside)
-    assert all(relative(a, b) < 1e-4 for a, b in zip(back.parameters(), ours.parameters(), strict=True))
+    assert all(relative_error(a, b) < 1e-4 for a, b in zip(back.parameters(), ours.parameters(), strict=True))
     for size in [(7, 7), (8, 8), (5, 8)]:
         x = random_image(ours.in_channels, size).float()
         with torch.no_grad():
-            assert relative(twin(x), ours(x)) < 1e-5
-            assert relative(back(x), ours(x)) < 1e-5
+            assert relative_error(twin(x), ours(x)) < 1e-5
+            assert relative_error(back(x), ours(x)) < 1e-5
 
 
 def test_norms_of_kinds_of_one_size_share_a_batch_norm_of_escnn():
@@ -196,7 +196,7 @@ def test_norms_of_kinds_of_one_size_share_a_batch_norm_of_escnn():
     twin, x = to_escnn(ours), random_image(G.quotient_type(fields).size).float()
     back = from_escnn(twin)
     assert [norm.num_features for norm in modules(twin, nn.BatchNorm3d)] == [5, 1, 1]
-    assert relative(twin(x), ours(x)) < 1e-5
+    assert relative_error(twin(x), ours(x)) < 1e-5
     assert all(tensor.equal(back.state_dict()[key]) for key, tensor in ours.state_dict().items())
 
 
@@ -208,7 +208,7 @@ def test_a_norm_of_quotient_fields_that_escnn_does_not_have_stays_gzoos_own():
 def test_same_padding_of_an_even_kernel_is_equal_on_a_single_pixel():
     ours = LiftingConv2d(groups.get("p4"), 1, 2, 4, padding="same")
     x = torch.randn(1, 1, 1, 5)
-    assert relative(to_escnn(ours)(x), ours(x)) < 1e-5
+    assert relative_error(to_escnn(ours)(x), ours(x)) < 1e-5
 
 
 def test_a_pool_of_odd_padding_is_equal_at_every_size_and_comes_back():
@@ -224,15 +224,15 @@ def test_a_pool_of_odd_padding_is_equal_at_every_size_and_comes_back():
     for size in [(7, 7), (8, 8), (5, 8), (1, 1), (1, 4)]:
         x = torch.randn(1, 1, *size)
         assert ours(x).shape[-2:] == size
-        assert relative(twin(x), ours(x)) < 1e-5
-        assert relative(back(x), ours(x)) < 1e-5
+        assert relative_error(twin(x), ours(x)) < 1e-5
+        assert relative_error(back(x), ours(x)) < 1e-5
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7])
 def test_an_r2conv_can_hold_every_pixel_filter(size):
     ours = GroupConv2d(groups.get("p4m"), 1, 1, size, bias=False)
     found = to_escnn(ours).module.expand_parameters()[0]
-    assert relative(found, ours.filter()) < 1e-5
+    assert relative_error(found, ours.filter()) < 1e-5
 
 
 def test_an_r2conv_with_escnns_default_rings_holds_no_pixel_filter(monkeypatch):
@@ -244,8 +244,8 @@ def test_an_r2conv_with_escnns_default_rings_holds_no_pixel_filter(monkeypatch):
 def test_a_kernel_that_is_no_square_keeps_its_function():
     ours = GroupConv2d(groups.get("p4"), 2, 2, (1, 3), padding=1)
     twin, x = to_escnn(ours), random_fields("p4", 2).float()
-    assert relative(twin(x), ours(x)) < 1e-5
-    assert relative(from_escnn(twin)(x), ours(x)) < 1e-5
+    assert relative_error(twin(x), ours(x)) < 1e-5
+    assert relative_error(from_escnn(twin)(x), ours(x)) < 1e-5
 
 
 def test_weight_standardization_stays_gzoos_own():
@@ -268,7 +268,7 @@ def test_a_network_of_large_images_only_becomes_one_of_escnns():
     make_equivariant(ours, (groups.get("p4"),), "mean")
     ours.pretrained_cfg = {"input_size": (1, 66, 66)}
     twin, x = to_escnn(ours), torch.randn(1, 1, 66, 66)
-    assert relative(twin(x), ours(x)) < 1e-5
+    assert relative_error(twin(x), ours(x)) < 1e-5
 
 
 class SharedPool(nn.Module):
@@ -291,8 +291,8 @@ def test_a_pool_of_several_widths_stays_gzoos_own():
     assert isinstance(twin.pool, SymmetricPool2d)
     assert isinstance(twin.own, EscnnLayer)
     with torch.no_grad():
-        assert relative(twin(x), ours(x)) < 1e-5
-        assert relative(from_escnn(twin)(x), ours(x)) < 1e-5
+        assert relative_error(twin(x), ours(x)) < 1e-5
+        assert relative_error(from_escnn(twin)(x), ours(x)) < 1e-5
 
 
 class ImageBeside(nn.Module):
@@ -313,15 +313,15 @@ def test_a_pool_of_the_image_beside_the_lifting_is_escnns():
     twin, x = to_escnn(ours), torch.randn(2, 3, 16, 18)
     assert twin.pool.in_type == groups.get("p4").image_type(3)
     with torch.no_grad():
-        assert relative(twin(x), ours(x)) < 1e-5
-        assert relative(from_escnn(twin)(x), ours(x)) < 1e-5
+        assert relative_error(twin(x), ours(x)) < 1e-5
+        assert relative_error(from_escnn(twin)(x), ours(x)) < 1e-5
 
 
 def test_float64_has_bases_of_its_own():
     ours = with_random_statistics(GroupConv2d(groups.get("p4"), 2, 2, 3))
     x = random_fields("p4", 2)
     single, double = to_escnn(ours.float()), to_escnn(ours.double())
-    assert relative(double(x), ours(x)) < 1e-6
+    assert relative_error(double(x), ours(x)) < 1e-6
     assert single(x.float()).dtype == torch.float32
 
 
@@ -346,12 +346,12 @@ def test_a_module_that_stands_at_two_places_stays_one():
     x = random_image(1, (9, 9)).float()
     for network in (twin, from_escnn(twin)):
         assert network[2] is network[4]
-        assert relative(network(x), model(x)) < 1e-5
+        assert relative_error(network(x), model(x)) < 1e-5
     enn, field_type = _escnn.load().nn, groups.get("p4").field_type(2)
     layer, act = enn.R2Conv(field_type, field_type, 3, padding=1), enn.ReLU(field_type)
     sequence = enn.SequentialModule(layer, act, layer, act).eval()
     y = random_image(8, (9, 9)).float()
-    assert relative(from_escnn(sequence)(y), sequence(enn.GeometricTensor(y, field_type)).tensor) < 1e-5
+    assert relative_error(from_escnn(sequence)(y), sequence(enn.GeometricTensor(y, field_type)).tensor) < 1e-5
 
 
 def test_what_escnn_gives_can_be_checked():
@@ -435,8 +435,8 @@ def test_a_sequential_module_becomes_a_sequential_of_plain_tensors(group, basis)
     for size, fits in ((15, True), (19, True), (16, False), (17, False)):  # the strided windows fit 15 -> 8 -> 7 -> 4
         x = torch.randn(2, 3, size, size)
         with torch.no_grad():
-            assert relative(original(x), run(theirs, x)) < 1e-5
-            assert (relative(symmetric(x), run(theirs, x)) < 1e-5) == fits
+            assert relative_error(original(x), run(theirs, x)) < 1e-5
+            assert (relative_error(symmetric(x), run(theirs, x)) < 1e-5) == fits
 
 
 @pytest.mark.parametrize("group", ["p4", "d1", "c6"])
@@ -456,7 +456,7 @@ def test_a_network_of_regular_quotient_and_trivial_fields_becomes_one_of_plain_t
     assert [type(layer) for layer in modules(ours, QuotientNorm, GroupConv2d)] == [QuotientNorm, QuotientNorm]
     x = torch.randn(2, 3, 18, 18)  # 18 -> 14 -> 7 -> 3
     with torch.no_grad():
-        assert relative(ours(x), run(theirs, x)) < 1e-5
+        assert relative_error(ours(x), run(theirs, x)) < 1e-5
     assert check(nn.Sequential(ours, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 17).worst < 1e-12
 
 
@@ -522,8 +522,8 @@ def test_a_network_of_a_users_own_classes_keeps_its_code(group):
     for size, fits in ((9, True), (11, True), (10, False)):
         x = torch.randn(2, 1, size, size)
         with torch.no_grad():
-            assert relative(original(x), theirs(x)) < 1e-5
-            assert (relative(ours(x), theirs(x)) < 1e-5) == fits
+            assert relative_error(original(x), theirs(x)) < 1e-5
+            assert (relative_error(ours(x), theirs(x)) < 1e-5) == fits
 
 
 @pytest.mark.parametrize(
@@ -540,7 +540,7 @@ def test_a_restriction_between_layers_keeps_escnns_order_of_channels(larger, par
     ours = from_escnn(theirs)
     assert modules(ours, Restriction)
     x = random_fields(larger, 3, (6, 7)).float()
-    assert relative(ours(x), run(theirs, x)) < 1e-5
+    assert relative_error(ours(x), run(theirs, x)) < 1e-5
     assert from_escnn(enn().SequentialModule(restriction, enn().ReLU(restriction.out_type)))(x).equal(x.relu())
 
 
@@ -557,7 +557,7 @@ def test_a_user_restricts_between_blocks():
             return self.conv(self.restrict(self.lift(enn().GeometricTensor(x, self.lift.in_type)))).tensor
 
     theirs, x = Network().eval(), random_image(1, (7, 8)).float()
-    assert relative(from_escnn(theirs)(x), theirs(x)) < 1e-5
+    assert relative_error(from_escnn(theirs)(x), theirs(x)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["PointwiseAvgPoolAntialiased", "PointwiseMaxPoolAntialiased"])
@@ -567,14 +567,14 @@ def test_antialiased_pools_are_escnns_where_they_fit_and_exact_elsewhere(name):
     theirs = getattr(enn(), name)(G.field_type(2), **options)
     ours = from_escnn(theirs)
     x = random_fields("p4", 2, (9, 11)).float()
-    assert relative(ours(x), run(theirs, x)) < 1e-5
+    assert relative_error(ours(x), run(theirs, x)) < 1e-5
     assert modules(ours, SymmetricBlur2d)
     even = random_fields("p4", 2, (8, 6)).float()
-    assert relative(from_escnn(theirs, strides="original")(even), run(theirs, even)) < 1e-5
+    assert relative_error(from_escnn(theirs, strides="original")(even), run(theirs, even)) < 1e-5
     for maps in (x.double(), even.double()):
         y = ours.double()(maps)
         for g in G.grid_elements:
-            assert relative(ours(G.transform_features(maps, g)), G.transform_features(y, g)) < 1e-12
+            assert relative_error(ours(G.transform_features(maps, g)), G.transform_features(y, g)) < 1e-12
 
 
 @pytest.mark.parametrize("function", ["p_relu", "p_elu", "p_sigmoid", "p_tanh"])
@@ -589,7 +589,7 @@ def test_a_filter_beyond_the_default_band_is_held_by_pixels_and_refused_elsewher
     options = {"padding": 1, "bias": False, "rings": [0.0, 1.0, 1.4], "frequencies_cutoff": 3.0}
     theirs = enn().SequentialModule(enn().R2Conv(p4.image_type(1), p4.field_type(2), 3, **options))
     x = random_image(1).float()
-    assert relative(from_escnn(theirs)(x), run(theirs, x)) < 1e-5
+    assert relative_error(from_escnn(theirs)(x), run(theirs, x)) < 1e-5
     with pytest.raises(ValueError, match=r"0: the filters differ by .* than that basis; .* and basis='pixel'"):
         from_escnn(theirs, "steerable")
     with pytest.raises(ValueError, match=r"than that basis; .* basis='steerable_3r' for \S+ r: 3 \* r$"):

@@ -14,10 +14,11 @@ from timm.models.repghost import RepGhostNet
 from torch import nn
 
 import gzoo
+from gzoo.check import relative_error
 from gzoo.convert import randomized
 from gzoo.nn import GroupConv2d, LiftingConv2d
 from gzoo.nn.merged import MergedConv2d
-from tests.conftest import random_image, relative
+from tests.conftest import random_image
 
 
 def of_blocks(kind):
@@ -81,8 +82,8 @@ def test_the_same_function_with_as_many_convolutions_as_timm_leaves(name, group)
     for network in (model, new):
         (gradient,) = torch.autograd.grad(network(image).square().sum(), image)
         gradients.append(gradient)
-    assert relative(new(image), model(image)) < 1e-9
-    assert relative(gradients[1], gradients[0]) < 1e-8
+    assert relative_error(new(image), model(image)) < 1e-9
+    assert relative_error(gradients[1], gradients[0]) < 1e-8
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -101,7 +102,7 @@ def test_it_is_exactly_equivariant(size):
 def test_a_transferred_network_keeps_its_function():
     model, _ = randomized(gzoo.convert(of_blocks("rep").eval(), "p4", weights="transfer"))
     image = random_image(3, (49, 64))
-    assert relative(gzoo.reparameterize(model)(image), model(image)) < 1e-11
+    assert relative_error(gzoo.reparameterize(model)(image), model(image)) < 1e-11
 
 
 def test_twice_is_once_and_other_networks_stay_as_they_are():
@@ -142,7 +143,7 @@ def with_norms(layer):
 def test_norms_without_affine_parameters_merge_too():
     model, _ = randomized(with_norms(lambda width: nn.BatchNorm2d(width, affine=False)))
     image = random_image(3, (33, 48))
-    assert relative(gzoo.reparameterize(model)(image), model(image)) < 1e-11
+    assert relative_error(gzoo.reparameterize(model)(image), model(image)) < 1e-11
 
 
 @pytest.mark.parametrize("layer", [LayerNorm2d, lambda width: nn.BatchNorm2d(width, track_running_stats=False)])
@@ -168,7 +169,7 @@ def test_the_sum_is_made_in_float32_at_least():
     half = copy.deepcopy(model).bfloat16()
     image, exact = random_image(3, (32, 32)), half.double()
     new = gzoo.reparameterize(copy.deepcopy(half).bfloat16()).double()
-    assert relative(new(image), exact(image)) < 0.004
+    assert relative_error(new(image), exact(image)) < 0.004
 
 
 def test_timms_own_function_says_what_to_use():

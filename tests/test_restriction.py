@@ -7,7 +7,6 @@ from itertools import pairwise
 import pytest
 import timm
 import torch
-from conftest import with_random_statistics
 from torch import nn
 
 import gzoo
@@ -17,6 +16,7 @@ from gzoo.check import equivariance_error
 from gzoo.convert import convert
 from gzoo.nn import FibreNorm, Restriction
 from gzoo.plan import plan
+from tests.conftest import with_random_statistics
 
 PAIRS = [
     ("d8", "p4m"),

@@ -11,9 +11,10 @@ from torch import nn
 
 import gzoo
 from gzoo import groups
+from gzoo.check import relative_error
 from gzoo.cli import main
 from gzoo.soft import make_soft, penalty, residuals
-from tests.conftest import random_image, relative, with_random_statistics, without, worst_error
+from tests.conftest import random_image, with_random_statistics, without, worst_error
 
 
 def plain_net():
@@ -61,8 +62,8 @@ def test_a_step_on_images_without_symmetry_breaks_it_by_a_figure_that_is_no_fail
     assert min(report.given_up.values()) > 1e-6
     x = random_image(2, (16, 16), batch=1)
     p4m = groups.get("p4m")
-    assert relative(model(p4m.transform_image(x, 1)), model(x)) > 1e-6
-    assert relative(without(model, "residual")(p4m.transform_image(x, 1)), without(model, "residual")(x)) < 1e-12
+    assert relative_error(model(p4m.transform_image(x, 1)), model(x)) > 1e-6
+    assert relative_error(without(model, "residual")(p4m.transform_image(x, 1)), without(model, "residual")(x)) < 1e-12
     assert gzoo.check(model, size, p4m).worst > 1e-6  # held to a group, it fails
 
 

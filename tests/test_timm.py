@@ -11,7 +11,6 @@ import pytest
 import timm
 import torch
 import torch.multiprocessing as mp
-from conftest import relative, with_random_statistics
 from timm.data import create_transform, resolve_model_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.models import group_parameters
@@ -20,10 +19,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import gzoo
-from gzoo.check import in_channels
+from gzoo.check import in_channels, relative_error
 from gzoo.convert import convert_in_place, randomized
 from gzoo.equivariant import EquivariantClassifier
 from gzoo.nn import FibreNorm
+from tests.conftest import with_random_statistics
 
 OWN = ("p4_resnet20", "p4m_resnet20", "p4_allcnnc", "p4m_allcnnc", "p4_cnn7", "p4m_cnn7")
 TIMM = ("p4_resnet18", "p4m_resnet18", "p4_resnet50", "p4m_resnet50", "p4_convnext_atto", "p4m_convnext_atto")
@@ -59,7 +59,7 @@ def worst_change(f, model: nn.Module) -> float:
     x = random_images(model, 29 if in_channels(model) == 1 else smallest(model))
     with torch.no_grad():
         y = f(x)
-        return max(relative(f(group.transform_image(x, g)), y) for g in range(1, group.order))
+        return max(relative_error(f(group.transform_image(x, g)), y) for g in range(1, group.order))
 
 
 # Features
@@ -175,7 +175,7 @@ def test_without_global_pool_the_model_gives_regular_fields(name):
     group, x = model.group, random_images(model, 33)
     y = model(x)
     for g in range(group.order):
-        assert relative(model(group.transform_image(x, g)), group.transform_features(y, g)) < 1e-12
+        assert relative_error(model(group.transform_image(x, g)), group.transform_features(y, g)) < 1e-12
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -202,8 +202,8 @@ def test_every_kind_of_classifier_is_reset_to_an_invariant_one(name):
         probe, x = randomized(model)
         y = probe(x)
         assert y.shape == (1, num_classes or model.head_hidden_size)
-        assert relative(probe(x.rot90(1, (2, 3))), y) < 1e-9
-        assert relative(probe(x.roll(1, 1) * 2), y) > 1e-6
+        assert relative_error(probe(x.rot90(1, (2, 3))), y) < 1e-9
+        assert relative_error(probe(x.roll(1, 1) * 2), y) > 1e-6
     without = convert_in_place(timm.create_model(name, num_classes=0), "p4").eval()
     assert without(x.float()).shape == (1, model.head_hidden_size)
 
@@ -263,7 +263,7 @@ def test_a_classifier_for_every_pixel_is_invariant_where_it_stands():
     model.reset_classifier(3, "")
     group, x = model.group, random_images(model, 64)
     for g in range(group.order):
-        assert relative(model(group.transform_image(x, g)), group.transform_image(model(x), g)) < 1e-12
+        assert relative_error(model(group.transform_image(x, g)), group.transform_image(model(x), g)) < 1e-12
 
 
 # Options
@@ -443,7 +443,7 @@ def test_bf16_autocast_is_near_float32(name):
     x = random_images(model)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         rounded = model(x)
-    assert 0 < relative(rounded.float(), model(x)) < 0.05
+    assert 0 < relative_error(rounded.float(), model(x)) < 0.05
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -19,11 +19,12 @@ from torch import nn
 import gzoo
 from gzoo import groups
 from gzoo.bases import expand
+from gzoo.check import relative_error
 from gzoo.convert import convert_in_place
 from gzoo.nn import FibreNorm, GroupConv2d, InvariantLinear
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.rules import RULES
-from tests.conftest import random_image, relative
+from tests.conftest import random_image
 
 
 def resnet(**options):
@@ -109,9 +110,9 @@ def test_a_transferred_network_is_the_mean_of_the_plain_one_over_the_group(famil
     plain = with_random_weights(build())
     model, x = gzoo.convert(plain, group, weights="transfer"), random_image(3, (size, size))
     expected = mean_over_poses(plain, group, x)
-    assert relative(model(x), expected) < 1e-12
-    assert relative(model.float()(x.float()).double(), expected) < 1e-5
-    assert relative(plain(x), expected) > 1e-4  # one pose is not the mean
+    assert relative_error(model(x), expected) < 1e-12
+    assert relative_error(model.float()(x.float()).double(), expected) < 1e-5
+    assert relative_error(plain(x), expected) > 1e-4  # one pose is not the mean
 
 
 def head(width):
@@ -135,7 +136,7 @@ def test_transferred_layers_are_the_mean_of_the_plain_ones_over_the_group(layers
     plain = with_random_weights(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), *LAYERS[layers]()))
     x = random_image(3, (11, 11))
     model = gzoo.convert(plain, group, weights="transfer")
-    assert relative(model(x), mean_over_poses(plain, group, x)) < 1e-12
+    assert relative_error(model(x), mean_over_poses(plain, group, x)) < 1e-12
 
 
 @pytest.mark.parametrize("family", ["resnet", "convnext", "bit"])
@@ -160,7 +161,7 @@ def test_a_transferred_network_without_classifier_gives_the_mean_of_the_features
     plain = with_random_weights(resnet())
     plain.reset_classifier(0)
     x = random_image(3, (33, 33))
-    assert relative(gzoo.convert(plain, "p4", weights="transfer")(x), mean_over_poses(plain, "p4", x)) < 1e-12
+    assert relative_error(gzoo.convert(plain, "p4", weights="transfer")(x), mean_over_poses(plain, "p4", x)) < 1e-12
 
 
 def test_a_transferred_network_takes_a_new_classifier():
@@ -245,11 +246,11 @@ def test_projecting_the_filters_of_an_equivariant_network_gives_its_weights_back
     model = with_random_weights(gzoo.convert(plain, group, weights="project"))
     twin = expanded(model, plain)
     x = random_image(3, (33, 33))
-    assert relative(model(x), twin(x)) < 1e-12  # else it is no twin
+    assert relative_error(model(x), twin(x)) < 1e-12  # else it is no twin
     again = gzoo.convert(twin, group, weights="project")
     for name, value in model.state_dict().items():
         if value.is_floating_point():
-            assert relative(again.state_dict()[name], value) < (1e-5 if group == "c8" else 1e-12), name
+            assert relative_error(again.state_dict()[name], value) < (1e-5 if group == "c8" else 1e-12), name
 
 
 PROJECTED = {
@@ -396,8 +397,8 @@ def test_a_grown_network_is_the_mean_of_the_smaller_one_over_the_cosets(family, 
     model, smaller = grown(build(), group, subgroup)
     x = random_image(3, (size, size + 4))
     expected = mean_over_cosets(smaller, group, subgroup, x)
-    assert relative(model(x), expected) < 1e-12
-    assert family in LAYERS or relative(smaller(x), expected) > 1e-4  # one coset is not the mean
+    assert relative_error(model(x), expected) < 1e-12
+    assert family in LAYERS or relative_error(smaller(x), expected) > 1e-4  # one coset is not the mean
 
 
 @pytest.mark.parametrize(("group", "subgroup"), [("p4m", "d2"), ("p4", "c1"), ("p4", "p4")])
@@ -405,7 +406,7 @@ def test_growth_in_the_steerable_basis_and_with_poses(group, subgroup):
     model, smaller = grown(stack("grouped, depthwise"), group, subgroup, basis="steerable", head="pose")
     x = random_image(3, (12, 15))
     expected = mean_over_cosets(lambda y: smaller(y).mean(2), group, subgroup, x)
-    assert relative(model(x).mean(2), expected) < 1e-12
+    assert relative_error(model(x).mean(2), expected) < 1e-12
 
 
 def test_a_grown_network_pools_by_the_maximum_over_all_cosets():
@@ -413,7 +414,7 @@ def test_a_grown_network_pools_by_the_maximum_over_all_cosets():
     x = random_image(3, (12, 12))
     fibres = [smaller[:-1](y).unflatten(1, (-1, 4)) for y in (x, x.flip(-1))]
     pooled = torch.cat(fibres, 2).amax(2)
-    assert relative(model(x), F.linear(pooled, model[-1].weight, model[-1].bias)) < 1e-12
+    assert relative_error(model(x), F.linear(pooled, model[-1].weight, model[-1].bias)) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["edgenext_xx_small", "mobilevit_xxs", "gcresnext26ts"])

@@ -7,7 +7,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import random_image, with_random_statistics, worst_error
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from gzoo import groups
 from gzoo.backbones import UNet
 from gzoo.cli import main
 from gzoo.nn import GroupConv2d, InvariantConv2d
+from tests.conftest import random_image, with_random_statistics, worst_error
 
 NAMES = ("p4_unet", "p4m_unet", "c8_unet")
 SIZES = ((16, 16), (17, 17), (13, 18))  # three levels halve twice: 17 and 13 leave odd maps on the way

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from gzoo import groups
+from gzoo.check import relative_error
 from gzoo.nn import GroupCondConv2d, GroupConv2d, InvariantLinear
-from tests.conftest import GRID_GROUPS, elements, random_fields, relative, with_random_statistics, worst_error
+from tests.conftest import GRID_GROUPS, elements, random_fields, with_random_statistics, worst_error
 
 VARIANTS = {
     "1x1": {"kernel_size": 1, "bias": True},
@@ -50,7 +51,7 @@ def test_each_image_is_convolved_with_its_own_mixture(variant):
             for name, value in layer.experts.state_dict().items()
         }
         one.load_state_dict(mixed)
-        assert relative(result[k], one(x[k : k + 1])[0]) < 1e-12
+        assert relative_error(result[k], one(x[k : k + 1])[0]) < 1e-12
     assert not torch.allclose(result[0], layer(x, shares.flip(0))[0])
 
 

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from gzoo import _escnn, groups
+from gzoo.check import relative_error
 from gzoo.nn import GroupConv2d, LiftingConv2d
 from tests.conftest import (
     GRID_GROUPS,
     elements,
     random_fields,
     random_image,
-    relative,
     with_random_statistics,
     worst_error,
 )
@@ -96,8 +96,8 @@ def test_steerable_convolutions_nearly_commute_with_turns_between_the_pixels(gro
     source = torch.tensor([G.multiply(G.inverse(g), h) for h in range(G.order)])
     moved = move(y.unflatten(1, (2, G.order))[:, :, source].flatten(1, 2), G, g)
     inner = (..., slice(12, -12), slice(12, -12))  # the corners of a turned square are unknown
-    assert relative(layers(move(x, G, g))[inner], moved[inner]) < 0.045
-    assert relative(layers(move(x, G, g))[inner], move(y, G, g)[inner]) > 0.1  # without moving the fibre
+    assert relative_error(layers(move(x, G, g))[inner], moved[inner]) < 0.045
+    assert relative_error(layers(move(x, G, g))[inner], move(y, G, g)[inner]) > 0.1  # without moving the fibre
 
 
 def smooth_image(size):
@@ -142,7 +142,7 @@ def test_a_1x1_group_convolution_is_exact_off_the_grid_too(group):
     x = random_fields(group, 2, (1, 1))
     for g in elements(group):
         moved = G.transform_features(x[..., 0, 0], g)[..., None, None]
-        assert relative(layer(moved)[..., 0, 0], G.transform_features(layer(x)[..., 0, 0], g)) < 1e-12
+        assert relative_error(layer(moved)[..., 0, 0], G.transform_features(layer(x)[..., 0, 0], g)) < 1e-12
 
 
 WINDOWS = [

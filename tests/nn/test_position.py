@@ -5,8 +5,9 @@ import torch
 from timm.models.edgenext import PositionalEncodingFourier
 
 from gzoo import groups
+from gzoo.check import relative_error
 from gzoo.nn import FourierPosition
-from tests.conftest import GRID_GROUPS, relative
+from tests.conftest import GRID_GROUPS
 
 SIZES = [(1, 1), (7, 7), (8, 8), (5, 8)]
 
@@ -30,7 +31,7 @@ def test_the_group_leaves_it_as_it_is(group, size):
 def test_in_the_pose_of_the_identity_it_is_that_of_the_plain_network(size):
     layer, plain = encoding("p4m"), PositionalEncodingFourier(4, 3).double()
     plain.token_projection = layer.token_projection
-    assert relative(layer((1, *size))[:, ::8], plain((1, *size))) < 1e-5  # in float32
+    assert relative_error(layer((1, *size))[:, ::8], plain((1, *size))) < 1e-5  # in float32
 
 
 @pytest.mark.parametrize("size", SIZES)

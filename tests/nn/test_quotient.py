@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from gzoo import _escnn, check, groups
+from gzoo.check import relative_error
 from gzoo.nn import FibreNorm, GroupConv2d, GroupPool, LiftingConv2d, QuotientConv2d, QuotientNorm, QuotientPool
-from tests.conftest import random_fields, random_image, relative, with_random_statistics, worst_error
+from tests.conftest import random_fields, random_image, with_random_statistics, worst_error
 from tests.nn.test_conv import SIZES, gain, second_moments
 
 # Mixtures in and out: rotations, reflections and both in the stabilizers, trivial fields, an image, an invariant map.
@@ -105,7 +106,7 @@ def test_the_layer_has_the_parameters_of_escnns_convolution_and_holds_its_filter
     assert ours.bias.numel() == theirs.bias.numel()
     x = random_map(ours.in_type, (6, 7)).float()
     expected = theirs(escnn.nn.GeometricTensor(x, ours.in_type)).tensor
-    assert relative(fitted(ours, theirs)(x), expected) < 1e-5
+    assert relative_error(fitted(ours, theirs)(x), expected) < 1e-5
 
 
 @pytest.mark.parametrize("group", ["p4", "p4m", "c8"])
@@ -130,7 +131,7 @@ def test_a_mixture_is_the_sum_and_concatenation_of_its_parts():
             part.blocks[0][0].weight = block.weight
             y = y + part(piece)
         parts.append(y + bias.repeat_interleave(y.shape[1] // len(bias))[:, None, None])
-    assert relative(whole(x), torch.cat(parts, 1)) < 1e-12
+    assert relative_error(whole(x), torch.cat(parts, 1)) < 1e-12
 
 
 def test_the_filter_in_eval_mode_follows_the_weights():
@@ -159,7 +160,7 @@ def test_norms_commute_with_every_element_and_are_escnns(group, inside, outside,
             inner = getattr(theirs, f"batch_norm_[{kind.group_order}]")
             inner.load_state_dict(kind.norm.state_dict())
         x = random_map(field_type, (4, 5))
-        assert relative(norm(x), theirs(escnn.nn.GeometricTensor(x, field_type)).tensor) < 1e-12
+        assert relative_error(norm(x), theirs(escnn.nn.GeometricTensor(x, field_type)).tensor) < 1e-12
 
 
 def test_a_norm_is_made_as_it_is_asked_for():
