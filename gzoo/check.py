@@ -105,8 +105,9 @@ def check(
 
     Vectors are held to be invariant, and pose logits (B, classes, |G|) to be regular fields. Feature maps are regular
     fields, or plain channels where the model is a plain network; of a partial network, what a layer drops is zero. A
-    map of logits, which the model pooled over the group, is trivial fields: it is held to move like an image. The model
-    is copied, so its weights, mode and dtype stay as they are.
+    map of logits, which the model pooled over the group, is trivial fields: it is held to move like an image. So may
+    each map of a network with several outputs, if it pools at all. The model is copied, so its weights, mode and dtype
+    stay as they are.
 
     Args:
         model: a classifier (B, C, H, W) -> (B, classes), or of each pixel -> (B, classes, H, W); with timm's
@@ -149,6 +150,9 @@ def check(
     for g in group.grid_elements:
         for name, value in _outputs(model, group.transform_image(x, g)).items():
             moved, law = expected[name], levels.get(name, own_group) or group
+            as_image = None  # of several outputs each may be logits or fields
+            if moved.ndim == 4 and pooled and "logits" not in expected:
+                as_image = group.transform_image(moved, g)
             own_g, row = law.element(g, group), errors[name]
             follows = own_g is not None and g in kept
             if not follows and asked is not None:  # held to what was asked for
@@ -168,7 +172,7 @@ def check(
                     moved = law.transform_features(moved, own_g)
             elif own_group is not None and own_g is not None and _is_pose(moved, law):
                 moved = _move_pose(law, moved, own_g)
-            row[g] = relative_error(value, moved)
+            row[g] = min(relative_error(value, y) for y in (moved, as_image) if y is not None)
     return Report(group, (height, width), dtype, errors, given_up)
 
 

@@ -31,7 +31,7 @@ from gzoo.nn.linear import Head, Pooling
 from gzoo.partial import make_partial
 from gzoo.plan import WHOLE_NETWORK, Match, Plan, example, plan
 from gzoo.rules import ON_IMAGE, RULES, WHOLE, Recipe, rule
-from gzoo.soft import make_soft
+from gzoo.soft import make_soft, residuals
 from gzoo.trace import Segments, flat
 from gzoo.transfer import Weights, fill
 
@@ -302,7 +302,7 @@ def _walk(module: nn.Module, recipe: Recipe, done: dict[nn.Module, nn.Module]) -
             done[child] = _walk(child, recipe.at(f"{path}.{name}" if path else name), done)
         setattr(module, name, done[child])
     if path in seen.pieces:
-        _update_sizes(module, seen.pieces[path] + seen.prefixes[path], recipe.plan)
+        _update_sizes(module, seen.widths[path], seen.pieces[path] + seen.prefixes[path], recipe.plan)
     is_leaf = not any(True for _ in module.children())
     own = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
     if type(module) in RULES:
@@ -326,14 +326,15 @@ def _walk(module: nn.Module, recipe: Recipe, done: dict[nn.Module, nn.Module]) -
     return module
 
 
-def _update_sizes(module: nn.Module, pieces: list[tuple[int, Segments]], plan: Plan) -> None:
-    """Brings the numbers of channels by which a module's forward splits a map up to date, wherever it keeps them."""
+def _update_sizes(module: nn.Module, names: set[str], pieces: list[tuple[int, Segments]], plan: Plan) -> None:
+    """Brings the numbers of channels by which a module's forward splits a map, its attributes ``names``, up to date."""
 
     sizes = [size for size, _ in pieces]
-    for name, value in vars(module).items():
-        if type(value) is int and value in sizes:
+    for name in names:
+        value = getattr(module, name)
+        if type(value) is int:
             setattr(module, name, plan.channels(pieces[sizes.index(value)][1]))
-        elif isinstance(value, list | tuple) and value and all(type(size) is int for size in value):
+        else:
             starts = [i for i in range(len(sizes)) if sizes[i : i + len(value)] == list(value)]
             if starts:
                 found = [plan.channels(segments) for _, segments in pieces[starts[0] : starts[0] + len(value)]]
@@ -440,15 +441,19 @@ def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
 def randomized(model: nn.Module) -> tuple[nn.Module, Tensor]:
     """A float64 copy in eval mode that shows what a fresh network hides, and an image (1, C, H, W) for it.
 
-    What starts constant is random: scales, biases, branches that start at zero. Tamely, or rounding grows with depth
-    where there are no norms. Batch norms have the statistics of two images, or the image fades away with depth.
+    What starts constant is random: scales, biases, layers and branches that start at zero, but for what makes a network
+    soft. Tamely, or rounding grows with depth where there are no norms. Batch norms have the statistics of two images,
+    or the image fades away with depth.
     """
     probe = copy.deepcopy(model).double().eval()
     generator = torch.Generator().manual_seed(0)
+    soft = {id(residual) for residual in residuals(probe)}
     for name, tensor in (*probe.named_parameters(), *probe.named_buffers()):
         if tensor.is_floating_point() and tensor.ndim <= 1:
             random = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
             tensor.copy_((random - 0.5) / 5 if name.endswith(("bias", "mean")) else (random + 1) / 2)
+        elif tensor.is_floating_point() and not tensor.any() and id(tensor) not in soft:
+            tensor.normal_(std=tensor[0].numel() ** -0.5, generator=generator)
     x = image_for(probe)
     calibrate(probe, x)
     return probe, x
@@ -456,9 +461,11 @@ def randomized(model: nn.Module) -> tuple[nn.Module, Tensor]:
 
 def odd_image(probe: nn.Module, x: Tensor) -> Tensor | None:
     """x (1, C, H, W) with a row and a column more, if its sides are even: 64 pixels stay even behind five strides of
-    two, and 65 odd. With one less where the network does not take that; None where it takes neither. ``probe`` is
-    calibrated for it."""
-    sizes = (F.pad(x, (0, 1, 0, 1), mode="reflect"), x[..., 1:, 1:]) if x.shape[-1] % 2 == 0 else (x,)
+    two, and 65 odd. With one less where the network does not take that, or else 4, 8 or 16 more, which are odd behind
+    two, three or four strides; None where it takes none of them. ``probe`` is calibrated for it."""
+    fits = [pixels for pixels in (1, 4, 8, 16) if pixels < x.shape[-1]]
+    more = [F.pad(x, (0, pixels, 0, pixels), mode="reflect") for pixels in fits]
+    sizes = (more[0], x[..., 1:, 1:], *more[1:]) if x.shape[-1] % 2 == 0 else (x,)
     for odd in sizes:
         try:
             calibrate(probe, odd)
@@ -541,10 +548,12 @@ def _check_poses(
         raise ValueError(
             f"{broken} ({type(module).__name__}) is not equivariant {at_size}: neither its output nor any permutation "
             "of it follows the image. Look for a step just before it that treats some pixels or channels unlike "
-            "others: an asymmetric padding, a functional pooling or stride, a position embedding, a split of channels"
+            "others: an asymmetric padding, a functional pooling or stride, interpolation to the nearest pixel by no "
+            "whole factor (bilinear is exact), a position embedding, a split of channels"
         )
     if broken is not None:
         raise ValueError(
             f"the output{broken} of {type(probe).__name__} is not equivariant {at_size}, though each module is: look "
-            "for a step in its forward that treats some pixels or channels unlike others"
+            "for a step in its forward that treats some pixels or channels unlike others, such as interpolation to the "
+            "nearest pixel by no whole factor (bilinear is exact)"
         )

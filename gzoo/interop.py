@@ -20,7 +20,7 @@ from gzoo import _escnn, bases
 from gzoo.bases import BasisName
 from gzoo.check import relative_error
 from gzoo.convert import image_for
-from gzoo.equivariant import Equivariant, copied, group_of, sign
+from gzoo.equivariant import Equivariant, copied, group_of, require_network, sign
 from gzoo.fields import group_of_type
 from gzoo.groups import Group
 from gzoo.nn import (
@@ -128,6 +128,7 @@ def to_escnn(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: ``model`` is not equivariant, or partial; or an ``R2Conv`` does not hold a filter.
     """
+    require_network("model", model)
     group = group_of(model)
     if group is None:
         raise ValueError(f"{type(model).__name__} is not equivariant; convert it with gzoo.convert first")
@@ -356,9 +357,13 @@ def from_escnn(model: nn.Module, basis: BasisName | None = None, strides: Stride
         The network, in the mode of ``model``.
 
     Raises:
-        ValueError: a module has no counterpart, or its filter does not lie in the basis; names it and its type.
+        ValueError: a module has no counterpart, or its filter does not lie in the basis; names it and its type. Or
+            ``model`` has no module of escnn's.
     """
     require_strides(strides)
+    require_network("model", model)
+    if not any(isinstance(module, EscnnLayer) or _is_escnns_own(module) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} has no module of escnn's; give a network that is built of them")
     model = copied(model)
 
     def rule(path: str, module: nn.Module) -> nn.Module | None:

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain as flatten
 from typing import Any, Literal
 
 import timm
@@ -25,7 +26,7 @@ from gzoo.bases import BasisName, lifting_basis, regular_basis
 from gzoo.check import in_channels
 from gzoo.equivariant import classifiers, group_of, like
 from gzoo.groups import Group
-from gzoo.trace import Segment, Segments, Trace, flat, trace
+from gzoo.trace import Segment, Segments, Trace, channels_of, flat, trace
 
 Match = Literal["params", "flops", "width"]
 
@@ -301,8 +302,10 @@ def plan(
     if group_of(model) is not None:
         raise ValueError(f"{type(model).__name__} is equivariant already; convert the plain network")
     _require_convolution(model)
-    paths = classifier if isinstance(classifier, list | tuple) else [classifier or ""]
-    for path in filter(None, paths):
+    if widths is not None and not isinstance(widths, Mapping):
+        raise ValueError(f"widths is {widths!r}; it takes fields by plain channels, such as {{64: 32}}")
+    paths: Any = classifier if isinstance(classifier, list | tuple | set) else {classifier} - {None, ""}
+    for path in paths:
         if not isinstance(dict(model.named_modules()).get(path), nn.Conv2d | nn.Linear):
             raise ValueError(
                 f"classifier is {path!r}; {type(model).__name__} has no Conv2d or Linear of that path. Give the path "
@@ -314,7 +317,9 @@ def plan(
             f"{seen.over_pixels[0]} is linear over pixels or tokens, each with a weight of its own, which has no "
             f"equivariant counterpart here; use a convolution. {WHOLE_NETWORK}"
         )
-    found = _classifiers(model, seen) if classifier is None else frozenset(filter(None, paths))
+    found = _classifiers(model, seen) if classifier is None else frozenset(paths)
+    for segment in (part for path in found for part in flat(seen.outputs.get(path, ()))):
+        segment.image = True  # logits have no fibre, wherever they go
     sizes = {part.size for segments in seen.outputs.values() for part in flat(segments) if not part.image}
     for channels, fields in (widths or {}).items():
         if channels not in sizes:
@@ -478,10 +483,16 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
     if not layers:
         return frozenset()
     last, results = layers[-1], [y for y in tree_leaves(seen.result) if isinstance(y, Tensor)]
-    if vectors := [tuple(y.shape) for y in results[1:] if y.ndim == results[0].ndim == 2]:
+    makers = [_makers(y, layers, seen) for y in results]
+    linear = [[name for name in names if isinstance(modules[name], nn.Linear)] for names in makers]
+    if len(results) > 1 and any(y.ndim == 2 for y in results):
+        if all(names and y.ndim == 2 for y, names in zip(results, linear, strict=True)):
+            return frozenset(flatten.from_iterable(linear))
+        shapes = ", ".join(str(tuple(y.shape)) for y in results)
+        likely = [names[-1] for y, *found in zip(results, linear, makers, strict=True) if (names := found[y.ndim > 2])]
         raise ValueError(
-            f"{type(model).__name__} gives several vectors, {tuple(results[0].shape)} and {vectors[0]}; give the paths "
-            f"of the layers that make logits as classifier, a list: {', '.join(layers[-len(vectors) - 1 :])}, say"
+            f"{type(model).__name__} gives several outputs, {shapes}; say which layers make logits, as in "
+            f"classifier={likely}, or classifier='' if none does. The other outputs stay regular fields"
         )
     later = [modules[name] for name in seen.order[seen.order.index(last) + 1 :]]
     if any(True for module in later for _ in module.parameters()):
@@ -492,4 +503,11 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
         makes = shape[1:2] == (modules[last].out_channels,) and (len(shape) == 2 or at_each_pixel)
     else:
         makes = not any(isinstance(module, REDUCTIONS) for module in later)
-    return frozenset([last] if makes else [])
+    # The others are parts of the same logits, or summed up with them.
+    return frozenset([last, *flatten.from_iterable(linear)] if makes else [])
+
+
+def _makers(y: Tensor, layers: list[str], seen: Trace) -> list[str]:
+    """The layers whose channels an output of the network has."""
+    own = set(channels_of(y))
+    return [name for name in layers if not own.isdisjoint(flat(seen.outputs.get(name, ())))]

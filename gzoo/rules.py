@@ -152,7 +152,7 @@ class Recipe:
             raise ValueError(self.plan.why_lost(self.path))
         raise ValueError(
             "it has weights, but does not run on an image in eval mode, so its width is unknown; remove it from the "
-            "plain network"
+            "plain network, or have it run in eval mode, too, while it is converted"
         )
 
 
@@ -288,6 +288,7 @@ def _transposed_conv(plain: nn.ConvTranspose2d, recipe: Recipe) -> nn.Module:
         dilation=square(plain.dilation, "dilation"),
         groups=recipe.plan.groups_of(plain, recipe.in_fields, recipe.out_fields),
         bias=plain.bias is not None,
+        basis=recipe.plan.basis,
     )
     _initialize_like(new, plain, plain.weight[:, 0].numel() // plain.groups, new.fan_in)
     return new
@@ -295,6 +296,8 @@ def _transposed_conv(plain: nn.ConvTranspose2d, recipe: Recipe) -> nn.Module:
 
 @rule(nn.Linear, tl.Linear)
 def _linear(plain: nn.Linear, recipe: Recipe) -> nn.Module:
+    if recipe.lifts and recipe.head == "invariant" and not any(run.regular for run in recipe.out_runs):
+        return plain  # of what has no fibre, such as other logits
     if recipe.lifts:
         raise ValueError("it is linear in the channels of the image; use a 1x1 convolution, which lifts them")
     in_fields, bias = recipe.in_fields, plain.bias is not None

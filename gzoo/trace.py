@@ -4,6 +4,7 @@ A layer makes a `Segment`: channels whose number can be chosen. Adding two maps 
 concatenation strings them; a split cuts them in two. What is left after the run are the free widths of the network.
 """
 
+import contextlib
 import copy
 import math
 import types
@@ -106,6 +107,7 @@ class Trace:
         outputs: the channels of each module's result.
         pieces: channels that a module's own forward split off, with their number, in order.
         prefixes: the same for the channels before each piece, and for all.
+        widths: the attributes by which a module's own forward says how many channels it splits off, and where.
         pixels: positions at which a layer is applied to one image.
         coupled: modules whose own forward makes channels depend on each other, by a mean, maximum, norm or softmax over
             them, or by products of queries and keys; with these channels.
@@ -120,6 +122,7 @@ class Trace:
     outputs: dict[str, Segments] = field(default_factory=dict)
     pieces: dict[str, list[tuple[int, Segments]]] = field(default_factory=dict)
     prefixes: dict[str, list[tuple[int, Segments]]] = field(default_factory=dict)
+    widths: dict[str, set[str]] = field(default_factory=dict)
     pixels: dict[str, int] = field(default_factory=dict)
     coupled: list[tuple[str, Segments]] = field(default_factory=list)
     over_pixels: list[str] = field(default_factory=list)
@@ -145,9 +148,14 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
     try:
         return _run(copy.deepcopy(model), x)
     except Exception as error:
+        hint = (
+            "If it takes other channels, or one size only, say so: "
+            "model.pretrained_cfg = {'input_size': (channels, height, width)}"
+        )
+        if isinstance(error, TypeError):
+            hint = "gzoo converts networks of one argument, images; of one with more, convert the parts that run on one"
         raise ValueError(
-            f"{type(model).__name__} does not run on a random image of {tuple(x.shape)}: {error}. If it takes "
-            "another size only, say so: model.pretrained_cfg = {'input_size': (channels, height, width)}"
+            f"{type(model).__name__} does not run on a random image of {tuple(x.shape)}: {error}. {hint}"
         ) from error
 
 
@@ -170,7 +178,53 @@ def _run(model: nn.Module, x: Tensor) -> Trace:
     _mark(x, 1, (Segment(x.shape[1], image=True),))
     with torch.no_grad(), follow:
         seen.result = model.eval()(x)
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+    for path in seen.pieces:
+        seen.widths[path] = _widths(model.get_submodule(path), *follow.given[path], _sizes(seen, path))
     return seen
+
+
+def _sizes(seen: Trace, path: str) -> set[int]:
+    return {size for size, _ in (*seen.pieces[path], *seen.prefixes[path])}
+
+
+def _widths(module: nn.Module, args: tuple, kwargs: dict[str, Any], sizes: set[int]) -> set[str]:
+    """The attributes of ``module`` that hold some of ``sizes``, and with another number would split channels elsewhere.
+
+    Another attribute may hold the same number, such as a power or a number of heads.
+    """
+    before = _splits(module, args, kwargs)
+    found = set()
+    for name, value in list(vars(module).items()):
+        if type(value) is int and value in sizes:
+            other: Any = 2 * value  # a half of which is another number, too
+        elif isinstance(value, list | tuple) and value and all(type(size) is int and size in sizes for size in value):
+            other = type(value)(2 * size for size in value)
+        else:
+            continue
+        setattr(module, name, other)
+        if _splits(module, args, kwargs) != before:
+            found.add(name)
+        setattr(module, name, value)
+    return found
+
+
+def _splits(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[str]:
+    """Where the forward of ``module`` takes tensors apart, up to an error."""
+    log: list[str] = []
+
+    class Log(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            out = func(*args, **kwargs or {})
+            if getattr(func, "__name__", "") in _SPLITS:
+                log.append(f"{args[1:]} {kwargs} {[tuple(x.shape) for x in _tensors(out)]}")
+            return out
+
+    with torch.no_grad(), Log(), contextlib.suppress(Exception):  # a forward may fail in any way with a wrong number
+        module(*args, **kwargs)
+    return log
 
 
 def _make_followable(module: Any) -> None:
@@ -199,6 +253,12 @@ def _channels(x: Any) -> Channels | None:
     return getattr(x, "gzoo_channels", None) if isinstance(x, Tensor) else None
 
 
+def channels_of(x: Tensor) -> Segments:
+    """The segments that a tensor of a traced run has; none if they were lost."""
+    channels = _channels(x)
+    return flat(channels.segments) if channels else ()
+
+
 class _Follow(TorchFunctionMode):
     """Hands the channels on from the arguments of every torch function to its results."""
 
@@ -208,12 +268,14 @@ class _Follow(TorchFunctionMode):
         self.path = [""]
         self.made: dict[str, Segments] = {}
         self.attending: set[str] = set()  # modules whose own forward multiplies queries with keys
+        self.given: dict[str, tuple[tuple, dict[str, Any]]] = {}  # what each module was given first
 
     # --- modules
 
     def enter(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             self.path.append(name)
+            self.given.setdefault(name, (inputs, named))
             seen = self.seen
             inputs += tuple(named.values())
             x = next((x for x in _tensors(inputs) if _channels(x)), None)
@@ -541,10 +603,11 @@ _REDUCTIONS = (
     *("mean", "sum", "amax", "amin", "max", "min", "std", "var", "logsumexp", "prod", "median"),
     *("std_mean", "var_mean"),
 )
+_SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split", "narrow", "__getitem__")
 _FOLLOWED: dict[str, Callable[..., bool]] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), _Follow._cat),
     "stack": _Follow._stack,
-    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), _Follow._split),
+    **dict.fromkeys(_SPLITS[:4], _Follow._split),
     "narrow": _Follow._narrow,
     "__getitem__": _Follow._getitem,
     "permute": _Follow._permute,

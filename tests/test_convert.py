@@ -26,7 +26,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import gzoo
 from gzoo import groups
-from gzoo.check import KeepDouble, relative_error
+from gzoo.check import KeepDouble, in_channels, relative_error
 from gzoo.convert import convert_in_place
 from gzoo.nn import GroupConv2d, InvariantLinear, LiftingConv2d
 from gzoo.rules import RULES, SymmetricFusion
@@ -206,7 +206,7 @@ def test_widths_overrule_match():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"widths": {17: 3}}, r"widths has 17, which is no width of Sequential: \[5, 16, 24\]"),
+        ({"widths": {17: 3}}, r"widths has 17, which is no width of Sequential: \[16, 24\]"),
         ({"widths": {16: 2.5}}, r"widths gives 16 channels 2.5 fields"),
         ({"widths": {16: 0}}, r"widths gives 16 channels 0 fields"),
         ({"group_pool": "Max"}, "a fibre is pooled by 'Max'; accepted are 'mean' and 'max'"),
@@ -238,12 +238,18 @@ def test_a_part_of_a_network_refuses_the_weights_of_another_group():
         p4.load_state_dict(d2.state_dict())
 
 
-def test_half_precision_and_back_keeps_the_filters():
-    model = gzoo.convert(small(), "c8").eval()
-    x, state = image().float(), copy.deepcopy(model.state_dict())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "make", [lambda: gzoo.convert(small(), "c8"), lambda: timm.create_model("se2_resnet", width=4)]
+)
+def test_half_precision_and_back_keeps_the_filters(make, dtype):
+    model = make().eval().to(dtype)
+    state = copy.deepcopy(model.float().state_dict())
+    x = torch.randn(1, in_channels(model), 16, 16)
     expected = model(x)
-    model.bfloat16().float().load_state_dict(state)
+    model.to(dtype).bfloat16().float().load_state_dict(state)
     assert model(x).equal(expected)
+    assert model.bfloat16()(x.bfloat16()).isfinite().all()
 
 
 def test_the_group_pool_of_the_classifier_is_the_one_asked_for():
@@ -470,6 +476,27 @@ def test_a_pose_head_where_there_is_no_classifier_is_refused():
             gzoo.convert(features, "p4", head="pose", classifier=classifier)
 
 
+HEADS = {
+    "side by side": lambda self, x: torch.cat([self.b(x.mean((2, 3))), self.c(x.amax((2, 3)))[:, :2]], 1),
+    "summed up": lambda self, x: self.b(x.mean((2, 3))) + self.c(x.amax((2, 3))),
+    "multiplied": lambda self, x: self.b(x.mean((2, 3))) * self.d(x.amax((2, 3))),
+    "cut in two": lambda self, x: self.b(x.mean((2, 3))).chunk(2, 1)[1],
+    "of others": lambda self, x: self.e(self.b(x.mean((2, 3))).relu()) + self.b(x.mean((2, 3))),
+}
+
+
+@pytest.mark.parametrize("made", HEADS)
+def test_logits_that_several_layers_make_are_invariant(made):
+    layers = {name: nn.Linear(16, width) for name, width in (("b", 6), ("c", 6), ("d", 1))}
+    plain = Network(lambda self, x: HEADS[made](self, self.a(x)), a=conv(3, 16), e=nn.Linear(6, 6), **layers)
+    for unused in set("bcde") - set(HEADS[made].__code__.co_names):
+        delattr(plain, unused)
+    model = with_random_statistics(gzoo.convert(plain, "p4m")).eval()
+    x = image()
+    assert model(x).shape == plain(x.float()).shape
+    assert worst_error(model, "p4m", x, "image", "invariant") < 1e-12
+
+
 @pytest.mark.parametrize("size", [(33, 33), (32, 27)])
 @pytest.mark.parametrize("head", ["invariant", "pose"])
 def test_several_outputs_have_a_classifier_each(head, size):
@@ -479,7 +506,7 @@ def test_several_outputs_have_a_classifier_each(head, size):
         kind=nn.Linear(16, 7),
         age=nn.Linear(16, 1),
     )
-    model = gzoo.convert(plain, "p4m", classifier=["kind", "age"], head=head).double().eval()
+    model = gzoo.convert(plain, "p4m", head=head).double().eval()
     p4m, x = groups.get("p4m"), torch.randn(2, 3, *size, dtype=torch.float64)
     upright = model(x)
     assert {name: tuple(y.shape[:2]) for name, y in upright.items()} == {"kind": (2, 7), "age": (2, 1)}
@@ -501,8 +528,31 @@ def test_a_mask_and_a_vector_beside_it_have_a_classifier_each():
     mask, kind = model(x)
     turned_mask, turned_kind = model(x.rot90(1, (2, 3)))
     assert mask.shape == (2, 2, 17, 12)
+    assert gzoo.check(model, (17, 12)).worst < 1e-12
     torch.testing.assert_close(turned_mask, mask.rot90(1, (2, 3)), rtol=0, atol=1e-12)
     torch.testing.assert_close(turned_kind, kind, rtol=0, atol=1e-12)
+
+
+class Numbers(nn.Module):
+    """Splits maps by one of its numbers, and logits by another."""
+
+    def __init__(self):
+        super().__init__()
+        self.half, self.power, self.first = 8, 8, 2
+        self.a, self.b, self.fc = conv(3, 16), conv(8, 16), nn.Linear(16, 12)
+
+    def forward(self, x):
+        y = self.a(x)
+        y = self.b(y[:, : self.half] * (y[:, self.half :] / self.power).sigmoid())
+        z = self.fc(y.mean((2, 3)))
+        return torch.cat([z[:, : self.first].sigmoid(), z[:, self.first :]], 1)
+
+
+@pytest.mark.parametrize("weights", [None, "transfer"])
+def test_of_equal_numbers_those_that_split_maps_are_widths(weights):
+    model = gzoo.convert(Numbers(), "p4", weights=weights)
+    assert (model.power, model.first) == (8, 2)
+    assert model.half == (32 if weights else 16)
 
 
 CHANNELS_LAST = {
@@ -527,6 +577,27 @@ def test_a_frozen_layer_gets_no_fresh_weights():
         gzoo.convert(plain, "p4")
     model = gzoo.convert(plain, "p4", weights="transfer")
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == {"2.weight", "2.bias"}
+
+
+class PairNetwork(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(3, 8), nn.Linear(8, 3)
+
+    def forward(self, x, y):
+        return self.b((self.a(x) - self.a(y)).mean((2, 3)))
+
+
+def zero(layer):
+    nn.init.zeros_(layer.weight)
+    return layer
+
+
+def multiples_of_four(self, x):
+    y = self.a(x)
+    z = F.max_pool2d(F.max_pool2d(y, 2), 2)
+    z = z + F.interpolate(F.max_pool2d(z, 2), z.shape[2:])
+    return self.c(self.b(y + F.interpolate(z, scale_factor=4)))  # a sum of maps of one size
 
 
 class Fused(nn.Module):
@@ -863,10 +934,6 @@ REFUSED = {
         lambda: nn.Sequential(conv(3, 16), nn.Upsample(scale_factor=1.5), *head(16)),
         r"^1: 'nearest' to a size that is no multiple",
     ),
-    "image added to features": (
-        lambda: Network(lambda self, x: self.head(self.first(x) + x), first=conv(3, 3), head=nn.Sequential(*head(3))),
-        r"^head.2: it is linear in the channels of the image",
-    ),
     "weights that do not run": (
         lambda: Network(
             lambda self, x: self.head(self.first(x)), first=conv(3, 3), head=nn.Sequential(*head(3)), unused=conv(3, 3)
@@ -939,14 +1006,29 @@ REFUSED = {
         lambda: Network(lambda self, x: self.b(self.a(input=x)).mean((2, 3)), a=conv(3, 16), b=conv(16, 5)),
         r"^the converted EquivariantNetwork does not run \(at a: LiftingConv2d.forward\(\) got .* argument 'input'",
     ),
-    "two classifiers": (
+    "a vector beside a map": (
+        lambda: Network(lambda self, x: (self.b(self.a(x).mean((2, 3))), self.a(x)), a=conv(3, 16), b=nn.Linear(16, 7)),
+        r"^Network gives several outputs, \(2, 7\), \(2, 16, 64, 64\); say .* as in classifier=\['b', 'a'\], or",
+    ),
+    "logits beside what they are made of": (
         lambda: Network(
-            lambda self, x: (self.b(self.a(x).mean((2, 3))), self.c(self.a(x).mean((2, 3)))),
-            a=conv(3, 16),
-            b=nn.Linear(16, 7),
-            c=nn.Linear(16, 5),
+            lambda self, x: (self.b(self.a(x).mean((2, 3))), self.a(x).mean((2, 3))), a=conv(3, 16), b=nn.Linear(16, 7)
         ),
-        r"^Network gives several vectors, \(2, 7\) and \(2, 5\); give the paths .* as classifier, a list: b, c, say$",
+        r"^Network gives several outputs, \(2, 7\), \(2, 16\); say .* as in classifier=\['b'\], or classifier='' if",
+    ),
+    "two images": (
+        lambda: PairNetwork(),
+        r"missing 1 required positional argument: 'y'. gzoo converts networks of one argument, images",
+    ),
+    "broken behind weights of zero": (
+        lambda: Network(
+            lambda self, x: F.max_pool2d(self.b(self.a(x)), 3, 2), a=conv(3, 16), b=zero(nn.Conv2d(16, 5, 3))
+        ),
+        r"^the output of EquivariantNetwork is not equivariant under p4 at 64x64 pixels",
+    ),
+    "broken at odd multiples of four": (
+        lambda: Network(multiples_of_four, a=conv(3, 8), b=conv(8, 8), c=nn.Conv2d(8, 5, 1)),
+        r"^b \(GroupConv2d\) is not equivariant under p4 at 68x68 pixels",
     ),
     "shared weight": (
         lambda: Network(lambda self, x: self.b(self.a(x)).mean((2, 3)), **tied()),

@@ -14,9 +14,12 @@ class Constants(nn.Module):
 
     Attributes:
         constants: the names of these buffers; one that is a parameter here is left alone.
+        precise: those of them that stay in float32 where the module goes to half precision, or digits would be lost
+            for good.
     """
 
     constants: ClassVar[tuple[str, ...]]
+    precise: ClassVar[tuple[str, ...]] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = {name: self._buffers[name] for name in self.constants if name in self._buffers}
@@ -24,7 +27,8 @@ class Constants(nn.Module):
         for name, numbers in before.items():
             now = self._buffers[name]
             if numbers is not None and now is not None:
-                self._buffers[name] = numbers.to(now.dtype) if now.is_meta else numbers.to(now)
+                least = torch.float32 if name in self.precise and now.dtype.itemsize < 4 else now.dtype
+                self._buffers[name] = numbers.to(least) if now.is_meta else numbers.to(now.device, least)
         return self
 
 

@@ -152,6 +152,7 @@ class _Kernels(Constants):
     """Weights (fields out, fields in, functions of the relative element, functions in space)."""
 
     constants: ClassVar[tuple[str, ...]] = ("norm",)
+    precise: ClassVar[tuple[str, ...]] = ("norm",)
 
     def __init__(self, in_fields: int, out_fields: int, size: int, relative: int) -> None:
         super().__init__()
@@ -168,7 +169,8 @@ class _Kernels(Constants):
 
     def poses(self, elements: Elements) -> Tensor:
         """The functions in space at u^-1 y, (n, functions, k * k)."""
-        return circular_harmonics(self.size, elements.angles, elements.mirrored) / self.norm
+        functions = circular_harmonics(self.size, elements.angles, elements.mirrored)
+        return functions / self.norm.to(functions.dtype)
 
     def convolve(self, x: Tensor, filters: Tensor, elements: Elements) -> Features:
         """``filters``: (fields out, n, channels of x, k * k)."""

@@ -20,6 +20,7 @@ class ExpandedLayer(Constants):
     """
 
     constants: ClassVar[tuple[str, ...]] = ("index", "samples")
+    precise: ClassVar[tuple[str, ...]] = ("samples",)
     weight: nn.Parameter
     index: Tensor
     samples: Tensor | None
@@ -64,11 +65,7 @@ class ExpandedLayer(Constants):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExpandedLayer":
         self._cached = None  # .to(), .half(), .cuda(): same version, new data
         # In two dimensions: .to(memory_format=torch.channels_last) rejects kernels, whose dimensions are no image's.
-        precise = self.samples
         super()._apply(lambda x: fn(x.flatten(1)).view(x.shape) if x.ndim > 2 else fn(x), recurse)
-        now = self.samples
-        if precise is not None and now is not None and now.dtype.itemsize < precise.dtype.itemsize < 8:
-            self.samples = precise.to(now.device)  # in half precision, digits would be lost for good
         return self
 
     def __getstate__(self) -> dict[str, Any]:  # deepcopy and pickle

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gzoo.bases import regular_basis
+from gzoo.bases import BasisName, balance, regular_basis
 from gzoo.groups import Group
 from gzoo.nn.conv import require_fields
 from gzoo.nn.expand import ExpandedLayer, along_fibre
@@ -33,6 +33,7 @@ class GroupConvTranspose2d(ExpandedLayer):
         dilation: pixels between taps.
         groups: divides both numbers of fields.
         bias: whether each field has one.
+        basis: of the kernels, as `GroupConv2d` takes it.
 
     Shape:
         x: (B, in_fields * |G|, H, W); result: (B, out_fields * |G|, H', W') with H', W' as of ``nn.ConvTranspose2d``
@@ -40,7 +41,7 @@ class GroupConvTranspose2d(ExpandedLayer):
         weight: (in_fields, out_fields / groups, ...) as that of a `GroupConv2d` from out to in.
 
     Raises:
-        ValueError: x has other channels; ``output_size`` is not the size of the result.
+        ValueError: the group has no such basis; x has other channels; ``output_size`` is not the size of the result.
     """
 
     def __init__(
@@ -54,12 +55,15 @@ class GroupConvTranspose2d(ExpandedLayer):
         dilation: int = 1,
         groups: int = 1,
         bias: bool = True,
+        basis: BasisName | None = None,
     ) -> None:
-        super().__init__(in_fields, out_fields // groups, regular_basis(group, kernel_size))
+        super().__init__(in_fields, out_fields // groups, regular_basis(group, kernel_size, basis))
         self.group, self.in_fields, self.out_fields = group, in_fields, out_fields
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.bias = nn.Parameter(torch.zeros(out_fields)) if bias else None
         nn.init.normal_(self.weight, std=math.sqrt(2 * stride**2 / self.fan_in))
+        with torch.no_grad():
+            self.weight.mul_(balance(self.basis))
 
     @property
     def fan_in(self) -> int:

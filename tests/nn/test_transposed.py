@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+import gzoo
 from gzoo import groups
 from gzoo.nn import GroupConv2d, GroupConvTranspose2d
+from gzoo.plan import plan
 from tests.conftest import GRID_GROUPS, random_fields, with_random_statistics, worst_error
 
 VARIANTS = {
@@ -24,6 +26,22 @@ def test_it_and_its_gradients_commute_with_the_group(group, variant):
     layer = with_random_statistics(GroupConvTranspose2d(groups.get(group), 4, 4, **VARIANTS[variant]))
     for size in ((4, 4), (5, 5), (3, 6)):
         assert worst_error(layer, group, random_fields(group, 4, size, batch=1)) < 1e-12
+
+
+@pytest.mark.parametrize(("group", "basis"), [("p4", "steerable"), ("p4m", "steerable_3r"), ("c8", "steerable_3r")])
+@pytest.mark.parametrize("kernel", [3, 4])
+def test_the_basis_is_the_one_asked_for(group, basis, kernel):
+    layer = GroupConvTranspose2d(groups.get(group), 2, 3, kernel, stride=2, padding=1, basis=basis).double()
+    assert layer.basis_name == basis
+    assert worst_error(layer, group, random_fields(group, 2)) < 1e-12
+
+
+@pytest.mark.parametrize("basis", [None, "steerable"])
+def test_as_many_parameters_are_planned_as_are_built(basis):
+    up = nn.ConvTranspose2d(16, 16, 4, 2, 1)
+    plain = nn.Sequential(nn.Conv2d(3, 16, 3), up, nn.ReLU(), nn.Conv2d(16, 2, 1))
+    planned = plan(plain, groups.chain("p4m"), basis=basis).total().params
+    assert sum(p.numel() for p in gzoo.convert(plain, "p4m", basis=basis).parameters()) == planned
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
