@@ -133,9 +133,11 @@ def render(results: dict[str, Any]) -> str:
     commands = "\n".join(run["command"] for run in runs)
     times = ", then ".join(
         f"{seconds / 60:.0f} minutes on {machine['gpu'] or machine['cpu']}, {_threads(machine)}"
-        for seconds, machine in _spans(runs)
+        for seconds, machine in _spans(trained)
     )
     validation = "the last epoch's weights, without validation"
+    if config.get("averaged_with"):
+        validation = "the mean of the last two runs' weights, without validation"
     if training["n_val"]:
         validation = f"{training['n_val']:,} more chose the weights of epoch {trained[-1]['best_epoch']}"
     return f"""---

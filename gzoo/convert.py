@@ -20,14 +20,16 @@ from torch._dynamo import OptimizedModule
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from gzoo import groups
 from gzoo.bases import BasisName
-from gzoo.check import KeepDouble, first_broken_layer
+from gzoo.check import KeepDouble, first_broken_layer, relative_error
 from gzoo.equivariant import EquivariantClassifier, group_of, make_equivariant
 from gzoo.groups import Group
 from gzoo.nn import PoseConv2d, PoseLinear, Restriction, restrict_output
 from gzoo.nn.linear import Head, Pooling
+from gzoo.nn.resample import Window
 from gzoo.partial import make_partial
 from gzoo.plan import WHOLE_NETWORK, Match, Plan, example, plan
 from gzoo.rules import ON_IMAGE, RULES, WHOLE, Recipe, rule
@@ -120,6 +122,8 @@ def convert(
             copied, group, match, widths, group_pool, basis, classifier, weights, head=head, partial=partial, soft=soft
         )
         check_itself(converted)
+        if weights == "transfer":
+            _check_mean(model, converted)
     return converted
 
 
@@ -457,6 +461,61 @@ def randomized(model: nn.Module) -> tuple[nn.Module, Tensor]:
     x = image_for(probe)
     calibrate(probe, x)
     return probe, x
+
+
+@torch.no_grad()
+def _check_mean(plain: nn.Module, converted: nn.Module) -> None:
+    """Raises ValueError unless the outputs of ``converted``, filled from ``plain``, are the mean of its over all poses.
+
+    Both with other weights, which hide nothing, at an image size that all windows fit, if one of two does. Only for
+    networks of torch's own layers: of others there are some that become symmetric by being changed.
+    """
+    group = group_of(converted)
+    leaves = [module for module in plain.modules() if not any(True for _ in module.children())]
+    if group is None or any(not type(leaf).__module__.startswith("torch.nn.") for leaf in leaves):
+        return
+    probe, image = randomized(plain)
+    odd = odd_image(probe, image)  # changes the statistics of the norms
+    twin = copy.deepcopy(converted).double().eval()
+    fill(twin, probe, group, "transfer")
+    for x in (image,) if odd is None else (image, odd):
+        with KeepDouble(), _windows_fit(twin) as fits:
+            found = tree_leaves(twin(x))
+        if not all(fits):
+            continue
+        with KeepDouble():
+            poses = [tree_leaves(probe(group.transform_image(x, group.inverse(g)))) for g in range(group.order)]
+        for y, *turned in zip(found, *poses, strict=True):
+            moved = [group.transform_image(z, g) if z.ndim == 4 else z for g, z in enumerate(turned)]
+            mean = torch.stack(moved).mean(0)
+            if y.shape[1] == mean.shape[1] * group.order:
+                y = y.unflatten(1, (-1, group.order)).mean(2)
+            if relative_error(y, mean) > 1e-8:
+                raise ValueError(
+                    f"{type(plain).__name__} is not carried over: with weights='transfer' the output differs from the "
+                    "mean over all poses. Look for a step in its forward that mixes channels, or counts or splits them "
+                    "by a number that is no attribute; or convert with fresh weights"
+                )
+        return
+
+
+@contextmanager
+def _windows_fit(model: nn.Module) -> Iterator[list[bool]]:
+    """Collects whether the windows of each layer that runs cover its input symmetrically, as they stand."""
+    fits: list[bool] = []
+
+    def record(module: nn.Module, inputs: Any) -> None:
+        window: Any = module.window
+        rooms = [size + window.padding - window.extent for size in inputs[0].shape[2:]]
+        fits.append(window.padding % 2 == 0 and all(room % window.stride == 0 for room in rooms))
+
+    layers = [module for module in model.modules() if isinstance(getattr(module, "window", None), Window)]
+    handles = [module.register_forward_pre_hook(record) for module in layers]
+    try:
+        yield fits
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def odd_image(probe: nn.Module, x: Tensor) -> Tensor | None:

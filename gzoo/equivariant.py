@@ -7,7 +7,7 @@ here in front of it.
 import copy
 from collections.abc import Collection, Mapping
 from itertools import chain as flatten
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from timm.layers import NormMlpClassifierHead
@@ -17,13 +17,14 @@ from gzoo import groups
 from gzoo.bases import NAMES
 from gzoo.groups import Group
 from gzoo.nn import FibreNorm, GroupPool, InvariantConv2d, InvariantLinear, PoseConv2d, PoseLinear
-from gzoo.nn.constant import Constants, on_default_device
+from gzoo.nn.constant import Constants, beside
+from gzoo.nn.continuous import ContinuousGroup
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.front import Front, put_in_front
 from gzoo.nn.linear import Pooling
 
 SIGNATURE = "group_signature"
-CONTINUOUS = ("t2", "se2", "e2")  # the signature of a network over one of these is its place here alone
+CONTINUOUS = get_args(ContinuousGroup)  # the signature of a network over one of these is its place here alone
 
 
 def make_equivariant(model: nn.Module, chain: tuple[Group, ...], pool: Pooling) -> None:
@@ -80,7 +81,7 @@ def sign(model: nn.Module, chain: tuple[Group, ...]) -> None:
     basis = max([*found, NAMES.index("pixel" if all(group.on_grid for group in chain) else "steerable")])
     (rotations, reflections), *others = ((group.rotations, int(group.reflections)) for group in chain)
     signature = torch.tensor([rotations, reflections, basis, *flatten.from_iterable(others)], device="cpu")
-    model.register_buffer(SIGNATURE, on_default_device(signature))
+    model.register_buffer(SIGNATURE, beside(like(model), signature))
 
 
 class Equivariant(Constants, Front):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from gzoo import _escnn, foreign, groups
-from gzoo.equivariant import require_same_shapes
+from gzoo.equivariant import SIGNATURE, require_same_shapes
 from gzoo.groups import Group
 from gzoo.interop import Strides, from_escnn
 
@@ -104,7 +104,7 @@ def import_checkpoint(path: str | Path, name: str, out: str | Path, strides: Str
     except ValueError as error:
         raise ValueError(f"{path} is no checkpoint of equivision's {name}: {error}") from error
     model = create(name, strides).eval()
-    signature = {key: value for key, value in model.state_dict().items() if key == "group_signature"}
+    signature = {SIGNATURE: model.state_dict()[SIGNATURE]}
     # The layers inside equivision's own code are wrapped once; apart from that both networks name them alike.
     model.load_state_dict({key.replace(".layer.", "."): value for key, value in converted.items()} | signature)
     foreign.write(model, out, strides)

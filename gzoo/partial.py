@@ -282,8 +282,8 @@ def _header(subset: Subset | Arc) -> tuple[str, str]:
 
 def _row(subset: Subset | Arc) -> str:
     if isinstance(subset, Arc):
-        p = subset.mirror_probability
-        return f"{math.degrees(subset.theta):9.1f}{_cell(p, p >= 0.5):>11}"
+        mirrored = _cell(subset.mirror_probability, subset.keeps_mirror)
+        return f"{math.degrees(subset.theta):9.1f}{mirrored:>11}"
     kept = subset.kept
     cells = (_cell(subset.probability(g), g in kept) for g in range(subset.group.order))
     return f"{''.join(f'{cell:>9}' for cell in cells)}{len(kept):6}"

@@ -539,10 +539,12 @@ def _pool(plain: Any, recipe: Recipe) -> nn.Module:
 @rule(MaxPool2dSame, tl.AvgPool2dSame)
 def _same_pool(plain: Any, recipe: Recipe) -> nn.Module:
     kernel, stride = square(plain.kernel_size, "kernel_size"), square(plain.stride, "stride")
-    padding, ceil = kernel // 2 if kernel % 2 else 0, kernel % 2 == 0  # as many pixels out as TensorFlow gives
+    whole = kernel % 2 == 0 and kernel == stride
+    padding = 0 if whole else kernel // 2  # as many pixels out as TensorFlow gives
+    window = None if whole or kernel % 2 else Window(kernel, stride, kernel - 1)
     if isinstance(plain, nn.MaxPool2d):
-        return SymmetricPool2d(nn.MaxPool2d(kernel, stride, padding, ceil_mode=ceil))
-    return SymmetricPool2d(nn.AvgPool2d(kernel, stride, padding, ceil, count_include_pad=False))
+        return SymmetricPool2d(nn.MaxPool2d(kernel, stride, padding, ceil_mode=whole), window)
+    return SymmetricPool2d(nn.AvgPool2d(kernel, stride, padding, whole, count_include_pad=False), window)
 
 
 @rule(tl.BlurPool2d)

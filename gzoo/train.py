@@ -69,7 +69,7 @@ from gzoo.evaluate import measure
 from gzoo.partial import subset_parameters
 from gzoo.predict import count_poses, load_model, names_weights
 from gzoo.soft import penalty
-from gzoo.transfer import grow
+from gzoo.transfer import average, grow
 from gzoo.weights import write_atomically
 from gzoo.winograd import Winograd
 
@@ -104,6 +104,9 @@ class TrainConfig:
     )
     pretrained: bool = _option(False, "start from pretrained weights")
     grown_from: str | None = _option(None, "start from a run over a subgroup, see gzoo.grow: with model_args subgroup")
+    averaged_with: str | None = _option(
+        None, "the start becomes the mean of pretrained's or grown_from's weights and those of this run of the network"
+    )
     freeze_backbone: bool = _option(False, "train the classifier only; norm statistics stay as they are")
     epochs: int = _option(
         10, "passes over the training images; 0 saves the start, such as what grown_from gives", least=0
@@ -139,7 +142,9 @@ class TrainConfig:
     )
     clip_grad: float | None = _option(None, "largest norm of the gradient", above=0)
     bf16: bool = _option(False, "autocast to bfloat16")
-    channels_last: bool = _option(False, "channels_last memory format")
+    channels_last: bool = _option(
+        False, "channels_last memory format, for plain networks: norms of fibres give the default one back"
+    )
     compile: bool = _option(False, "torch.compile the model")
     winograd: bool = _option(
         False, "3x3 and 5x5 convolutions by Winograd's algorithm, see gzoo.winograd: faster in float32 on a CPU"
@@ -208,6 +213,8 @@ class TrainConfig:
             raise ValueError(f"image_sizes is {self.image_sizes}; epochs and sizes must be at least 1")
         if self.pretrained and self.grown_from:
             raise ValueError("pretrained and grown_from are two starts; set one of them")
+        if self.averaged_with and not (self.pretrained or self.grown_from):
+            raise ValueError("averaged_with would average random weights; set pretrained or grown_from, too")
         for name in ("optimizer", "schedule"):
             if "name" not in getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)}; it needs a name, such as name: sgd or name: cosine")
@@ -373,6 +380,8 @@ def _set_up(config: TrainConfig, out: Path, processes: PartialState, fresh: bool
         print(f"gzoo: starting from random weights; --pretrained starts from those of {config.model}", file=sys.stderr)
     if config.grown_from and fresh:
         grow(model, load_model(config.grown_from, pretrained=True, num_classes=classes))
+    if config.averaged_with and fresh:
+        average(model, load_model(config.averaged_with, pretrained=True, num_classes=classes))
     data_config = _input_config(model, config)
     poses = _try_sizes(model, data_config, config)
     if poses > 1:
@@ -616,6 +625,8 @@ def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[flo
     mixup, loss_function = _loss(config, len(run.train_data.classes) * run.poses)
     parameters = [p for p in run.model.parameters() if p.requires_grad]
     convolutions = Winograd() if config.winograd else contextlib.nullcontext()
+    subsets = {id(parameter) for parameter in subset_parameters(run.model)}  # which learn at a rate of their own
+    of_weights = [g for g in run.optimizer.param_groups if subsets.isdisjoint(map(id, g["params"]))]
     mean_loss, pending = AverageMeter(), None
     update = run.epoch * run.steps
     if run.schedule:
@@ -646,7 +657,7 @@ def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[flo
         if config.clip_grad is not None:
             dispatch_clip_grad(parameters, config.clip_grad)
         run.optimizer.step()
-        update, lr = update + 1, max(group["lr"] for group in run.optimizer.param_groups)
+        update, lr = update + 1, max(group["lr"] for group in of_weights)
         if run.ema:
             run.ema.update(run.model, step=update)
         if run.schedule:

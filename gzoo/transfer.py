@@ -106,6 +106,26 @@ def grow(model: nn.Module, smaller: nn.Module) -> None:
     model.load_state_dict(grown)
 
 
+@torch.no_grad()
+def average(model: nn.Module, other: nn.Module) -> None:
+    """Gives ``model``, in place, the mean of its weights and those of ``other``, which often errs less than either.
+
+    Args:
+        model: a network.
+        other: the same network from another run, such as the one that ``model`` went on from; stays as it is.
+
+    Raises:
+        ValueError: the two have other layers, or layers of other widths. ``model`` then is as it was.
+
+    Source: Izmailov et al. 2018, arXiv:1803.05407; Wortsman et al. 2022, arXiv:2203.05482, equation 1, of two runs.
+    """
+    own, others = model.state_dict(), other.state_dict()
+    if different := [key for key in own.keys() | others if key not in own or key not in others]:
+        raise ValueError(f"the two networks differ in {', '.join(sorted(different)[:3])}; take runs of one network")
+    mean = {key: own[key].lerp(others[key].to(own[key]), 0.5) for key in own if own[key].is_floating_point()}
+    model.load_state_dict(own | mean)
+
+
 def _grown(value: Tensor, target: Tensor, name: str, layer: nn.Module, inner: nn.Module) -> Tensor:
     if name != "weight" or not isinstance(layer, ExpandedLayer) or isinstance(layer, LiftingConv2d):
         _require_layout(value, target.shape)

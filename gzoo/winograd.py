@@ -207,4 +207,5 @@ def _applies(
         and x.dim() == 4
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")  # the products would be rounded to half precision
     )

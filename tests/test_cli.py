@@ -4,7 +4,6 @@ import json
 import re
 from importlib.metadata import version
 
-import datasets
 import numpy as np
 import pytest
 import timm
@@ -189,8 +188,7 @@ def test_predict_lists_unreadable_images_and_exits_1_after_the_others(recipe, im
     assert sum(read["probabilities"]) == pytest.approx(1)
 
 
-def test_data_rotmnist_writes_a_set_that_opens(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_data_rotmnist_passes_its_arguments_on(monkeypatch, capsys):
     calls = []
     monkeypatch.setattr("gzoo.data.make_rotated_mnist", lambda *a: calls.append(a) or {"train": 12_000, "test": 50_000})
     assert main(["data", "rotmnist", "--mnist", "in", "--out", "out"]) == 0

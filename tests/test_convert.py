@@ -11,6 +11,7 @@ import timm.layers as tl
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
+from timm.layers.pool2d_same import MaxPool2dSame
 from timm.models import edgenext, fastvit, metaformer
 from timm.models._efficientnet_blocks import CondConvResidual
 from timm.models.efficientvit_mit import LiteMLA
@@ -456,6 +457,16 @@ def test_the_pools_in_the_functions_of_inception_v3_are_symmetric(block, size):
     plain = nn.Sequential(conv(3, 8), block(128, conv_block=thin))
     plain.pretrained_cfg = {"input_size": (3, 20, 20)}  # the self-check takes an image of this size
     model = with_random_statistics(gzoo.convert(plain, "p4", classifier="")).eval()
+    assert worst_error(model, "p4", image(size), "image", "fields") < 1e-12
+
+
+@pytest.mark.parametrize("size", [(16, 16), (15, 18), (9, 11)])
+@pytest.mark.parametrize(("kernel", "stride"), [(2, 1), (2, 2), (3, 2), (4, 2), (4, 1)])
+@pytest.mark.parametrize("pool", [tl.AvgPool2dSame, MaxPool2dSame])
+def test_pools_that_keep_the_size_give_as_many_pixels_as_tensorflow(pool, kernel, stride, size):
+    plain = nn.Sequential(conv(3, 8), pool(kernel, stride))
+    model = with_random_statistics(gzoo.convert(plain, "p4", classifier="")).eval()
+    assert model(image(size)).shape[2:] == plain(image(size).float()).shape[2:]
     assert worst_error(model, "p4", image(size), "image", "fields") < 1e-12
 
 

@@ -164,6 +164,12 @@ def test_a_residual_network_that_keeps_a_subgroup_is_exact_for_it_and_for_no_mor
     assert min(report.given_up.values()) > 1e-6
 
 
+def test_a_subgroup_that_is_kept_can_be_asked_for():
+    model = keeping(partial_resnet("p4m"), (0, 4))  # the reflection, which d1 calls 1
+    assert gzoo.check(model, 33, "d1").worst < 1e-12
+    assert gzoo.check(model, 33, "p4").worst > 1e-6
+
+
 def test_maps_show_what_was_given_up():
     model = timm.create_model("p4_resnet20", partial=True, features_only=True)
     assert not gzoo.check(keeping(model, range(4)), 33).given_up

@@ -416,6 +416,22 @@ def test_fine_tuning_starts_from_the_weights_of_an_earlier_run(settings, tmp_pat
     assert same(weights(tmp_path / "second"), first)
 
 
+def test_weights_are_averaged_with_those_of_another_run(settings, tmp_path):
+    start = settings | {"model": "p4_resnet20", "image_size": 8, "epochs": 1}
+    runs = [start | {"out": str(tmp_path / "first")}, start | {"out": str(tmp_path / "second"), "seed": 1}]
+    first, second = (train(TrainConfig(**run)) and weights(run["out"]) for run in runs)
+    of_both = start | {"grown_from": runs[0]["out"], "averaged_with": runs[1]["out"], "epochs": 0}
+    train(TrainConfig(**of_both))
+    for key, value in weights(settings["out"]).items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, (first[key] + second[key]) / 2)
+    with pytest.raises(ValueError, match="averaged_with would average random weights; set pretrained or grown_from"):
+        TrainConfig(**start | {"averaged_with": runs[1]["out"]})
+    other = train(TrainConfig(**start | {"model": "p4_resnet44", "out": str(tmp_path / "other"), "epochs": 0}))
+    with pytest.raises(ValueError, match=r"the two networks differ in .*; take runs of one network"):
+        train(TrainConfig(**of_both | {"averaged_with": other["config"]["out"], "out": str(tmp_path / "none")}))
+
+
 def test_a_network_grows_from_a_run_over_a_subgroup(settings, tmp_path):
     small = settings | {"model": "p4_resnet20", "image_size": 8, "epochs": 1}
     train(TrainConfig(**small | {"model_args": {"subgroup": "c2"}}))
@@ -787,6 +803,7 @@ def test_what_a_partial_model_keeps_has_a_rate_of_its_own(settings):
     moved = []
     for rate in (0.0, 0.5):
         train(TrainConfig(**partial | {"subset_lr": rate, "out": f"{settings['out']}{rate}"}))
+        assert float(log(f"{settings['out']}{rate}")[-1]["lr"]) < 1e-3  # that of the weights
         found = weights(f"{settings['out']}{rate}")
         moved.append(max((value - 2).abs().max() for key, value in found.items() if key.endswith("logits")))
     assert moved[0] == 0

@@ -24,7 +24,7 @@ from gzoo.convert import convert_in_place
 from gzoo.nn import FibreNorm, GroupConv2d, InvariantLinear
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.rules import RULES
-from tests.conftest import random_image
+from tests.conftest import random_image, with_random_statistics
 
 
 def resnet(**options):
@@ -79,16 +79,6 @@ FAMILIES = {
 }
 
 
-def with_random_weights(model):
-    """A float64 copy in eval mode; norms, biases and layer scales are random of either side of their start."""
-    model = copy.deepcopy(model).double().eval()
-    with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if tensor.is_floating_point() and tensor.ndim <= 1:
-                tensor.copy_(torch.rand_like(tensor) + (-0.5 if name.endswith(("bias", "mean")) else 0.5))
-    return model
-
-
 @torch.no_grad()
 def mean_over_cosets(model, group, subgroup, x):
     group, subgroup = groups.get(group), groups.get(subgroup)
@@ -107,7 +97,7 @@ def mean_over_poses(model, group, x):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_transferred_network_is_the_mean_of_the_plain_one_over_the_group(family, group):
     build, size = FAMILIES[family]
-    plain = with_random_weights(build())
+    plain = with_random_statistics(build()).eval()
     model, x = gzoo.convert(plain, group, weights="transfer"), random_image(3, (size, size))
     expected = mean_over_poses(plain, group, x)
     assert relative_error(model(x), expected) < 1e-12
@@ -133,7 +123,7 @@ LAYERS = {
 @pytest.mark.parametrize("group", ["c1", "c2", "d1", "p4m"])
 @pytest.mark.parametrize("layers", LAYERS)
 def test_transferred_layers_are_the_mean_of_the_plain_ones_over_the_group(layers, group):
-    plain = with_random_weights(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), *LAYERS[layers]()))
+    plain = with_random_statistics(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), *LAYERS[layers]())).eval()
     x = random_image(3, (11, 11))
     model = gzoo.convert(plain, group, weights="transfer")
     assert relative_error(model(x), mean_over_poses(plain, group, x)) < 1e-12
@@ -141,14 +131,14 @@ def test_transferred_layers_are_the_mean_of_the_plain_ones_over_the_group(layers
 
 @pytest.mark.parametrize("family", ["resnet", "convnext", "bit"])
 def test_a_transferred_network_is_invariant_at_sizes_where_the_plain_strides_are_not_symmetric(family):
-    model = gzoo.convert(with_random_weights(FAMILIES[family][0]()), "p4m", weights="transfer")
+    model = gzoo.convert(with_random_statistics(FAMILIES[family][0]()).eval(), "p4m", weights="transfer")
     for size in ((50, 37), (64, 47)):
         assert gzoo.check(model, size).worst < 1e-12
 
 
 @pytest.mark.parametrize("family", ["resnet", "convnextv2", "bit"])
 def test_one_step_moves_the_zeros_of_a_transferred_network_and_it_stays_invariant(family):
-    model = gzoo.convert(with_random_weights(FAMILIES[family][0]()), "p4", weights="transfer")
+    model = gzoo.convert(with_random_statistics(FAMILIES[family][0]()).eval(), "p4", weights="transfer")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     model(random_image(3, (33, 33))).square().sum().backward()
     optimizer.step()
@@ -158,7 +148,7 @@ def test_one_step_moves_the_zeros_of_a_transferred_network_and_it_stays_invarian
 
 
 def test_a_transferred_network_without_classifier_gives_the_mean_of_the_features():
-    plain = with_random_weights(resnet())
+    plain = with_random_statistics(resnet()).eval()
     plain.reset_classifier(0)
     x = random_image(3, (33, 33))
     assert relative_error(gzoo.convert(plain, "p4", weights="transfer")(x), mean_over_poses(plain, "p4", x)) < 1e-12
@@ -173,7 +163,7 @@ def test_a_transferred_network_takes_a_new_classifier():
 @pytest.mark.parametrize("family", ["resnet", "convnext", "bit"])
 def test_a_transferred_network_reloads_and_copies(family):
     build, size = FAMILIES[family]
-    model = gzoo.convert(with_random_weights(build()), "p4", weights="transfer")
+    model = gzoo.convert(with_random_statistics(build()).eval(), "p4", weights="transfer")
     other = gzoo.convert(build().double().eval(), "p4", weights="transfer")
     other.load_state_dict(model.state_dict())
     x = random_image(3, (size, size))
@@ -243,7 +233,7 @@ def expanded(model, plain):
 )
 def test_projecting_the_filters_of_an_equivariant_network_gives_its_weights_back(build, group):
     plain = build().double().eval()
-    model = with_random_weights(gzoo.convert(plain, group, weights="project"))
+    model = with_random_statistics(gzoo.convert(plain, group, weights="project")).eval()
     twin = expanded(model, plain)
     x = random_image(3, (33, 33))
     assert relative_error(model(x), twin(x)) < 1e-12  # else it is no twin
@@ -385,7 +375,7 @@ def stack(layers):
 def grown(plain, group, subgroup, **options):
     """The network over the group, filled from a random one over the subgroup, and that one; float64, eval mode."""
     model, smaller = (gzoo.convert(plain, name, match="width", **options) for name in (group, subgroup))
-    model, smaller = model.double().eval(), with_random_weights(smaller)
+    model, smaller = model.double().eval(), with_random_statistics(smaller).eval()
     gzoo.grow(model, smaller)
     return model, smaller
 
@@ -438,6 +428,32 @@ COUPLINGS = {
     "maximum": lambda net, y: y.amax(1, keepdim=True),
     "products of pixels": lambda net, y: (y.flatten(2).mT @ y.flatten(2)).softmax(-1).mean(1).view(-1, 1, 9, 9),
 }
+
+
+UNCARRIED = {
+    "half of the channels, by a number": lambda y: torch.cat([y[:, :4], F.relu(y[:, 4:])], 1),
+    "how many channels there are": lambda y: (y * y.shape[1] ** -0.5).tanh(),
+    "softmin": lambda y: F.softmin(y, 1),
+    "cosine similarity": lambda y: y * F.cosine_similarity(y, y.abs(), dim=1)[:, None],
+    "the largest of the channels": lambda y: y - y.topk(1, 1)[0],
+    "a sum of products": lambda y: y * torch.einsum("bchw,bchw->bhw", y, y)[:, None],
+}
+
+
+class Between(nn.Module):
+    def __init__(self, run):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.fc, self.run = nn.Linear(8, 3), run
+
+    def forward(self, x):
+        return self.fc(self.run(self.b(self.a(x).relu())).mean((2, 3)))
+
+
+@pytest.mark.parametrize("step", UNCARRIED)
+def test_a_forward_that_the_mean_over_poses_does_not_pass_is_an_error(step):
+    with pytest.raises(ValueError, match=r"^Between is not carried over: with weights='transfer' the output differs"):
+        gzoo.convert(Between(UNCARRIED[step]), "p4", weights="transfer")
 
 
 class Coupled(nn.Module):

@@ -90,6 +90,15 @@ def test_it_stands_in_for_those_convolutions_that_it_can_do(layer, image, taken,
     assert len(calls) == taken  # and only while it is entered
 
 
+def test_it_leaves_autocast_alone(calls):
+    layer, x = nn.Conv2d(32, 32, 3, padding=1), torch.randn(2, 32, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        with Winograd():
+            assert layer(x).equal(expected)
+    assert not calls
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "widths"),
     [("p4m_resnet20", (3, 17, 17), {88, 184, 360}), ("c8_cnn6", (1, 28, 28), {96, 144, 192})],

@@ -34,5 +34,9 @@ class Constants(nn.Module):
 
 def on_default_device(numbers: Tensor) -> Tensor:
     """As `Constants` are made: where other buffers are, but real numbers where those would be none."""
-    device = torch.get_default_device()
-    return numbers if device.type == "meta" else numbers.to(device)
+    return beside(torch.empty(0), numbers)
+
+
+def beside(tensor: Tensor, numbers: Tensor) -> Tensor:
+    """``numbers`` on the device of ``tensor``, but real ones where those would be none."""
+    return numbers if tensor.is_meta else numbers.to(tensor.device)

@@ -108,16 +108,21 @@ class Arc(Constants):
 
     @property
     def mirror_probability(self) -> float:
-        """How likely the reflected elements are kept in train mode; kept in eval mode from one half on."""
+        """How likely the reflected elements are kept in train mode."""
         if self.logit is not None:
             return self.logit.sigmoid().item()
         return float(self.group.reflections)
 
     @property
+    def keeps_mirror(self) -> bool:
+        """Whether the reflected elements are kept in eval mode."""
+        return self.mirror_probability >= 0.5
+
+    @property
     def symmetry(self) -> tuple[int, ...]:
         """The elements of ``group``, C_N or D_N, with which the sampled set goes over into itself in eval mode."""
         turns = range(self.group.rotations if self.theta == math.pi else 1)
-        return tuple(turns) + tuple(self.group.rotations + r for r in turns if self.mirror_probability >= 0.5)
+        return tuple(turns) + tuple(self.group.rotations + r for r in turns if self.keeps_mirror)
 
     def forward(self) -> Elements:
         """A new sample in train mode, the one of evaluation in eval mode."""
@@ -142,7 +147,7 @@ class Arc(Constants):
         """One if the reflected elements are kept, else zero."""
         if self.training and self.logit is not None:
             return draw(self.logit)
-        return torch.full_like(self.reach, self.mirror_probability >= 0.5)
+        return torch.full_like(self.reach, self.keeps_mirror)
 
     def extra_repr(self) -> str:
         return f"{self.group.name}, theta={math.degrees(self.theta):.0f} degrees"

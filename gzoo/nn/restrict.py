@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gzoo.groups import Group
-from gzoo.nn.constant import Constants, on_default_device
+from gzoo.nn.constant import Constants, beside, on_default_device
 from gzoo.nn.front import Front, put_in_front
 
 
@@ -66,6 +66,7 @@ def restrict_output(module: nn.Module, group: Group, subgroup: Group) -> None:
     run all that they have. The keys of the state_dict stay.
     """
     restriction = Restriction(group, subgroup)
+    restriction.order = beside(next(module.parameters(), restriction.order), restriction.order)
     if isinstance(module, nn.Sequential):
         module.append(restriction)
         return
