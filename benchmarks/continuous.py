@@ -141,7 +141,11 @@ def main() -> None:
     task, path = TASKS[args.name], HERE / f"continuous_{args.name}.json"
     out = args.out or Path("runs") / path.stem
     result: dict[str, Any] = {"data": task.title, "tested": TESTED, "machine": machine(torch.device("cpu"))}
-    result["runs"] = json.loads(path.read_text())["runs"] if path.is_file() else []
+    result["runs"] = []
+    if path.is_file():
+        result = json.loads(path.read_text())
+    if {row["seed"] for row in result["runs"]} - {args.seed}:
+        parser.error(f"{path} holds runs of another seed; move it away for runs of seed {args.seed}")
     for name, elements, partial in task.runs:
         if any((row["model"], row["elements"], row["partial"]) == (name, elements, partial) for row in result["runs"]):
             continue

@@ -60,6 +60,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     args = parser.parse_args()
     rows = read(args.csv)
+    if {int(row["epochs"]) for row in rows} - {args.epochs}:
+        parser.error(f"{args.csv} holds runs of another number of epochs; give another --csv")
     for title in RUNS:
         if all(row["start"] != title for row in rows):
             add(rows, one_run(title, args.data, args.epochs, args.out), args.csv)

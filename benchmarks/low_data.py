@@ -162,6 +162,8 @@ def main() -> None:
     series = SERIES[args.series]
     path = args.csv or HERE / f"low_data_{args.series}.csv"
     rows = read(path)
+    if {int(row["seed"]) for row in rows} - {args.seed}:
+        parser.error(f"{path} holds runs of another seed; give another --csv")
     for share in SHARES:
         for title in series.runs:
             if any(row["run"] == title and float(row["share"]) == share for row in rows):

@@ -144,8 +144,8 @@ def _window(module: LiftingConv2d | GroupConv2d) -> dict[str, Any]:
 
 
 def _activated(new: nn.Module, norm: nn.BatchNorm2d) -> nn.Module:
-    """``new``, followed by the activation that timm fuses into its batch norms."""
-    return nn.Sequential(new, norm.act) if isinstance(norm, BatchNormAct2d) else new
+    """``new``, followed by what timm fuses into its batch norms."""
+    return nn.Sequential(new, norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else new
 
 
 def bench(

@@ -182,6 +182,19 @@ def test_the_table_marks_a_missed_target(report):
         assert measure in bench.table(report)
 
 
+def test_under_winograd_steps_have_its_convolutions():
+    layer, x, results = torch.nn.Conv2d(32, 32, 3, padding=1), torch.randn(1, 32, 8, 8), []
+    bench._under_winograd(lambda: results.append(layer(x)))()
+    assert not results[0].equal(layer(x))
+    torch.testing.assert_close(results[0], layer(x), rtol=1e-4, atol=1e-4)
+
+
+def test_winograd_on_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="winograd is for CPUs, and device is 'cuda'"):
+        bench.bench([Case(SMALL, 9)], device="cuda", winograd=True)
+
+
 def test_the_command_prints_the_table_and_writes_the_json(report, tmp_path, monkeypatch, capsys):
     seen = {}
 
