@@ -77,8 +77,9 @@ def convert(
             if none does, and the output stays regular fields. By default it is timm's classifier, or else the last
             layer with parameters, if that is linear, a convolution whose map is pooled to a vector, or a 1x1
             convolution whose map is the output itself (segmentation), which a resize, clamp, sigmoid, tanh or softmax
-            may follow. What ends in another convolution, a norm, an activation such as ReLU or a sum is taken for a
-            feature extractor, and so is each map beside another output.
+            may follow; and the linear layers whose numbers stand beside its in the output, or are summed up with them.
+            What ends in another convolution, a norm, an activation such as ReLU or a sum is taken for a feature
+            extractor, and so is what gives several maps. A vector beside a map is an error that asks for the paths.
         weights: where the weights start.
 
             None: fresh ones.
