@@ -133,7 +133,7 @@ def render(results: dict[str, Any]) -> str:
     commands = "\n".join(run["command"] for run in runs)
     times = ", then ".join(
         f"{seconds / 60:.0f} minutes on {machine['gpu'] or machine['cpu']}, {_threads(machine)}"
-        for seconds, machine in _spans(trained)
+        for seconds, machine in _spans(runs)
     )
     validation = "the last epoch's weights, without validation"
     if config.get("averaged_with"):
@@ -249,8 +249,8 @@ def _seconds(runs: list[dict[str, Any]]) -> float:
 
 
 def _spans(runs: list[dict[str, Any]]) -> list[tuple[float, dict[str, Any]]]:
-    """Seconds and machine of each run, those that follow each other on one machine as one."""
-    spans = itertools.groupby(runs, lambda run: run["machine"])
+    """Seconds and machine of each run that trained, those that follow each other on one machine as one."""
+    spans = itertools.groupby((run for run in runs if run["epochs"]), lambda run: run["machine"])
     return [(_seconds(list(span)), machine) for machine, span in spans]
 
 
