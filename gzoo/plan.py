@@ -482,7 +482,8 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
     layers = [name for name in seen.order if isinstance(modules[name], nn.Conv2d | nn.Linear)]
     if not layers:
         return frozenset()
-    last, results = layers[-1], [y for y in tree_leaves(seen.result) if isinstance(y, Tensor)]
+    last = layers[-1]
+    results = [y for y in tree_leaves(seen.result) if isinstance(y, Tensor) and y.ndim > 1]  # single numbers are parts
     makers = [_makers(y, layers, seen) for y in results]
     linear = [[name for name in names if isinstance(modules[name], nn.Linear)] for names in makers]
     if len(results) > 1 and any(y.ndim == 2 for y in results):

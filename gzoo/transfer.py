@@ -141,7 +141,8 @@ def _grown(value: Tensor, target: Tensor, name: str, layer: nn.Module, inner: nn
 
 
 def _fill(new: Any, plain: Any, group: Group, weights: Weights) -> None:
-    if isinstance(new, PerElement):  # it holds the plain module itself
+    if isinstance(new, PerElement):
+        new.module.load_state_dict(plain.state_dict())
         return
     if isinstance(new, FibreNorm):
         new = new.norm
