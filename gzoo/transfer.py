@@ -120,8 +120,8 @@ def average(model: nn.Module, other: nn.Module) -> None:
     Source: Izmailov et al. 2018, arXiv:1803.05407; Wortsman et al. 2022, arXiv:2203.05482, equation 1, of two runs.
     """
     own, others = model.state_dict(), other.state_dict()
-    if different := [key for key in own.keys() | others if key not in own or key not in others]:
-        raise ValueError(f"the two networks differ in {', '.join(sorted(different)[:3])}; take runs of one network")
+    if different := sorted(own.keys() ^ others.keys()) or [key for key in own if own[key].shape != others[key].shape]:
+        raise ValueError(f"the two networks differ in {', '.join(different[:3])}; take runs of one network")
     mean = {key: own[key].lerp(others[key].to(own[key]), 0.5) for key in own if own[key].is_floating_point()}
     model.load_state_dict(own | mean)
 
