@@ -14,6 +14,7 @@ from timm.layers import SpaceToDepth
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from gzoo import groups
 from gzoo.equivariant import copied, group_of, like, require_network
@@ -230,6 +231,16 @@ def _outputs(model: Any, x: Tensor) -> dict[str, Tensor]:
 
 
 @contextmanager
+def removing(handles: list[RemovableHandle]) -> Iterator[None]:
+    """Removes hooks at the end."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def _group_layers(model: nn.Module) -> Iterator[list[nn.Module]]:
     """Collects the layers that know about fibres in the order in which they run: the last decides what the output is,
     regular fields, or trivial ones after a group pooling."""
@@ -241,12 +252,8 @@ def _group_layers(model: nn.Module) -> Iterator[list[nn.Module]]:
     kinds = ExpandedLayer | MergedConv2d | QuotientConv2d | FibreNorm | QuotientNorm
     kinds |= GroupPool | QuotientPool | PoolSomeFibres
     layers = [module for module in model.modules() if isinstance(module, kinds)]
-    handles = [module.register_forward_hook(record) for module in layers]
-    try:
+    with removing([module.register_forward_hook(record) for module in layers]):
         yield ran
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _is_pooled(ran: list[nn.Module], outputs: dict[str, Tensor]) -> bool:
@@ -293,12 +300,8 @@ def _recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
         return record
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in _leaves(model)]
-    try:
+    with removing([module.register_forward_hook(hook(name)) for name, module in _leaves(model)]):
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

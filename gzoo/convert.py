@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from gzoo import groups
 from gzoo.bases import BasisName
-from gzoo.check import KeepDouble, first_broken_layer, relative_error
+from gzoo.check import KeepDouble, first_broken_layer, relative_error, removing
 from gzoo.equivariant import EquivariantClassifier, group_of, make_equivariant
 from gzoo.groups import Group
 from gzoo.nn import PoseConv2d, PoseLinear, Restriction, restrict_output
@@ -511,12 +511,8 @@ def _windows_fit(model: nn.Module) -> Iterator[list[bool]]:
         fits.append(window.padding % 2 == 0 and all(room % window.stride == 0 for room in rooms))
 
     layers = [module for module in model.modules() if isinstance(getattr(module, "window", None), Window)]
-    handles = [module.register_forward_pre_hook(record) for module in layers]
-    try:
+    with removing([module.register_forward_pre_hook(record) for module in layers]):
         yield fits
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def odd_image(probe: nn.Module, x: Tensor) -> Tensor | None:
