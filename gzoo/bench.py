@@ -26,14 +26,13 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from gzoo import _escnn
 from gzoo.check import in_channels
 from gzoo.equivariant import group_of
 from gzoo.groups import Group
-from gzoo.interop import EscnnLayer
+from gzoo.interop import EscnnLayer, activated
 from gzoo.nn import FibreNorm, GroupConv2d, GroupLinear, InvariantLinear, LiftingConv2d, Restriction, SymmetricPool2d
 from gzoo.winograd import Winograd
 
@@ -116,7 +115,7 @@ def _to_escnn(module: nn.Module, group: Group) -> nn.Module | None:
     if isinstance(module, FibreNorm) and isinstance(module.norm, nn.BatchNorm2d):
         norm = module.norm
         new = EscnnLayer(enn.InnerBatchNorm(group.field_type(norm.num_features), norm.eps, norm.momentum))
-        return _activated(new, norm)
+        return activated(new, norm)
     return module.pool if isinstance(module, SymmetricPool2d) else None
 
 
@@ -126,7 +125,7 @@ def _to_plain(module: nn.Module, group: Group) -> nn.Module | None:
         return nn.Conv2d(module.in_channels, module.out_fields * order, module.kernel_size, **_window(module))
     if isinstance(module, FibreNorm) and isinstance(module.norm, nn.BatchNorm2d):
         norm = module.norm
-        return _activated(nn.BatchNorm2d(norm.num_features * order, norm.eps, norm.momentum), norm)
+        return activated(nn.BatchNorm2d(norm.num_features * order, norm.eps, norm.momentum), norm)
     if isinstance(module, GroupLinear):
         return nn.Linear(module.in_fields * order, module.out_fields * order, module.bias is not None)
     if isinstance(module, InvariantLinear):
@@ -141,11 +140,6 @@ _LIBRARIES = ("gzoo", *_COUNTERPARTS)
 def _window(module: LiftingConv2d | GroupConv2d) -> dict[str, Any]:
     options = {name: getattr(module, name) for name in ("stride", "dilation", "groups", "padding_mode")}
     return options | {"padding": (module.window.padding + 1) // 2, "bias": module.bias is not None}
-
-
-def _activated(new: nn.Module, norm: nn.BatchNorm2d) -> nn.Module:
-    """``new``, followed by what timm fuses into its batch norms."""
-    return nn.Sequential(new, norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else new
 
 
 def bench(

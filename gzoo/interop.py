@@ -157,8 +157,7 @@ def to_escnn(model: nn.Module) -> nn.Module:
         norm: Any = module.norm if isinstance(module, FibreNorm) else None
         if type(norm) in (nn.BatchNorm2d, BatchNormAct2d):
             new = _inner_batch_norm([module], types.get(path) or group.field_type(norm.num_features))
-            # What timm fuses into its batch norms runs after it.
-            return nn.Sequential(new, norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else new
+            return activated(new, norm)
         field_type = types.get(path)
         if isinstance(module, SymmetricPool2d) and field_type:
             return _pointwise_pool(module, field_type)
@@ -167,6 +166,11 @@ def to_escnn(model: nn.Module) -> nn.Module:
         return None
 
     return replace_modules(model, rule)
+
+
+def activated(new: nn.Module, norm: nn.BatchNorm2d) -> nn.Module:
+    """``new``, followed by what timm fuses into its batch norms."""
+    return nn.Sequential(new, norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else new
 
 
 Rule = Callable[[str, nn.Module], nn.Module | None]
