@@ -125,10 +125,14 @@ def render(results: dict[str, Any]) -> str:
     if len(runs) > 1:
         start = "It went on from an earlier run: "
         epochs = ", then ".join(map(_epochs, trained))
-    if any("subgroup" in run["config"]["model_args"] for run in runs):
-        start = "It grew from a network over a subgroup (`gzoo.grow`): "
+    deeper = len({run["config"]["model"] for run in runs}) > 1
+    if deeper or any("subgroup" in run["config"]["model_args"] for run in runs):
+        start = "It grew from a smaller network (`gzoo.grow`): "
         epochs = ", ".join(
-            f"{_epochs(run)} over {run['config']['model_args'].get('subgroup', group)}" for run in trained
+            _epochs(run)
+            + (f" of {run['config']['model']}" if deeper else "")
+            + f" over {run['config']['model_args'].get('subgroup', group)}"
+            for run in trained
         )
     commands = "\n".join(run["command"] for run in runs)
     times = ", then ".join(

@@ -103,7 +103,9 @@ class TrainConfig:
         default_factory=dict, metadata={"help": "arguments for timm.create_model: drop_rate, in_chans ..."}
     )
     pretrained: bool = _option(False, "start from pretrained weights")
-    grown_from: str | None = _option(None, "start from a run over a subgroup, see gzoo.grow: with model_args subgroup")
+    grown_from: str | None = _option(
+        None, "start from a run over a subgroup (with model_args subgroup) or of a shallower network, see gzoo.grow"
+    )
     averaged_with: str | None = _option(
         None, "the start becomes the mean of pretrained's or grown_from's weights and those of this run of the network"
     )

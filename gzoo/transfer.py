@@ -19,9 +19,11 @@ What holds one number a channel gets the mean along the fibre; the classifier, w
 
 Growth. A kernel over a subgroup H is zero at the elements outside H as a kernel over G, where the fields stay the same
 in number. filter[g, h] then is zero but for h in the coset gH: the channels of each coset xH of a fibre are the smaller
-network's map of x^-1 image, turned by x.
+network's map of x^-1 image, turned by x. A deeper network has further blocks that give back what they are given, as
+residual ones do whose last norm starts at zero (Chen et al. 2016, arXiv:1511.05641, section 3.2).
 """
 
+import functools
 import math
 from typing import Any, Literal
 
@@ -30,10 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gzoo.bases import expand
-from gzoo.equivariant import SIGNATURE, Equivariant
+from gzoo.equivariant import SIGNATURE, Equivariant, copied
 from gzoo.groups import Group
 from gzoo.nn import FibreNorm, GroupEca, InvariantConv2d, InvariantLinear, LiftingConv2d, PerElement, Subset
 from gzoo.nn.expand import ExpandedLayer
+from gzoo.plan import example
 
 Weights = Literal["transfer", "project"]
 
@@ -62,7 +65,7 @@ def fill(model: nn.Module, plain: nn.Module, group: Group, weights: Weights) -> 
 
 @torch.no_grad()
 def grow(model: nn.Module, smaller: nn.Module) -> None:
-    """Fills an equivariant network, in place, from one over a subgroup H with the same number of fields.
+    """Fills an equivariant network, in place, from one over a subgroup H, or a shallower one, with as many fields.
 
     In eval mode the pooled features then are the mean (or maximum, whichever ``model`` pools by) over the cosets xH of
     those that ``smaller`` has for x^-1 image, and with the mean so are the logits; nearly so with norms over channels
@@ -75,12 +78,14 @@ def grow(model: nn.Module, smaller: nn.Module) -> None:
 
     Args:
         model: a network over one group.
-        smaller: the same network over a subgroup; stays as it is.
+        smaller: the same network over a subgroup, or over the group itself; stays as it is. It may lack residual blocks
+            that ``model`` has, if those start as the identity, as timm's do: p4m_resnet44 grows from p4m_resnet20.
 
     Raises:
         ValueError: the two have other layers, fields, bases or classes; a group is no subgroup; a layer's kernels are
-            standardized, which more zeros would change; or a layer attends from all poses at once, or mixes filters or
-            weighs pixels by what it sees in all of them; or ``model`` is partial. It then is as it was.
+            standardized, which more zeros would change; a layer attends from all poses at once, or mixes filters or
+            weighs pixels by what it sees in all of them; a further block changes what it is given; or ``model`` is
+            partial. It then is as it was.
     """
     for network in (model, smaller):
         if not isinstance(network, Equivariant):
@@ -94,16 +99,48 @@ def grow(model: nn.Module, smaller: nn.Module) -> None:
         if isinstance(module, Subset):
             raise ValueError(f"{path}: it learns what to keep of one group; grow a network that is not partial")
     values, state = smaller.state_dict(), model.state_dict()
-    if other := sorted(values.keys() ^ state.keys()):
+    blocks = _further_blocks(model, smaller)
+    further = {key for key in state if key.startswith(tuple(f"{path}." for path in blocks))}
+    if other := sorted(values.keys() ^ (state.keys() - further)):
         raise ValueError(f"the two networks differ in {', '.join(other[:3])}; they must have the same layers")
     grown = {SIGNATURE: state.pop(SIGNATURE)} if SIGNATURE in state else {}
+    grown |= {key: state.pop(key) for key in further}
     for key, target in state.items():
         path, _, name = key.rpartition(".")
         try:
             grown[key] = _grown(values[key], target, name, model.get_submodule(path), smaller.get_submodule(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+    if blocks:
+        probe = copied(model).eval()
+        probe.load_state_dict(grown)
+        _require_identities(probe, blocks)
     model.load_state_dict(grown)
+
+
+def _further_blocks(model: nn.Module, smaller: nn.Module) -> list[str]:
+    """Paths of what is in sequences of ``model``, such as the blocks of a stage, and not in those of ``smaller``."""
+    held = dict(smaller.named_modules())
+    return [
+        path
+        for path, module in model.named_modules()
+        if path not in held and isinstance(held.get(path.rpartition(".")[0]), nn.Sequential) and module.state_dict()
+    ]
+
+
+def _require_identities(model: nn.Module, blocks: list[str]) -> None:
+    """Raises ValueError where one of these blocks gives another map than it is given."""
+
+    def require(module: nn.Module, inputs: tuple[Any, ...], y: Any, path: str) -> None:
+        if not torch.equal(y, inputs[0]):
+            raise ValueError(
+                f"{path}: the smaller network has no such block, and it changes what it is given; a network grows "
+                "deeper by residual blocks whose last norm is zero, as timm's are before they train"
+            )
+
+    for path in blocks:
+        model.get_submodule(path).register_forward_hook(functools.partial(require, path=path))
+    model(example(model, most=64))
 
 
 @torch.no_grad()

@@ -163,12 +163,14 @@ def test_a_card_tells_all_runs_that_a_network_was_grown_in():
     last = results["training"] | {"seconds": 600, "epochs": 3}
     results["training"] = {"grown_from": {}} | last
     for subgroup in ("c1", "p4"):
-        config = last["config"] | {"model_args": {"subgroup": subgroup}}
+        config = last["config"] | {"model": "shallower", "model_args": {"subgroup": subgroup}}
         earlier = last | {"config": config, "command": f"over {subgroup}", "seconds": 60, "epochs": 5}
         results["training"]["grown_from"] = earlier | {"grown_from": results["training"]["grown_from"]}
     text = card.render(results)
     assert f"```\nover c1\nover p4\n{last['command']}\n```" in text
-    assert f"(`gzoo.grow`): 5 epochs over c1, 5 epochs over p4, 3 epochs over {results['group']} on" in text
+    model, group = last["config"]["model"], results["group"]
+    assert "(`gzoo.grow`): 5 epochs of shallower over c1, 5 epochs of shallower over p4, " in text
+    assert f"over p4, 3 epochs of {model} over {group} on" in text
     assert "\n12 minutes on " in text
 
 

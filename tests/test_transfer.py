@@ -494,6 +494,28 @@ def test_new_weights_of_a_grown_network_train():
     assert layer.weight.grad[:, :, [1, 3]].abs().amax((0, 1, 3, 4)).min() > 0
 
 
+@pytest.mark.parametrize("subgroup", ["c1", "p4"])
+def test_a_deeper_network_starts_as_the_mean_of_the_shallower_one(subgroup):
+    smaller = with_random_statistics(timm.create_model("p4_resnet20", subgroup=subgroup, num_classes=3)).eval()
+    model = timm.create_model("p4_resnet32", num_classes=3).double()
+    gzoo.grow(model, smaller)
+    assert model.training  # as it was
+    x = random_image(3, (16, 20))
+    assert relative_error(model.eval()(x), mean_over_cosets(smaller, "p4", subgroup, x)) < 1e-12
+    model.train()(random_image(3, (16, 20))).square().sum().backward()
+    assert model.stages[2][4].bn2.norm.weight.grad.abs().max() > 0
+
+
+def test_blocks_that_change_what_they_are_given_do_not_make_a_network_deeper():
+    smaller, model = timm.create_model("p4_resnet20"), with_random_statistics(timm.create_model("p4_resnet32"))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"^stages.0.3: the smaller network has no such block, and it changes"):
+        gzoo.grow(model, smaller.double())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"the two networks differ in stages.0.3.bn1.norm.bias, "):
+        gzoo.grow(smaller, model)
+
+
 NOT_GROWN = {
     "no subgroup": ("p4m", "c3", {}, "c3 is no subgroup of p4m"),
     "smaller group": ("p4", "p4m", {}, "p4m is no subgroup of p4"),
