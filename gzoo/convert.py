@@ -31,7 +31,7 @@ from gzoo.nn import PoseConv2d, PoseLinear, Restriction, restrict_output
 from gzoo.nn.linear import Head, Pooling
 from gzoo.nn.resample import Window
 from gzoo.partial import make_partial
-from gzoo.plan import WHOLE_NETWORK, Match, Plan, example, plan
+from gzoo.plan import WHOLE_NETWORK, Fit, Match, Plan, example, plan
 from gzoo.rules import ON_IMAGE, RULES, WHOLE, Recipe, rule
 from gzoo.soft import make_soft, residuals
 from gzoo.trace import Segments, flat
@@ -198,21 +198,21 @@ def convert_in_place(
     basis: BasisName | None = None,
     classifier: str | Sequence[str] | None = None,
     weights: Weights | None = None,
-    scale: float | None = None,
+    fitted: Fit | None = None,
     head: Head = "invariant",
     partial: bool = False,
     soft: bool = False,
 ) -> nn.Module:
     """`convert`, but uses up ``model`` and does not check the result; for networks that a test checks.
 
-    ``scale`` is the number of fields for each plain channel, in place of the one that ``match`` leads to.
+    ``fitted`` are the widths of a plan of a network like ``model``, in place of those that ``match`` leads to.
     """
     chain = groups.chain(group) if isinstance(group, str) else (group,)
     if weights is not None:
         _require_agreement(weights, chain, match, widths, group_pool, basis)
     if head not in ("invariant", "pose") or (head == "pose" and weights is not None):
         raise ValueError(f"head is {head!r} with weights={weights!r}; accepted are 'invariant', and 'pose' without")
-    planned = plan(model, chain, match or _MATCH[weights], widths, scale, basis, classifier, fit=weights is None)
+    planned = plan(model, chain, match or _MATCH[weights], widths, fitted, basis, classifier, fit=weights is None)
     for path, module in _coupling(model, planned):
         if weights == "transfer":
             raise ValueError(

@@ -22,6 +22,7 @@ from gzoo.interop import Strides
 from gzoo.nn import keep_original_strides
 from gzoo.nn.linear import Pooling
 from gzoo.nn.resample import require_strides
+from gzoo.plan import Fit
 
 # Of both: 256 pixels on the short side, the central 224 of them, bilinear interpolation.
 PREPROCESSING = {
@@ -66,7 +67,7 @@ def resnet(
     require_strides(strides)
     plain = timm.create_model(f"resnet{depth}", **kwargs)
     widths = {64 * 2**i: fields * 2**i for i in range(6) if 64 * 2**i <= plain.num_features}
-    model = convert_in_place(plain, group, widths=widths, group_pool=group_pool, basis=basis, scale=1.0)
+    model = convert_in_place(plain, group, widths=widths, group_pool=group_pool, basis=basis, fitted=Fit(1.0))
     config: Any = model.pretrained_cfg
     model.pretrained_cfg = model.default_cfg = config | {"architecture": architecture, "tag": tag} | PREPROCESSING
     return keep_original_strides(model) if strides == "original" else model

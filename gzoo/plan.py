@@ -61,6 +61,19 @@ class Row:
         return self.macs / max(self.plain_macs, 1) if match == "flops" else self.params / self.plain_params
 
 
+@dataclass(frozen=True)
+class Fit:
+    """What `plan` chose for a network, and another may keep that differs in its classes or in the image's channels.
+
+    Attributes:
+        scale: fields for each plain channel in the first stage.
+        steps: single widths that have a field more or less than that, by their place among all: (channels, fields).
+    """
+
+    scale: float
+    steps: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+
+
 @dataclass
 class Plan:
     """The widths of an equivariant network. Make one with `plan`.
@@ -75,6 +88,7 @@ class Plan:
         scale: fields for each plain channel in the first stage; in the others as ``match`` has it for their group.
             Where one scale misses what is to be kept, single widths have a field more or less.
         fit: whether widths may give way, to keep what the match says of the whole network.
+        steps: the single widths that do, as `Fit` has them.
     """
 
     model: nn.Module
@@ -86,7 +100,13 @@ class Plan:
     basis: BasisName | None
     scale: float
     fit: bool = True
+    steps: dict[int, tuple[int, int]] = field(default_factory=dict)
     _known: dict[Segment, int] = field(default_factory=dict)
+
+    @property
+    def fitted(self) -> Fit:
+        """Of these widths, what `plan` takes for a network like this one."""
+        return Fit(self.scale, self.steps)
 
     @cached_property
     def stages(self) -> list[str]:
@@ -274,7 +294,7 @@ def plan(
     chain: tuple[Group, ...],
     match: Match = "params",
     widths: Mapping[int, int] | None = None,
-    scale: float | None = None,
+    fitted: Fit | None = None,
     basis: BasisName | None = None,
     classifier: str | Sequence[str] | None = None,
     fit: bool = True,
@@ -286,7 +306,7 @@ def plan(
         chain: the groups of the network's stages, mostly one; see `gzoo.groups.chain`.
         match: what to keep of the plain network: its "params", its "flops" (multiply-adds), or its "width".
         widths: plain channels -> fields, where they differ from ``match``.
-        scale: fields for each plain channel, in place of the one that ``match`` leads to.
+        fitted: what `Plan.fitted` says of a network like this one, in place of what ``match`` leads to.
         basis: of the kernels, "pixel", "steerable" or "steerable_3r"; None chooses by the group.
         classifier: path of the layer that makes the logits, or of several, "" for none; by default found as
             `gzoo.convert` says.
@@ -326,13 +346,20 @@ def plan(
             raise ValueError(f"widths has {channels!r}, which is no width of {type(model).__name__}: {sorted(sizes)}")
         if not isinstance(fields, int) or fields < 1:
             raise ValueError(f"widths gives {channels} channels {fields!r} fields; the least is 1, and they are whole")
-    made = Plan(model, chain, match, seen, found, widths or {}, basis, scale or SCALE[match](chain[0].order), fit)
+    scale = fitted.scale if fitted else SCALE[match](chain[0].order)
+    made = Plan(model, chain, match, seen, found, widths or {}, basis, scale, fit)
     if not seen.inputs.keys() & seen.outputs.keys() & {name for name, _ in _layers(model)}:
         lost = next(
             (f"{name}: {made.why_lost(name)}" for name in seen.lost), "no layer with parameters runs on an image"
         )
         raise ValueError(f"nothing of {type(model).__name__} can be followed. {lost}")
-    if fit and match != "width" and scale is None:
+    if fitted:
+        made.total()  # knows all segments
+        for place, segment in enumerate(made._known):
+            channels, fields = fitted.steps.get(place, (0, 0))
+            if channels == segment.size:
+                made._known[segment] = fields
+    elif fit and match != "width":
         _fit(made, match)
     return made
 
@@ -377,7 +404,7 @@ def _fit(made: Plan, match: str) -> None:
         low, high = (middle, high) if found < 1 else (low, middle)
     found = ratio(min(errors, key=errors.__getitem__))
     split = {part for outputs in made.trace.outputs.values() if len(flat(outputs)) > 1 for part in flat(outputs)}
-    for segment in made._known:  # the parts of a split must stay alike
+    for place, segment in enumerate(made._known):  # the parts of a split must stay alike
         if abs(math.log(found)) <= math.log(1 + _TOLERANCE):
             break
         if segment in split or segment.groups or segment.size in made.widths:
@@ -387,6 +414,7 @@ def _fit(made: Plan, match: str) -> None:
         changed = made.total().ratio(match)
         if abs(math.log(changed)) < abs(math.log(found)):
             found = changed
+            made.steps[place] = (segment.size, made._known[segment])
         else:
             made._known[segment] = before
 

@@ -25,7 +25,7 @@ from gzoo.bases import BasisName
 from gzoo.continuous import ContinuousCNN13, ContinuousResNet
 from gzoo.convert import convert_in_place
 from gzoo.nn.linear import Head, Pooling
-from gzoo.plan import Match, plan
+from gzoo.plan import Fit, Match, plan
 
 
 @dataclass(frozen=True)
@@ -192,21 +192,25 @@ class Entry:
                     raise ValueError(f"{self.name} is a plain network; {name}={value!r} is for {whose}")
             return plain
         basis = basis or self.basis
-        scale = _scale(self, match, basis)
+        fitted = _fitted(self, match, basis)
         group, basis = (self.group, basis) if subgroup is None else self._over(subgroup, basis)
         # Without the self-check: the tests check every entry, and it takes longer than the building.
         return convert_in_place(
             plain,
             group,
             match=match,
-            widths=self.widths,
+            widths=self._widths(match),
             group_pool="mean" if partial else self.group_pool,
             basis=basis,
-            scale=scale,
+            fitted=fitted,
             head=head,
             partial=partial,
             soft=soft,
         )
+
+    def _widths(self, match: Match) -> Mapping[int, int]:
+        """Those of the paper, which are what the entry is without a wish for others."""
+        return self.widths if match == "params" else {}
 
     def _over(self, subgroup: str, basis: BasisName | None) -> tuple[str, BasisName | None]:
         """The name of a subgroup, and the basis that the kernels have over the entry's group."""
@@ -219,13 +223,14 @@ class Entry:
 
 
 @functools.cache
-def _scale(entry: Entry, match: Match, basis: BasisName | None) -> float:
-    """Fields for each plain channel: those that ``match`` leads to for the plain network as it was published. The same
-    for any number of classes or channels of the image, or weights would not fit a network with another classifier."""
+def _fitted(entry: Entry, match: Match, basis: BasisName | None) -> Fit:
+    """The widths that ``match`` leads to for the plain network as it was published. The same for any number of classes
+    or channels of the image, or weights would not fit a network with another classifier."""
     assert entry.group is not None
     with torch.device("meta"):
-        published = _BACKBONES[entry.backbone].plain()
-    return plan(published, groups.chain(entry.group), match, entry.widths, basis=basis).scale
+        published: Any = _BACKBONES[entry.backbone].plain()
+    published.pretrained_cfg = dict(_BACKBONES[entry.backbone].config)  # at its own size the multiply-adds are counted
+    return plan(published, groups.chain(entry.group), match, entry._widths(match), basis=basis).fitted
 
 
 _COHEN_WELLING = "arXiv:1602.07576"

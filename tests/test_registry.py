@@ -12,6 +12,8 @@ from timm.models import get_pretrained_cfg
 import gzoo
 from gzoo import groups, registry
 from gzoo.equivariant import classifiers
+from gzoo.nn.expand import ExpandedLayer
+from gzoo.plan import plan
 from gzoo.registry import ENTRIES, GROUPS, Entry
 from tests.conftest import core_entries
 
@@ -186,6 +188,27 @@ def test_an_entry_matches_parameters_channels_or_multiply_adds_in_either_basis()
     assert gzoo.check(steerable, 17).worst < 1e-12
     with pytest.raises(ValueError, match=r"resnet20 is a plain network; match=.width. is for .* p4_resnet20"):
         timm.create_model("resnet20", match="width")
+
+
+@pytest.mark.parametrize(("name", "match"), [("d8_cnn7", "params"), ("d16_cnn7", "params"), ("p4m_cnn7", "flops")])
+def test_where_one_scale_misses_its_match_an_entry_has_single_fields_more_or_less(name, match):
+    """For any number of classes, or weights would not fit a new classifier."""
+    entry = next(entry for entry in ENTRIES if entry.name == name)
+    planned = plan(timm.create_model("cnn7"), groups.chain(entry.group), match, basis=entry.basis)
+    assert planned.steps
+    models = [timm.create_model(name, match=match, num_classes=classes, in_chans=classes) for classes in (10, 3)]
+    assert count(models[0]) > count(models[1])
+    for model in models:
+        widths = [layer.out_fields for layer in model.modules() if isinstance(layer, ExpandedLayer)]
+        assert widths == [row.fields for row in planned.layers() if row.macs][: len(widths)]
+
+
+def test_the_widths_of_a_paper_are_not_those_of_another_match():
+    plain = count(timm.create_model("allcnnc"))
+    counts = {match: count(timm.create_model("p4m_allcnnc", match=match)) for match in ("params", "flops", "width")}
+    assert timm.create_model("p4m_allcnnc").num_features == 64 * 8  # the paper's
+    assert timm.create_model("p4m_allcnnc", match="width").num_features == 192 * 8
+    assert counts["flops"] < plain / 4 < plain * 4 < counts["width"]
 
 
 @pytest.mark.parametrize(
