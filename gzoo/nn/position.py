@@ -37,9 +37,11 @@ class FourierPosition(nn.Module):
     def forward(self, shape: tuple[int, int, int]) -> Tensor:
         _, height, width = shape
         weight = self.token_projection.weight
-        # In float32 from whole numbers of half pixels, so that poses on the grid agree to the last bit.
-        right = torch.arange(width, dtype=torch.float32, device=weight.device) - (width - 1) / 2
-        up = (height - 1) / 2 - torch.arange(height, dtype=torch.float32, device=weight.device)[:, None]
+        # From whole numbers of half pixels, so that poses on the grid agree but for the rounding of their sines, which
+        # some processors round otherwise at the end of a row than in it: so not in float32 for a float64 model.
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        right = torch.arange(width, dtype=dtype, device=weight.device) - (width - 1) / 2
+        up = (height - 1) / 2 - torch.arange(height, dtype=dtype, device=weight.device)[:, None]
         poses = torch.stack([self._waves(g, right, up) for g in range(self.group.order)])
         maps = self.token_projection(poses.to(weight.dtype))  # (|G|, out_fields, H, W)
         return maps.transpose(0, 1).flatten(0, 1)[None]
