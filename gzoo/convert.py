@@ -9,7 +9,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -417,7 +417,7 @@ def _rename(model: Any, chain: tuple[Group, ...]) -> None:
 def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
     """Runs random images in all poses, in float64, through a copy of ``model`` with random norms and biases.
 
-    One image has an odd size, where windows of even stride without resampling show, if the network takes that size.
+    Also at odd sizes, where windows of even stride without resampling show, if the network takes such.
 
     Raises:
         ValueError: the outputs do not transform with the image; names the first layer that fails.
@@ -432,11 +432,8 @@ def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
     ]
     for own, stage in stages:
         _check_poses(probe, x, own, tolerance, own.grid_elements, stage)
-    odd = odd_image(probe, x)
-    if odd is None:
-        return
     # All elements were tried at the even size; here the first turn and the reflection do, which make all the others.
-    for own, stage in stages:
+    for odd, (own, stage) in product(odd_images(probe, x), stages):
         turns = [g for g in own.grid_elements if 0 < g < own.rotations]
         reflections = [g for g in own.grid_elements if g == own.rotations]
         _check_poses(probe, odd, own, tolerance, (*turns[:1], *reflections), stage)
@@ -476,7 +473,7 @@ def _check_mean(plain: nn.Module, converted: nn.Module) -> None:
     if group is None or any(not type(leaf).__module__.startswith("torch.nn.") for leaf in leaves):
         return
     probe, image = randomized(plain)
-    odd = odd_image(probe, image)  # changes the statistics of the norms
+    odd = next(odd_images(probe, image), None)  # changes the statistics of the norms
     twin = copy.deepcopy(converted).double().eval()
     fill(twin, probe, group, "transfer")
     for x in (image,) if odd is None else (image, odd):
@@ -515,20 +512,26 @@ def _windows_fit(model: nn.Module) -> Iterator[list[bool]]:
         yield fits
 
 
-def odd_image(probe: nn.Module, x: Tensor) -> Tensor | None:
-    """x (1, C, H, W) with a row and a column more, if its sides are even: 64 pixels stay even behind five strides of
-    two, and 65 odd. With one less where the network does not take that, or else 4, 8 or 16 more, which are odd behind
-    two, three or four strides; None where it takes none of them. ``probe`` is calibrated for it."""
+def odd_images(probe: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """x (1, C, H, W) with a row and a column more, and with one less, if its sides are even and the network takes that.
+
+    64 pixels stay even behind five strides of two, 65 odd behind windows of three pixels with padding, 63 behind those
+    of two. Where it takes neither, 4, 8 or 16 more, which are odd behind two, three or four strides; none where it
+    takes none of them. ``probe`` is calibrated for each.
+    """
     fits = [pixels for pixels in (1, 4, 8, 16) if pixels < x.shape[-1]]
     more = [F.pad(x, (0, pixels, 0, pixels), mode="reflect") for pixels in fits]
     sizes = (more[0], x[..., 1:, 1:], *more[1:]) if x.shape[-1] % 2 == 0 else (x,)
+    found = False
     for odd in sizes:
+        if found and odd.shape[-1] % 2 == 0:
+            return
         try:
             calibrate(probe, odd)
-            return odd
         except Exception:  # a network for other sizes of image, which says so in any way: an assertion, say
             continue
-    return None
+        found = True
+        yield odd
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gzoo import groups
 from gzoo.check import KeepDouble
-from gzoo.convert import check_itself, convert_in_place, odd_image, randomized
+from gzoo.convert import check_itself, convert_in_place, odd_images, randomized
 from gzoo.equivariant import group_of
 
 # timm's modules whose networks are convolutional by design, a few of them with attention between.
@@ -140,11 +140,11 @@ def _largest_error(model: nn.Module) -> tuple[float, Tensor]:
 
 
 def _errors(probe: nn.Module, x: Tensor) -> Iterator[float]:
-    yield from _errors_at(probe, x)  # `randomized` calibrated it for x, and `odd_image` does for what it finds
-    odd = odd_image(probe, x)
-    if odd is None:
+    yield from _errors_at(probe, x)  # `randomized` calibrated it for x, and `odd_images` does for what it finds
+    errors = [error for odd in odd_images(probe, x) for error in _errors_at(probe, odd)]
+    if not errors:
         raise ValueError("it takes no images of odd size")
-    yield from _errors_at(probe, odd)
+    yield from errors
 
 
 @torch.no_grad()

@@ -1041,6 +1041,13 @@ REFUSED = {
         lambda: Network(multiples_of_four, a=conv(3, 8), b=conv(8, 8), c=nn.Conv2d(8, 5, 1)),
         r"^b \(GroupConv2d\) is not equivariant under p4 at 68x68 pixels",
     ),
+    "broken where a pool of two leaves odd sides": (
+        lambda: Network(
+            lambda self, x: self.b(F.interpolate(self.p(self.a(x)), scale_factor=0.5, mode="bilinear")),
+            **{"a": conv(3, 8), "p": nn.MaxPool2d(2), "b": nn.Conv2d(8, 5, 1)},
+        ),
+        r"not equivariant under p4 at 63x63 pixels",
+    ),
     "shared weight": (
         lambda: Network(lambda self, x: self.b(self.a(x)).mean((2, 3)), **tied()),
         r"^b is a .*Conv2d whose weight is that of a as well, and each would get its own here",
