@@ -38,8 +38,10 @@ class ExpandedLayer(Constants):
     def filter(self) -> Tensor:
         """The expanded filter, (channels out, channels in, k, k)."""
         weight = self.weight
-        tracked = torch.is_grad_enabled() and weight.requires_grad
-        if self.training or tracked or torch.compiler.is_compiling() or weight.is_inference():
+        if self.training or torch.compiler.is_compiling() or weight.is_inference():
+            return expand(weight, self.basis)
+        if torch.is_grad_enabled() and weight.requires_grad:
+            self._cached = None  # a step may follow, and fused optimizers change weights without counting it
             return expand(weight, self.basis)
         version = weight._version
         if self._cached is None or self._cached[0] is not weight or self._cached[1] != version:

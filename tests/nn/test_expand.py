@@ -44,10 +44,11 @@ def test_a_training_layer_expands_every_time(layer):
         assert layer.filter() is not layer.filter()
 
 
-def test_an_optimizer_step_renews_the_filter(layer):
+@pytest.mark.parametrize("fused", [False, True])  # a fused one does not count its changes
+def test_an_optimizer_step_renews_the_filter(layer, fused):
     before = fresh(layer)
     layer(torch.randn(1, 8, 5, 5)).square().sum().backward()
-    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    torch.optim.SGD(layer.parameters(), lr=0.1, fused=fused).step()
     assert is_current(layer)
     assert not fresh(layer).equal(before)
 
