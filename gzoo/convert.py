@@ -513,25 +513,38 @@ def _windows_fit(model: nn.Module) -> Iterator[list[bool]]:
 
 
 def odd_images(probe: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """x (1, C, H, W) with a row and a column more, and with one less, if its sides are even and the network takes that.
+    """x (1, C, H, W), of even sides, at other sizes, until each map in the network has had an odd side, if it can.
 
     64 pixels stay even behind five strides of two, 65 odd behind windows of three pixels with padding, 63 behind those
-    of two. Where it takes neither, 4, 8 or 16 more, which are odd behind two, three or four strides; none where it
-    takes none of them. ``probe`` is calibrated for each.
+    of two, and 4, 8 or 16 more are odd behind two, three or four strides of any. A size that the network does not take,
+    or, but for the first, that makes no further map odd, is left out; x itself is given if its sides are odd. ``probe``
+    is calibrated for each.
     """
     fits = [pixels for pixels in (1, 4, 8, 16) if pixels < x.shape[-1]]
     more = [F.pad(x, (0, pixels, 0, pixels), mode="reflect") for pixels in fits]
     sizes = (more[0], x[..., 1:, 1:], *more[1:]) if x.shape[-1] % 2 == 0 else (x,)
-    found = False
-    for odd in sizes:
-        if found and odd.shape[-1] % 2 == 0:
-            return
-        try:
-            calibrate(probe, odd)
-        except Exception:  # a network for other sizes of image, which says so in any way: an assertion, say
-            continue
-        found = True
-        yield odd
+    odd: dict[tuple[nn.Module, int], bool] = {}  # the maps into and out of each layer
+    first = True
+
+    def record(module: nn.Module, inputs: tuple[Any, ...], y: Any) -> None:
+        for end, z in enumerate((*inputs[:1], y)):
+            if isinstance(z, Tensor) and z.ndim == 4:
+                odd[module, end] = odd.get((module, end), False) or z.shape[2] % 2 == 1
+
+    leaves = [module for module in probe.modules() if not any(True for _ in module.children())]
+    with removing([module.register_forward_hook(record) for module in leaves]):
+        for image in sizes:
+            before = dict(odd)
+            if before and all(before.values()):
+                return
+            try:
+                calibrate(probe, image)
+            except Exception:  # a network for other sizes of image, which says so in any way: an assertion, say
+                odd = before
+                continue
+            if first or sum(odd.values()) > sum(before.values()):
+                first = False
+                yield image
 
 
 @torch.no_grad()
