@@ -37,8 +37,8 @@ class FourierPosition(nn.Module):
     def forward(self, shape: tuple[int, int, int]) -> Tensor:
         _, height, width = shape
         weight = self.token_projection.weight
-        # From whole numbers of half pixels, so that poses on the grid agree but for the rounding of their sines, which
-        # some processors round otherwise at the end of a row than in it: so not in float32 for a float64 model.
+        # From whole numbers of half pixels, so that poses on the grid agree but for their sines, which some processors
+        # round otherwise at the end of a row than in it: so not in float32 for a float64 model.
         dtype = torch.promote_types(weight.dtype, torch.float32)
         right = torch.arange(width, dtype=dtype, device=weight.device) - (width - 1) / 2
         up = (height - 1) / 2 - torch.arange(height, dtype=dtype, device=weight.device)[:, None]
