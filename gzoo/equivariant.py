@@ -25,6 +25,9 @@ from gzoo.nn.linear import Pooling
 
 SIGNATURE = "group_signature"
 CONTINUOUS = get_args(ContinuousGroup)  # the signature of a network over one of these is its place here alone
+_POOLS = ("", *get_args(Pooling))  # a signature of an older gzoo names no group pooling; it fits either
+_ADVICE = "Create the model that the checkpoint was saved from, or give a checkpoint of this one"
+_POOL_STEP = 16  # a signature holds basis and pooling in one number: how many bases there can be
 
 
 def make_equivariant(model: nn.Module, chain: tuple[Group, ...], pool: Pooling) -> None:
@@ -35,7 +38,7 @@ def make_equivariant(model: nn.Module, chain: tuple[Group, ...], pool: Pooling) 
         chain: the groups of its stages, mostly one; the last is that of the network.
         pool: how its head pools a fibre.
     """
-    sign(model, chain)
+    sign(model, chain, pool)
     is_timms = all(hasattr(model, name) for name in ("forward_head", "get_classifier", "reset_classifier"))
     put_in_front(model, EquivariantClassifier if is_timms else Equivariant)
     assert isinstance(model, Equivariant)
@@ -71,16 +74,18 @@ def copied(model: nn.Module) -> Any:
     return copy.deepcopy(model, kept)
 
 
-def sign(model: nn.Module, chain: tuple[Group, ...]) -> None:
-    """Writes into the state_dict of ``model`` what it belongs to: N, reflections, basis; N, reflections of more stages.
+def sign(model: nn.Module, chain: tuple[Group, ...], pool: Pooling) -> None:
+    """Writes into the state_dict of ``model`` what it belongs to: N, reflections, basis and group pooling; N,
+    reflections of more stages.
 
-    A checkpoint of another group can have tensors of the same shapes (p4 and d2).
+    A checkpoint of another group can have tensors of the same shapes (p4 and d2), as has one that pools otherwise.
     """
     found = [NAMES.index(layer.basis_name) for layer in model.modules() if isinstance(layer, ExpandedLayer)]
     # Off the grid a network says "steerable" even if all of its kernels are single pixels.
     basis = max([*found, NAMES.index("pixel" if all(group.on_grid for group in chain) else "steerable")])
     (rotations, reflections), *others = ((group.rotations, int(group.reflections)) for group in chain)
-    signature = torch.tensor([rotations, reflections, basis, *flatten.from_iterable(others)], device="cpu")
+    basis_and_pool = basis + _POOL_STEP * _POOLS.index(pool)
+    signature = torch.tensor([rotations, reflections, basis_and_pool, *flatten.from_iterable(others)], device="cpu")
     model.register_buffer(SIGNATURE, beside(like(model), signature))
 
 
@@ -115,7 +120,10 @@ class Equivariant(Constants, Front):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """As part of a larger network, whose load_state_dict calls this alone."""
         if prefix + SIGNATURE in state_dict:
-            require_same_group(self, {SIGNATURE: state_dict[prefix + SIGNATURE]})
+            own, found = getattr(self, SIGNATURE), state_dict[prefix + SIGNATURE]
+            require_same_group(self, {SIGNATURE: found})
+            _require_same_pool(own.tolist(), found.tolist())
+            state_dict[prefix + SIGNATURE] = own  # which may say more than that of an older gzoo
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -196,11 +204,30 @@ def require_same_group(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """Raises ValueError unless model and checkpoint are over the same group and basis, or both plain."""
     own, found = dict(model.named_buffers()).get(SIGNATURE), state_dict.get(SIGNATURE)
     own_values, found_values = (None if signature is None else signature.tolist() for signature in (own, found))
+    for values in (own_values, found_values):
+        _split_off_pool(values)
     if own_values != found_values:
         raise ValueError(
             f"this checkpoint is of {_kind(found_values)}, but the model is {_kind(own_values)}: their weights mean "
-            "different filters. Create the model that the checkpoint was saved from, or give a checkpoint of this one"
+            f"different filters. {_ADVICE}"
         )
+
+
+def _require_same_pool(own_signature: list[int], found_signature: list[int]) -> None:
+    own, found = _split_off_pool(own_signature), _split_off_pool(found_signature)
+    if own and found and own != found:
+        raise ValueError(
+            f"this checkpoint is of a network with group_pool={found!r}, but the model has {own!r}, which makes other "
+            f"logits of the same weights. {_ADVICE}"
+        )
+
+
+def _split_off_pool(signature: list[int] | None) -> str:
+    """Takes the group pooling out of a signature, in place; an empty string if it names none."""
+    if signature is None or len(signature) % 2 == 0 or len(signature) == 1:
+        return ""
+    pool, signature[2] = divmod(signature[2], _POOL_STEP)
+    return _POOLS[pool] if pool < len(_POOLS) else "a value of a newer gzoo"
 
 
 def _kind(signature: list[int] | None) -> str:
