@@ -15,8 +15,9 @@ class ExpandedLayer(Constants):
     """Holds kernels ``weight`` and gives the `filter` that they expand to.
 
     The filter is computed anew wherever a gradient may flow or a compiler looks on. Else it is cached: it survives
-    until the weight is replaced, changes in place (torch counts that), moves, changes dtype, or the module is copied or
-    switched between train and eval. Torch does not count edits through ``weight.data``; call ``eval()`` after one.
+    until the weight or its memory is replaced, changes in place (torch counts that), moves, changes dtype, or the
+    module is copied or switched between train and eval. Torch does not count edits in place through ``weight.data``,
+    nor those of another process; call ``eval()`` after one.
     """
 
     constants: ClassVar[tuple[str, ...]] = ("index", "samples")
@@ -33,7 +34,7 @@ class ExpandedLayer(Constants):
         samples = None if basis.samples is None else on_default_device(basis.samples)
         self.register_buffer("index", on_default_device(basis.source), persistent=False)
         self.register_buffer("samples", samples, persistent=False)
-        self._cached: tuple[Tensor, int, Tensor] | None = None  # the weight, its version, its filter
+        self._cached: tuple[Tensor, tuple[int, int], Tensor] | None = None  # the weight, its state, its filter
 
     def filter(self) -> Tensor:
         """The expanded filter, (channels out, channels in, k, k)."""
@@ -43,14 +44,16 @@ class ExpandedLayer(Constants):
         if torch.is_grad_enabled() and weight.requires_grad:
             self._cached = None  # a step may follow, and fused optimizers change weights without counting it
             return expand(weight, self.basis)
-        version = weight._version
-        if self._cached is None or self._cached[0] is not weight or self._cached[1] != version:
+        # nn.utils.vector_to_parameters and torch.utils.swap_tensors give it other memory, which torch does not count.
+        # Tensors that torch.func or DTensor wrap have no address.
+        state = weight._version, weight.data_ptr() if type(weight) is nn.Parameter else 0
+        if self._cached is None or self._cached[0] is not weight or self._cached[1] != state:
             # A tensor made in inference mode could not serve a gradient with respect to x later, nor one of autocast's
             # dtype a call without autocast.
             device = weight.device.type
             full = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
             with torch.inference_mode(False), torch.no_grad(), full:
-                self._cached = weight, version, expand(weight, self.basis)
+                self._cached = weight, state, expand(weight, self.basis)
         return self._cached[2]
 
     @property

@@ -70,6 +70,27 @@ def test_another_parameter_in_its_place_renews_the_filter(layer):
     assert is_current(layer)
 
 
+def test_other_memory_under_the_parameter_renews_the_filter(layer):
+    vector = nn.utils.parameters_to_vector(layer.parameters()).detach()
+    nn.utils.vector_to_parameters(2 * vector, layer.parameters())
+    assert is_current(layer)
+    del vector
+    torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.randn_like(layer.weight)))
+    assert is_current(layer)
+
+
+def test_weights_that_torch_func_wraps_expand(layer):
+    stacked = torch.stack([layer.weight.detach(), 2 * layer.weight.detach()])
+    x = torch.randn(1, 8, 5, 5)
+
+    def run(weight):
+        return torch.func.functional_call(layer, {"weight": weight}, (x,))
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.vmap(run)(stacked), torch.stack([run(weight) for weight in stacked]))
+    assert is_current(layer)
+
+
 def test_an_edit_through_data_is_seen_after_eval(layer):
     layer.weight.data.mul_(2)
     assert is_current(layer.eval())
