@@ -75,11 +75,12 @@ def convert(
             on the ring of radius r); None: pixel for groups on the grid, else steerable.
         classifier: path of the layer that makes the logits, or a list of those of a network with several outputs; ""
             if none does, and the output stays regular fields. By default it is timm's classifier, or else the last
-            layer with parameters, if that is linear, a convolution whose map is pooled to a vector, or a 1x1
-            convolution whose map is the output itself (segmentation), which a resize, clamp, sigmoid, tanh or softmax
-            may follow; and the linear layers whose numbers stand beside its in the output, or are summed up with them.
-            What ends in another convolution, a norm, an activation such as ReLU or a sum is taken for a feature
-            extractor, and so is what gives several maps. A vector beside a map is an error that asks for the paths.
+            layer with parameters, if that is linear, a convolution whose map is pooled to a vector, or one whose map is
+            the output itself, which a resize, clamp, sigmoid, tanh or softmax may follow, and that is 1x1
+            (segmentation) or gives no more channels than the image has (an autoencoder); and the linear layers whose
+            numbers stand beside its in the output, or are summed up with them. What ends in another convolution, a
+            norm, an activation such as ReLU or a sum is taken for a feature extractor, and so is what gives several
+            maps. A vector beside a map is an error that asks for the paths.
         weights: where the weights start.
 
             None: fresh ones.

@@ -221,7 +221,8 @@ class Plan:
         inputs, outputs = flat(self.trace.inputs[name]), flat(self.trace.outputs[name])
         plain_in, plain_out = (sum(segment.size for segment in segments) for segments in (inputs, outputs))
         fields_in, fields_out = self.fields(inputs, name), self.fields(outputs, name)
-        if name in self.classifiers and set(getattr(module, "kernel_size", (1,))) == {1}:  # on pooled fibres
+        is_linear = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
+        if name in self.classifiers and is_linear:  # on pooled fibres
             weights = module.weight.numel() / plain_in
             pixels = self.trace.pixels[name]
             return Row(
@@ -326,10 +327,10 @@ def plan(
         raise ValueError(f"widths is {widths!r}; it takes fields by plain channels, such as {{64: 32}}")
     paths: Any = classifier if isinstance(classifier, list | tuple | set) else {classifier} - {None, ""}
     for path in paths:
-        if not isinstance(dict(model.named_modules()).get(path), nn.Conv2d | nn.Linear):
+        if not isinstance(dict(model.named_modules()).get(path), _MAKES_LOGITS):
             raise ValueError(
-                f"classifier is {path!r}; {type(model).__name__} has no Conv2d or Linear of that path. Give the path "
-                "of the layer that makes the logits, as named_modules() spells it, a list of several, or '' for none"
+                f"classifier is {path!r}; {type(model).__name__} has no convolution or Linear of that path. Give the "
+                "path of a layer that makes logits, as named_modules() spells it, a list of several, or '' if none"
             )
     seen = trace(model, example(model))
     if seen.over_pixels:
@@ -487,6 +488,8 @@ def example(model: nn.Module, most: int | None = None) -> Tensor:
 # They reduce all pixels alike.
 REDUCTIONS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten)
 
+_MAKES_LOGITS = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
+
 # Functions that make logits or probabilities of logits; a feature map ends in a norm, an activation or a sum.
 _OF_LOGITS = {
     *("interpolate", "sigmoid", "softmax", "log_softmax", "tanh", "clamp", "clip"),
@@ -495,9 +498,12 @@ _OF_LOGITS = {
 
 
 def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
-    """The layers that make logits: timm's classifier, or those in it (two where a network was distilled); else the last
-    to run if it is linear, or a convolution whose map is pooled to a vector (activations and dropout may follow), or a
-    1x1 convolution whose map is the output (what makes logits of logits may follow)."""
+    """The layers that make logits: timm's classifier, or those in it (two where a network was distilled).
+
+    Else the last to run if it is linear, or a convolution whose map is pooled to a vector (activations and dropout may
+    follow), or one whose map is the output (what makes logits of logits may follow) and that is 1x1 or gives no more
+    channels than the image has, as that of an autoencoder.
+    """
     modules = dict(model.named_modules())
     if hasattr(model, "get_classifier"):
         heads = classifiers(model)
@@ -507,7 +513,7 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
         starts = tuple(f"{path}." for path in paths)
         inside = [name for name in modules if name.startswith(starts) and isinstance(modules[name], nn.Linear)]
         return frozenset(name for name in inside if modules[name].out_features == model.num_classes)
-    layers = [name for name in seen.order if isinstance(modules[name], nn.Conv2d | nn.Linear)]
+    layers = [name for name in seen.order if isinstance(modules[name], _MAKES_LOGITS)]
     if not layers:
         return frozenset()
     last = layers[-1]
@@ -526,10 +532,11 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
     later = [modules[name] for name in seen.order[seen.order.index(last) + 1 :]]
     if any(True for module in later for _ in module.parameters()):
         return frozenset()
-    if isinstance(modules[last], nn.Conv2d):
-        shape = results[0].shape if len(results) == 1 else ()
-        at_each_pixel = modules[last].kernel_size == (1, 1) and _OF_LOGITS.issuperset(seen.later)
-        makes = shape[1:2] == (modules[last].out_channels,) and (len(shape) == 2 or at_each_pixel)
+    if isinstance(modules[last], nn.Conv2d | nn.ConvTranspose2d):
+        shape, channels = results[0].shape if len(results) == 1 else (), modules[last].out_channels
+        is_of_logits = modules[last].kernel_size == (1, 1) or channels <= in_channels(model)
+        at_each_pixel = is_of_logits and _OF_LOGITS.issuperset(seen.later)
+        makes = shape[1:2] == (channels,) and (len(shape) == 2 or at_each_pixel)
     else:
         makes = not any(isinstance(module, REDUCTIONS) for module in later)
     # The others are parts of the same logits, or summed up with them.

@@ -278,20 +278,21 @@ def _transposed_conv(plain: nn.ConvTranspose2d, recipe: Recipe) -> nn.Module:
         )
     if recipe.lifts:
         raise ValueError("it enlarges the image itself; begin with a convolution, which lifts the image to fields")
+    out_fields = plain.out_channels if recipe.is_classifier else recipe.out_fields
     new = GroupConvTranspose2d(
         recipe.group,
         recipe.in_fields,
-        recipe.out_fields,
+        out_fields,
         kernel_size=square(plain.kernel_size, "kernel_size"),
         stride=square(plain.stride, "stride"),
         padding=square(plain.padding, "padding"),  # type: ignore[arg-type]
         dilation=square(plain.dilation, "dilation"),
-        groups=recipe.plan.groups_of(plain, recipe.in_fields, recipe.out_fields),
+        groups=recipe.plan.groups_of(plain, recipe.in_fields, out_fields),
         bias=plain.bias is not None,
         basis=recipe.plan.basis,
     )
     _initialize_like(new, plain, plain.weight[:, 0].numel() // plain.groups, new.fan_in)
-    return new
+    return nn.Sequential(new, GroupPool(recipe.group.order, recipe.group_pool)) if recipe.is_classifier else new
 
 
 @rule(nn.Linear, tl.Linear)

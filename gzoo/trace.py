@@ -306,7 +306,7 @@ class _Follow(TorchFunctionMode):
                         segment.image = True
                 self.seen.pixels[name] = output[0, 0].numel()
                 if isinstance(module, nn.ConvTranspose2d):
-                    self.seen.pixels[name] = inputs[0][0, 0].numel()
+                    self.seen.pixels[name] = inputs[0].shape[2:].numel()
                 _mark(output, 1, self._made(name, _conv_output(module, channels.segments)))
             elif channels and isinstance(module, SpaceToDepth):
                 image = all(segment.image for segment in flat(channels.segments))

@@ -30,6 +30,7 @@ from gzoo import groups
 from gzoo.check import KeepDouble, in_channels, relative_error
 from gzoo.convert import convert_in_place
 from gzoo.nn import GroupConv2d, InvariantLinear, LiftingConv2d
+from gzoo.plan import plan
 from gzoo.rules import RULES, SymmetricFusion
 from tests.conftest import GRID_GROUPS, random_image, with_random_statistics, worst_error
 
@@ -525,6 +526,34 @@ def test_several_outputs_have_a_classifier_each(head, size):
         for name, y in model(p4m.transform_image(x, g)).items():
             expected = upright[name] if head == "invariant" else p4m.transform_features(upright[name].flatten(1), g)
             torch.testing.assert_close(y.flatten(1), expected, rtol=0, atol=1e-12)
+
+
+LAST = {
+    "convolution": lambda: [nn.Upsample(scale_factor=2), nn.Conv2d(8, 3, 3, padding=1)],
+    "transposed convolution": lambda: [nn.ConvTranspose2d(8, 3, 4, stride=2, padding=1), nn.Sigmoid()],
+}
+
+
+@pytest.mark.parametrize("last", LAST)
+@pytest.mark.parametrize("group", ["p4m", "c8"])
+def test_an_autoencoder_gives_an_image_that_moves_with_its_own(last, group):
+    encoder = [conv(3, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
+    plain = nn.Sequential(*encoder, nn.ConvTranspose2d(16, 8, 2, stride=2), nn.ReLU(), nn.MaxPool2d(2), *LAST[last]())
+    model = with_random_statistics(gzoo.convert(plain, group)).eval()
+    for size in ((17, 17), (16, 16), (18, 21)):
+        x = image(size)
+        assert model(x).shape == plain(x.float()).shape
+        assert worst_error(model, group, x, "image", "image") < 1e-12
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3])
+def test_a_transposed_convolution_with_more_channels_makes_the_output_if_it_is_named(kernel):
+    plain = nn.Sequential(conv(3, 16), nn.ReLU(), nn.ConvTranspose2d(16, 6, kernel, stride=2))
+    x, model = image((9, 12)), gzoo.convert(plain, "p4", classifier="2").double().eval()
+    assert model(x).shape == plain(x.float()).shape
+    assert worst_error(model, "p4", x, "image", "image") < 1e-12
+    planned = plan(plain, (groups.get("p4"),), classifier="2").total()
+    assert sum(parameter.numel() for parameter in model.parameters()) == planned.params
 
 
 def test_a_mask_and_a_vector_beside_it_have_a_classifier_each():

@@ -129,6 +129,18 @@ def test_transferred_layers_are_the_mean_of_the_plain_ones_over_the_group(layers
     assert relative_error(model(x), mean_over_poses(plain, group, x)) < 1e-12
 
 
+@pytest.mark.parametrize("classifier", [None, "5"])
+def test_a_transferred_autoencoder_is_the_mean_of_the_plain_one_over_the_group(classifier):
+    layers = [nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.ConvTranspose2d(6, 6, 3, 2, 1), nn.ReLU()]
+    channels = 3 if classifier is None else 7
+    plain = with_random_statistics(nn.Sequential(*layers, nn.ConvTranspose2d(6, channels, 3, padding=1))).eval()
+    p4m, x = groups.get("p4m"), random_image(3, (11, 11))
+    model = gzoo.convert(plain, "p4m", weights="transfer", classifier=classifier)
+    with torch.no_grad():
+        turned_back = [p4m.transform_image(plain(p4m.transform_image(x, p4m.inverse(g))), g) for g in p4m.grid_elements]
+        assert relative_error(model(x), torch.stack(turned_back).mean(0)) < 1e-12
+
+
 @pytest.mark.parametrize("family", ["resnet", "convnext", "bit"])
 def test_a_transferred_network_is_invariant_at_sizes_where_the_plain_strides_are_not_symmetric(family):
     model = gzoo.convert(with_random_statistics(FAMILIES[family][0]()).eval(), "p4m", weights="transfer")

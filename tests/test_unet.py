@@ -258,7 +258,7 @@ def test_without_a_classifier_the_output_is_regular_fields():
 def test_a_classifier_that_is_no_layer_is_refused(path):
     named = path[1] if isinstance(path, list) else path
     with pytest.raises(
-        ValueError, match=f"classifier is {re.escape(repr(named))}; Own has no Conv2d or Linear of that path"
+        ValueError, match=f"classifier is {re.escape(repr(named))}; Own has no convolution or Linear of that path"
     ):
         gzoo.convert(Own(resized, nn.Conv2d(8, 5, 1)), "p4", classifier=path)
 
