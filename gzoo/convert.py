@@ -9,7 +9,8 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise, product
+from itertools import chain as flatten
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -431,13 +432,12 @@ def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
         (group if after is None else after.before, (before, after))
         for before, after in pairwise((None, *restrictions, None))
     ]
-    for own, stage in stages:
-        _check_poses(probe, x, own, tolerance, own.grid_elements, stage)
-    # All elements were tried at the even size; here the first turn and the reflection do, which make all the others.
-    for odd, (own, stage) in product(odd_images(probe, x), stages):
-        turns = [g for g in own.grid_elements if 0 < g < own.rotations]
-        reflections = [g for g in own.grid_elements if g == own.rotations]
-        _check_poses(probe, odd, own, tolerance, (*turns[:1], *reflections), stage)
+    for image in flatten([x], odd_images(probe, x)):
+        for own, stage in stages:
+            turns = [g for g in own.grid_elements if 0 < g < own.rotations]
+            reflections = [g for g in own.grid_elements if g == own.rotations]
+            # The first turn and the reflection make all the others.
+            _check_poses(probe, image, own, tolerance, (*turns[:1], *reflections), stage)
 
 
 @torch.no_grad()
@@ -554,13 +554,16 @@ def calibrate(probe: nn.Module, x: Tensor) -> None:
 
     With those of another size, squeezed gates let the numbers grow from block to block, and rounding with them.
     """
-    for norm in probe.modules():
-        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
-            norm.momentum = 1.0
-            norm.train()
-    with KeepDouble():
-        probe(torch.cat((x, x.roll(1, 1).flip(-2))))
-    probe.eval()
+    norms = [m for m in probe.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    try:
+        with KeepDouble():
+            probe(torch.cat((x, x.roll(1, 1).flip(-2))))
+    finally:
+        for norm in norms:  # and no others, whose filters are expanded already
+            norm.eval()
 
 
 def image_for(probe: nn.Module) -> Tensor:
