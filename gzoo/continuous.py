@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from gzoo.equivariant import CONTINUOUS, SIGNATURE, require_same_group
@@ -69,6 +70,7 @@ class _Classifier(Constants):
         self.group = stem.arc.group  # of the sampled elements: what gzoo.check holds it to
         self.num_classes, self.in_chans = num_classes, in_chans
         self.stem, self.blocks = stem, blocks
+        self.grad_checkpointing = False
         # Networks over t2 and se2 have weights of the same names and shapes.
         kind = torch.tensor([CONTINUOUS.index(stem.arc.continuous_group)], device="cpu")
         self.register_buffer(SIGNATURE, on_default_device(kind))
@@ -76,6 +78,14 @@ class _Classifier(Constants):
         self.num_features = norms[-1].num_features
         self.fc: nn.Module = nn.Identity()
         self.reset_classifier(num_classes)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Regular expressions for timm's layer-wise parameter groups."""
+        return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades time for memory: blocks recompute their activations in the backward pass."""
+        self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         """The final linear layer, or the identity that stands in for it."""
@@ -98,7 +108,8 @@ class _Classifier(Constants):
 
     def forward_features(self, x: Tensor) -> Features:
         """Images to functions on the group, with the elements at which they are known."""
-        features: Features = self.blocks(self.stem(x))
+        lifted = self.stem(x)
+        features: Features = checkpoint_seq(self.blocks, lifted) if self.grad_checkpointing else self.blocks(lifted)
         return features
 
     def forward_head(self, x: Features, pre_logits: bool = False) -> Tensor:

@@ -2,10 +2,12 @@
 
 import copy
 import math
+from unittest.mock import patch
 
 import pytest
 import timm
 import torch
+from timm.models._manipulate import checkpoint_seq, group_parameters
 from torch import nn
 
 import gzoo
@@ -44,6 +46,29 @@ def test_a_network_that_drops_nothing_is_exact_for_all_that_fits_the_grid(backbo
     assert len(report.errors["logits"]) == (8 if group == "e2" else 4)
     assert report.worst < 1e-12
     assert not report.given_up
+
+
+@pytest.mark.parametrize("backbone", ["resnet", "cnn13"])
+def test_recomputed_blocks_give_the_same_gradient_of_the_same_samples(backbone):
+    model, x = network("se2", 4, partial=True, backbone=backbone).train(), random_image(1, (9, 9))
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(1)
+        with patch("gzoo.continuous.checkpoint_seq", wraps=checkpoint_seq) as recomputed:
+            model(x).square().sum().backward()
+        assert recomputed.called == enable
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("backbone", ["resnet", "cnn13"])
+def test_layer_decay_goes_from_the_classifier_to_the_stem(backbone):
+    model = network(backbone=backbone)
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    assert {path.partition(".")[0] for path in layers if layers[path] == 0} == {"stem"}
+    assert layers["fc.weight"] == max(layers.values()) > max(layers[k] for k in layers if k.startswith("blocks"))
 
 
 def test_odd_numbers_of_elements_are_exact_for_no_quarter_turn():

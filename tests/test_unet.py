@@ -2,12 +2,14 @@
 
 import copy
 import re
+from unittest.mock import patch
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from timm.models import get_pretrained_cfg
+from timm.models._manipulate import checkpoint, group_parameters
 from torch import Tensor, nn
 
 import gzoo
@@ -92,6 +94,27 @@ def test_the_features_are_the_levels_of_the_expanding_path():
     assert isinstance(model.model.get_classifier(), nn.Identity)
     (coarsest,) = small(features_only=True, out_indices=(2,))(random_image(3, (13, 18)))
     assert coarsest.shape == levels[2].shape
+
+
+def test_recomputed_levels_give_the_same_gradient():
+    model, x = small(), random_image(3, (17, 16))
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        with patch("gzoo.backbones.unet.checkpoint", wraps=checkpoint) as recomputed:
+            model(x).square().sum().backward()
+        assert recomputed.call_count == 5 * enable
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_layer_decay_goes_down_the_expanding_path_before_the_contracting_one():
+    model = small()
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    order = sorted((name for name in layers if name.endswith(".0.weight")), key=layers.__getitem__)
+    assert order == [f"{stage}.0.weight" for stage in ("encoder.0", "encoder.1", "encoder.2", "decoder.1", "decoder.0")]
+    assert layers["head.weight"] == max(layers.values()) > layers["decoder.0.0.weight"]
 
 
 def test_dropout_is_at_the_lowest_level_in_training_only():

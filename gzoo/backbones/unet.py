@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers.helpers import get_device_dtype
 from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 
@@ -41,6 +42,7 @@ class UNet(nn.Module):
         super().__init__()
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.num_features = self.head_hidden_size = widths[0]
+        self.grad_checkpointing = False
         wider, levels = list(pairwise(widths)), len(widths)
         self.encoder = nn.ModuleList([_pair(in_chans, widths[0]), *(_pair(fine, coarse) for fine, coarse in wider)])
         self.pool = nn.MaxPool2d(2)
@@ -58,6 +60,15 @@ class UNet(nn.Module):
 
     def _classifier(self, num_classes: int) -> nn.Module:
         return nn.Conv2d(self.num_features, num_classes, 1) if num_classes else nn.Identity()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions for timm's layer-wise parameter groups: the encoder, then the decoder upwards."""
+        decoder = [(rf"^decoder\.{i}\.", (-i,)) for i in range(len(self.decoder))]
+        return {"encoder": r"^encoder\.(\d+)", "decoder": decoder}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades time for memory: levels recompute their activations in the backward pass."""
+        self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         """The final 1x1 convolution, or the identity that stands in for it."""
@@ -102,13 +113,18 @@ class UNet(nn.Module):
 
     def _levels(self, x: Tensor) -> list[Tensor]:
         """The maps of the expanding path, the finest first: level i is (B, widths[i], H // 2^i, W // 2^i)."""
+
+        def run(stage: nn.Module, x: Tensor) -> Tensor:
+            y: Tensor = checkpoint(stage, x) if self.grad_checkpointing else stage(x)
+            return y
+
         maps: list[Tensor] = []
         for stage in self.encoder:
-            maps.append(stage(self.pool(maps[-1]) if maps else x))
+            maps.append(run(stage, self.pool(maps[-1]) if maps else x))
         maps[-1] = self.drop(maps[-1])
         for i in reversed(range(len(self.decoder))):
             enlarged = F.interpolate(maps[i + 1], size=maps[i].shape[2:], mode="bilinear", align_corners=False)
-            maps[i] = self.decoder[i](torch.cat((enlarged, maps[i]), 1))
+            maps[i] = run(self.decoder[i], torch.cat((enlarged, maps[i]), 1))
         return maps
 
     def forward_features(self, x: Tensor) -> Tensor:
