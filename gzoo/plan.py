@@ -527,7 +527,8 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
         likely = [names[-1] for y, *found in zip(results, linear, makers, strict=True) if (names := found[y.ndim > 2])]
         raise ValueError(
             f"{type(model).__name__} gives several outputs, {shapes}; say which layers make logits, as in "
-            f"classifier={likely}, or classifier='' if none does. The other outputs stay regular fields"
+            f"classifier={likely}, or classifier='' if none does. The other outputs stay regular fields, which "
+            "gzoo.nn.GroupPool makes invariant"
         )
     later = [modules[name] for name in seen.order[seen.order.index(last) + 1 :]]
     if any(True for module in later for _ in module.parameters()):

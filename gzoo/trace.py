@@ -154,8 +154,10 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
         )
         if isinstance(error, TypeError):
             hint = "gzoo converts networks of one argument, images; of one with more, convert the parts that run on one"
+        at = getattr(error, "gzoo_path", "")
         raise ValueError(
-            f"{type(model).__name__} does not run on a random image of {tuple(x.shape)}: {error}. {hint}"
+            f"{type(model).__name__} does not run on a random image of {tuple(x.shape)}{at and f', at {at}'}: {error}. "
+            f"{hint}"
         ) from error
 
 
@@ -176,8 +178,12 @@ def _run(model: nn.Module, x: Tensor) -> Trace:
         module.register_forward_pre_hook(follow.enter(name), with_kwargs=True)
         module.register_forward_hook(follow.leave(name), with_kwargs=True)
     _mark(x, 1, (Segment(x.shape[1], image=True),))
-    with torch.no_grad(), follow:
-        seen.result = model.eval()(x)
+    try:
+        with torch.no_grad(), follow:
+            seen.result = model.eval()(x)
+    except Exception as error:
+        error.gzoo_path = follow.path[-1]  # type: ignore[attr-defined]
+        raise
     for module in model.modules():
         module._forward_pre_hooks.clear()
         module._forward_hooks.clear()
