@@ -7,7 +7,7 @@ rule knows is an error. `gzoo.transfer` carries weights over, where that is want
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain as flatten
 from itertools import pairwise
@@ -32,7 +32,7 @@ from gzoo.nn import PoseConv2d, PoseLinear, Restriction, restrict_output
 from gzoo.nn.linear import Head, Pooling
 from gzoo.nn.resample import Window
 from gzoo.partial import make_partial
-from gzoo.plan import WHOLE_NETWORK, Fit, Match, Plan, example, plan
+from gzoo.plan import WHOLE_NETWORK, Fit, Match, Plan, bent_logits, example, plan
 from gzoo.rules import ON_IMAGE, RULES, WHOLE, Recipe, rule
 from gzoo.soft import make_soft, residuals
 from gzoo.trace import Segments, flat
@@ -78,10 +78,10 @@ def convert(
             if none does, and the output stays regular fields. By default it is timm's classifier, or else the last
             layer with parameters, if that is linear, a convolution whose map is pooled to a vector, or one whose map is
             the output itself, which a resize, clamp, sigmoid, tanh or softmax may follow, and that is 1x1
-            (segmentation) or gives no more channels than the image has (an autoencoder); and the linear layers whose
-            numbers stand beside its in the output, or are summed up with them. What ends in another convolution, a
-            norm, an activation such as ReLU or a sum is taken for a feature extractor, and so is what gives several
-            maps. A vector beside a map is an error that asks for the paths.
+            (segmentation) or gives no more channels than the image has (an autoencoder, super-resolution, also by a
+            pixel shuffle); and the linear layers whose numbers stand beside its in the output, or are summed up with
+            them. What ends in another convolution, a norm, an activation such as ReLU or a sum is taken for a feature
+            extractor, and so is what gives several maps. A vector beside a map is an error that asks for the paths.
         weights: where the weights start.
 
             None: fresh ones.
@@ -126,7 +126,7 @@ def convert(
         )
         check_itself(converted)
         if weights == "transfer":
-            _check_mean(model, converted)
+            _check_mean(model, converted, bent_logits(model, classifier))
     return converted
 
 
@@ -463,11 +463,12 @@ def randomized(model: nn.Module) -> tuple[nn.Module, Tensor]:
 
 
 @torch.no_grad()
-def _check_mean(plain: nn.Module, converted: nn.Module) -> None:
+def _check_mean(plain: nn.Module, converted: nn.Module, logits: Collection[str]) -> None:
     """Raises ValueError unless the outputs of ``converted``, filled from ``plain``, are the mean of its over all poses.
 
-    Both with other weights, which hide nothing, at an image size that all windows fit, if one of two does. Only for
-    networks of torch's own layers: of others there are some that become symmetric by being changed.
+    Those of the network, or of the layers ``logits``, if there are any, where it bends those (to probabilities). Both
+    with other weights, which hide nothing, at an image size that all windows fit, if one of two does. Only for networks
+    of torch's own layers: of others there are some that become symmetric by being changed.
     """
     group = group_of(converted)
     leaves = [module for module in plain.modules() if not any(True for _ in module.children())]
@@ -479,11 +480,11 @@ def _check_mean(plain: nn.Module, converted: nn.Module) -> None:
     fill(twin, probe, group, "transfer")
     for x in (image,) if odd is None else (image, odd):
         with KeepDouble(), _windows_fit(twin) as fits:
-            found = tree_leaves(twin(x))
+            found = _outputs(twin, x, logits)
         if not all(fits):
             continue
         with KeepDouble():
-            poses = [tree_leaves(probe(group.transform_image(x, group.inverse(g)))) for g in range(group.order)]
+            poses = [_outputs(probe, group.transform_image(x, group.inverse(g)), logits) for g in range(group.order)]
         for y, *turned in zip(found, *poses, strict=True):
             moved = [group.transform_image(z, g) if z.ndim == 4 else z for g, z in enumerate(turned)]
             mean = torch.stack(moved).mean(0)
@@ -496,6 +497,18 @@ def _check_mean(plain: nn.Module, converted: nn.Module) -> None:
                     "by a number that is no attribute; or convert with fresh weights"
                 )
         return
+
+
+def _outputs(network: nn.Module, x: Tensor, paths: Collection[str]) -> list[Tensor]:
+    """What the network gives for x, or, if there are any ``paths``, what the modules there give."""
+    given: list[Tensor] = []
+
+    def record(module: nn.Module, inputs: Any, y: Tensor) -> None:
+        given.append(y.clone())  # an activation in place may follow
+
+    with removing([network.get_submodule(path).register_forward_hook(record) for path in paths]):
+        y = network(x)
+    return given or tree_leaves(y)
 
 
 @contextmanager

@@ -166,6 +166,12 @@ class Plan:
         if segment.image:
             return segment.size
         home = self._homes.get(segment, self.groups[-1])
+        if segment.unfolded:
+            parts = flat((segment.unfolded,))
+            return (
+                sum(part.size if part.image else self._segment_channels(part) // home.order for part in parts)
+                * home.order
+            )
         if segment not in self._known:
             self._known[segment] = self.widths.get(segment.size) or self._near(segment, home)
         return self._known[segment] * home.order
@@ -325,7 +331,7 @@ def plan(
     _require_convolution(model)
     if widths is not None and not isinstance(widths, Mapping):
         raise ValueError(f"widths is {widths!r}; it takes fields by plain channels, such as {{64: 32}}")
-    paths: Any = classifier if isinstance(classifier, list | tuple | set) else {classifier} - {None, ""}
+    paths = frozenset() if classifier is None else _named(classifier)
     for path in paths:
         if not isinstance(dict(model.named_modules()).get(path), _MAKES_LOGITS):
             raise ValueError(
@@ -338,7 +344,7 @@ def plan(
             f"{seen.over_pixels[0]} is linear over pixels or tokens, each with a weight of its own, which has no "
             f"equivariant counterpart here; use a convolution. {WHOLE_NETWORK}"
         )
-    found = _classifiers(model, seen) if classifier is None else frozenset(paths)
+    found = _classifiers(model, seen) if classifier is None else paths
     for segment in (part for path in found for part in flat(seen.outputs.get(path, ()))):
         segment.image = True  # logits have no fibre, wherever they go
     sizes = {part.size for segments in seen.outputs.values() for part in flat(segments) if not part.image}
@@ -488,13 +494,11 @@ def example(model: nn.Module, most: int | None = None) -> Tensor:
 # They reduce all pixels alike.
 REDUCTIONS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten)
 
-_MAKES_LOGITS = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
+_MAKES_LOGITS = nn.Conv2d | nn.ConvTranspose2d | nn.PixelShuffle | nn.Linear
 
 # Functions that make logits or probabilities of logits; a feature map ends in a norm, an activation or a sum.
-_OF_LOGITS = {
-    *("interpolate", "sigmoid", "softmax", "log_softmax", "tanh", "clamp", "clip"),
-    *("contiguous", "to", "type", "float", "double", "half", "bfloat16"),
-}
+_BENDS = {"sigmoid", "softmax", "log_softmax", "tanh", "clamp", "clip"}
+_OF_LOGITS = {*_BENDS, "interpolate", "contiguous", "to", "type", "float", "double", "half", "bfloat16"}
 
 
 def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
@@ -533,15 +537,28 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
     later = [modules[name] for name in seen.order[seen.order.index(last) + 1 :]]
     if any(True for module in later for _ in module.parameters()):
         return frozenset()
-    if isinstance(modules[last], nn.Conv2d | nn.ConvTranspose2d):
-        shape, channels = results[0].shape if len(results) == 1 else (), modules[last].out_channels
-        is_of_logits = modules[last].kernel_size == (1, 1) or channels <= in_channels(model)
+    if not isinstance(modules[last], nn.Linear):
+        shape = results[0].shape if len(results) == 1 else ()
+        channels = sum(segment.size for segment in flat(seen.outputs.get(last, ())))
+        is_of_logits = getattr(modules[last], "kernel_size", 0) == (1, 1) or channels <= in_channels(model)
         at_each_pixel = is_of_logits and _OF_LOGITS.issuperset(seen.later)
         makes = shape[1:2] == (channels,) and (len(shape) == 2 or at_each_pixel)
     else:
         makes = not any(isinstance(module, REDUCTIONS) for module in later)
     # The others are parts of the same logits, or summed up with them.
     return frozenset([last, *flatten.from_iterable(linear)] if makes else [])
+
+
+def bent_logits(model: nn.Module, classifier: str | Sequence[str] | None) -> frozenset[str]:
+    """The layers that make logits if the network goes on with probabilities of them, or the like; else none."""
+    seen = trace(model, example(model))
+    if _BENDS.isdisjoint(seen.later):
+        return frozenset()
+    return _named(classifier) if classifier is not None else _classifiers(model, seen)
+
+
+def _named(classifier: str | Sequence[str]) -> frozenset[str]:
+    return frozenset([classifier] if isinstance(classifier, str) else classifier) - {""}
 
 
 def _makers(y: Tensor, layers: list[str], seen: Trace) -> list[str]:

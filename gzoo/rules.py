@@ -48,6 +48,7 @@ from gzoo.nn import (
     GroupConvTranspose2d,
     GroupEca,
     GroupLinear,
+    GroupPixelShuffle,
     GroupPool,
     InvariantConv2d,
     InvariantLinear,
@@ -666,6 +667,22 @@ def _space_to_depth(plain: tl.SpaceToDepth, recipe: Recipe) -> nn.Module:
     return nn.Identity()  # the convolution that follows gets a kernel as many times as wide
 
 
+@rule(nn.PixelShuffle)
+def _pixel_shuffle(plain: nn.PixelShuffle, recipe: Recipe) -> nn.Module:
+    pools, fields = not any(run.regular for run in recipe.out_runs), sum(run.size for run in recipe.out_runs)
+    if recipe.lifts or recipe.in_fields != fields * plain.upscale_factor**2:
+        raise ValueError(
+            f"it unfolds {_WITHOUT_FIBRE}; give it feature maps. If it makes the output, name it, not the layer before "
+            "it, as classifier"
+        )
+    if not (recipe.plan.fit or recipe.per_element):
+        raise ValueError("its squares of pixels do not turn, so there are no nearest weights; use weights='transfer'")
+    if pools and recipe.per_element and not recipe.is_classifier:
+        raise ValueError(f"it gives {_WITHOUT_FIBRE}: one for all poses here, and each pose's own in the plain network")
+    new = GroupPixelShuffle(recipe.group, plain.upscale_factor)
+    return nn.Sequential(new, GroupPool(recipe.group.order, recipe.group_pool)) if pools else new
+
+
 @rule(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
 def _upsample(plain: nn.Upsample, recipe: Recipe) -> nn.Module:
     factors = plain.scale_factor if isinstance(plain.scale_factor, tuple) else (plain.scale_factor,)
@@ -707,7 +724,7 @@ def _unchanged(plain: nn.Module, recipe: Recipe) -> nn.Module:
 
 ON_IMAGE = (
     *(_conv, _standardized_conv, _transposed_conv, _linear),
-    *(_pool, _same_pool, _blur_pool, _pad, _space_to_depth, _hgnet_stem),
+    *(_pool, _same_pool, _blur_pool, _pad, _space_to_depth, _pixel_shuffle, _hgnet_stem),
 )
 """Rules that replace a module that sees the image, too; others leave it, as it acts on each channel alike."""
 

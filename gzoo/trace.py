@@ -30,10 +30,12 @@ class Segment:
             channels; or one channel that is multiplied with all others.
         groups: of the grouped convolutions that read or write them.
         folded: side of the squares of pixels that are folded into them; 1 if none are.
+        unfolded: the channels that a pixel shuffle makes of them and of as many more; None if it makes none.
     """
 
     def __init__(self, size: int, image: bool = False, groups: Iterable[int] = (), folded: int = 1) -> None:
         self.size, self.image, self.groups, self.folded = size, image, set(groups), folded
+        self.unfolded: Segment | None = None
         self._became: tuple[Segment, ...] | None = None  # the parts that it was cut in, or what it was tied to
 
     def parts(self) -> "Segments":
@@ -52,6 +54,7 @@ class Segment:
         """From now on the two are one; what is added to the image has no fibre, as the image has none."""
         self.image |= other.image
         self.groups |= other.groups
+        self.unfolded = self.unfolded or other.unfolded
         other._became = (self,)
 
 
@@ -303,7 +306,7 @@ class _Follow(TorchFunctionMode):
         def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             self.path.pop()
             inputs += tuple(named.values())
-            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.PixelShuffle | nn.Linear):
                 self.seen.later.clear()
             channels = _channels(inputs[0]) if inputs else None
             if channels and isinstance(module, nn.Conv2d | nn.ConvTranspose2d | CondConv2d):
@@ -317,6 +320,8 @@ class _Follow(TorchFunctionMode):
             elif channels and isinstance(module, SpaceToDepth):
                 image = all(segment.image for segment in flat(channels.segments))
                 _mark(output, 1, (Segment(output.shape[1], image, folded=module.bs),))
+            elif channels and isinstance(module, nn.PixelShuffle):
+                _mark(output, 1, self._made(name, _unfolded(channels.segments, output.shape[1])))
             elif isinstance(module, PositionalEncodingFourier):  # of places, which have no fibre, it makes channels
                 projection = f"{name}.token_projection"
                 self.seen.lost.pop(projection, None)
@@ -642,6 +647,17 @@ def _conv_output(module: nn.Conv2d | nn.ConvTranspose2d | CondConv2d, segments: 
         for segment in flat(segments):
             segment.groups.add(groups)
     return (out,)
+
+
+def _unfolded(segments: Segments, channels: int) -> Segments:
+    """What a pixel shuffle makes of channels: each ``channels`` of them, however they are numbered, are as wide."""
+    first, rest = cut(segments, channels)
+    while rest:
+        piece, rest = cut(rest, channels)
+        tie(first, piece)
+    for segment in flat(first):
+        segment.unfolded = segment.unfolded or Segment(segment.size)
+    return tuple(segment.unfolded for segment in flat(first) if segment.unfolded)
 
 
 def _total(segments: Segments) -> int:

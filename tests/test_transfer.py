@@ -129,6 +129,18 @@ def test_transferred_layers_are_the_mean_of_the_plain_ones_over_the_group(layers
     assert relative_error(model(x), mean_over_poses(plain, group, x)) < 1e-12
 
 
+@pytest.mark.parametrize("bend", [nn.Sigmoid(), nn.Softmax(1), nn.Tanh()])
+@pytest.mark.parametrize("last", ["linear", "1x1 convolution"])
+def test_transferred_logits_that_become_probabilities_are_the_mean_before(last, bend):
+    layers = [nn.Conv2d(3, 6, 3), nn.ReLU(), *(head(6) if last == "linear" else [nn.Conv2d(6, 5, 1)])]
+    plain, x = with_random_statistics(nn.Sequential(*layers)).eval(), random_image(3, (11, 11))
+    model = gzoo.convert(nn.Sequential(*plain, bend), "p4", weights="transfer")
+    bent, logits = model(x), gzoo.convert(plain, "p4", weights="transfer")(x)
+    torch.testing.assert_close(bent, bend(logits))
+    if last == "linear":
+        assert relative_error(logits, mean_over_poses(plain, "p4", x)) < 1e-12
+
+
 @pytest.mark.parametrize("classifier", [None, "5"])
 def test_a_transferred_autoencoder_is_the_mean_of_the_plain_one_over_the_group(classifier):
     layers = [nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.ConvTranspose2d(6, 6, 3, 2, 1), nn.ReLU()]
@@ -453,19 +465,21 @@ UNCARRIED = {
 
 
 class Between(nn.Module):
-    def __init__(self, run):
+    def __init__(self, run, bend):
         super().__init__()
+        self.bend = bend
         self.a, self.b = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, 3, padding=1)
         self.fc, self.run = nn.Linear(8, 3), run
 
     def forward(self, x):
-        return self.fc(self.run(self.b(self.a(x).relu())).mean((2, 3)))
+        return self.bend(self.fc(self.run(self.b(self.a(x).relu())).mean((2, 3))))
 
 
 @pytest.mark.parametrize("step", UNCARRIED)
-def test_a_forward_that_the_mean_over_poses_does_not_pass_is_an_error(step):
+@pytest.mark.parametrize("bend", [nn.Identity(), nn.Sigmoid()])
+def test_a_forward_that_the_mean_over_poses_does_not_pass_is_an_error(step, bend):
     with pytest.raises(ValueError, match=r"^Between is not carried over: with weights='transfer' the output differs"):
-        gzoo.convert(Between(UNCARRIED[step]), "p4", weights="transfer")
+        gzoo.convert(Between(UNCARRIED[step], bend), "p4", weights="transfer")
 
 
 class Coupled(nn.Module):

@@ -12,6 +12,7 @@ from gzoo.nn.position import FourierPosition
 from gzoo.nn.quotient import QuotientConv2d, QuotientNorm, QuotientPool
 from gzoo.nn.resample import SymmetricBlur2d, SymmetricPool2d, keep_original_strides
 from gzoo.nn.restrict import Restriction, restrict_output
+from gzoo.nn.shuffle import GroupPixelShuffle
 from gzoo.nn.standardize import WeightStandardization
 from gzoo.nn.subset import Subset
 from gzoo.nn.transposed import GroupConvTranspose2d
@@ -25,6 +26,7 @@ __all__ = [
     "GroupConvTranspose2d",
     "GroupEca",
     "GroupLinear",
+    "GroupPixelShuffle",
     "GroupPool",
     "InvariantConv2d",
     "InvariantLinear",
