@@ -111,8 +111,8 @@ def check(
     stay as they are.
 
     Args:
-        model: a classifier (B, C, H, W) -> (B, classes), or of each pixel -> (B, classes, H, W); with timm's
-            ``forward_intermediates`` its stages are measured too. Or a ``features_only`` model.
+        model: a classifier (B, C, H, W) -> (B, classes), or of each pixel -> (B, classes, H, W) or (B, H, W); with
+            timm's ``forward_intermediates`` its stages are measured too. Or a ``features_only`` model.
         size: height and width of the image in pixels; one number for a square.
         group: which group, or its name; by default the model's own, or of several stages the first.
         dtype: float64 tells a broken symmetry from rounding; float32 is what runs in use.
@@ -171,6 +171,8 @@ def check(
                     moved = torch.full_like(moved, math.nan)
                 else:
                     moved = law.transform_features(moved, own_g)
+            elif moved.ndim == 3 and own_group is not None and pooled and name == "logits":
+                moved = group.transform_image(moved, g)
             elif own_group is not None and own_g is not None and _is_pose(moved, law):
                 moved = _move_pose(law, moved, own_g)
             row[g] = min(relative_error(value, y) for y in (moved, as_image) if y is not None)
@@ -359,6 +361,8 @@ def _possible(group: Group, y: Tensor, g: int, found: Tensor) -> Iterator[Tensor
     regular_first = y.ndim > 1 and y.shape[1] % group.order == 0
     if y.ndim == 2 and regular_first:
         yield group.transform_features(y, g)
+    if y.ndim == 3:  # a map of one channel, squeezed
+        yield group.transform_image(y, g)
     rows: list[Tensor] = []
     if y.ndim == 3 and _is_square(y.shape[1]):  # pixels in a row, channels last
         rows.append(_move_row(group, y.mT, g).mT)

@@ -35,7 +35,7 @@ from gzoo.partial import make_partial
 from gzoo.plan import WHOLE_NETWORK, Fit, Match, Plan, bent_logits, example, plan
 from gzoo.rules import ON_IMAGE, RULES, WHOLE, Recipe, rule
 from gzoo.soft import make_soft, residuals
-from gzoo.trace import Segments, flat
+from gzoo.trace import Segments, channels_of, flat
 from gzoo.transfer import Weights, fill
 
 __all__ = ["convert", "rule"]
@@ -77,11 +77,12 @@ def convert(
         classifier: path of the layer that makes the logits, or a list of those of a network with several outputs; ""
             if none does, and the output stays regular fields. By default it is timm's classifier, or else the last
             layer with parameters, if that is linear, a convolution whose map is pooled to a vector, or one whose map is
-            the output itself, which a resize, clamp, sigmoid, tanh or softmax may follow, and that is 1x1
-            (segmentation) or gives no more channels than the image has (an autoencoder, super-resolution, also by a
-            pixel shuffle); and the linear layers whose numbers stand beside its in the output, or are summed up with
-            them. What ends in another convolution, a norm, an activation such as ReLU or a sum is taken for a feature
-            extractor, and so is what gives several maps. A vector beside a map is an error that asks for the paths.
+            the output itself and that is 1x1 (segmentation; a resize, crop, clamp, exponential, sigmoid, tanh or
+            softmax may follow) or gives no more channels than the image has (an autoencoder, super-resolution, also by
+            a pixel shuffle; anything may follow); and the linear layers whose numbers stand beside its in the output,
+            or are summed up with them. What ends in another convolution, a norm, an activation such as ReLU or a sum is
+            taken for a feature extractor, and so is what gives several maps; where a feature extractor gives a vector,
+            its fibres are pooled. A vector beside a map is an error that asks for the paths.
         weights: where the weights start.
 
             None: fresh ones.
@@ -230,7 +231,9 @@ def convert_in_place(
     counts()
     if weights is not None:
         fill(converted, plain, chain[0], weights)
-    make_equivariant(converted, chain, group_pool)
+    seen = planned.trace.result
+    features = channels_of(seen) if classifier is None and isinstance(seen, Tensor) and seen.ndim == 2 else ()
+    make_equivariant(converted, chain, group_pool, bool(features) and not any(part.image for part in features))
     _restrict(converted, planned)
     if isinstance(converted, EquivariantClassifier):
         converted.says_pose = head == "pose"
@@ -486,11 +489,14 @@ def _check_mean(plain: nn.Module, converted: nn.Module, logits: Collection[str])
         with KeepDouble():
             poses = [_outputs(probe, group.transform_image(x, group.inverse(g)), logits) for g in range(group.order)]
         for y, *turned in zip(found, *poses, strict=True):
-            moved = [group.transform_image(z, g) if z.ndim == 4 else z for g, z in enumerate(turned)]
-            mean = torch.stack(moved).mean(0)
-            if y.shape[1] == mean.shape[1] * group.order:
+            # Three dimensions are a map of one channel, or tokens.
+            as_maps = torch.stack(
+                [group.transform_image(z, g) if z.ndim > 2 else z for g, z in enumerate(turned)]
+            ).mean(0)
+            means = [as_maps, torch.stack(turned).mean(0)] if y.ndim == 3 else [as_maps]
+            if y.shape[1] == as_maps.shape[1] * group.order:
                 y = y.unflatten(1, (-1, group.order)).mean(2)
-            if relative_error(y, mean) > 1e-8:
+            if min(relative_error(y, mean) for mean in means) > 1e-8:
                 raise ValueError(
                     f"{type(plain).__name__} is not carried over: with weights='transfer' the output differs from the "
                     "mean over all poses. Look for a step in its forward that mixes channels, or counts or splits them "

@@ -30,20 +30,21 @@ _ADVICE = "Create the model that the checkpoint was saved from, or give a checkp
 _POOL_STEP = 16  # a signature holds basis and pooling in one number: how many bases there can be
 
 
-def make_equivariant(model: nn.Module, chain: tuple[Group, ...], pool: Pooling) -> None:
+def make_equivariant(model: nn.Module, chain: tuple[Group, ...], pool: Pooling, gives_fibres: bool = False) -> None:
     """Gives ``model``, in place, the class that its plain class and `Equivariant` make.
 
     Args:
         model: a network whose layers are converted already.
         chain: the groups of its stages, mostly one; the last is that of the network.
         pool: how its head pools a fibre.
+        gives_fibres: whether it has no head, and its output is a vector of regular fields.
     """
-    sign(model, chain, pool)
     is_timms = all(hasattr(model, name) for name in ("forward_head", "get_classifier", "reset_classifier"))
-    put_in_front(model, EquivariantClassifier if is_timms else Equivariant)
+    put_in_front(model, EquivariantClassifier if is_timms else EquivariantFeatures if gives_fibres else Equivariant)
     assert isinstance(model, Equivariant)
     model.group, model.chain = chain[-1], chain
     object.__setattr__(model, "group_pool", GroupPool(model.group.order, pool))  # no child: an nn.Sequential runs those
+    sign(model)
 
 
 def require_network(name: str, given: object) -> None:
@@ -74,17 +75,23 @@ def copied(model: nn.Module) -> Any:
     return copy.deepcopy(model, kept)
 
 
-def sign(model: nn.Module, chain: tuple[Group, ...], pool: Pooling) -> None:
+def sign(model: "Equivariant") -> None:
     """Writes into the state_dict of ``model`` what it belongs to: N, reflections, basis and group pooling; N,
     reflections of more stages.
 
-    A checkpoint of another group can have tensors of the same shapes (p4 and d2), as has one that pools otherwise.
+    A checkpoint of another group can have tensors of the same shapes (p4 and d2), as has one that pools otherwise. What
+    pools nowhere, a feature extractor, names no pooling.
     """
+    chain, pools = (
+        model.chain,
+        isinstance(model, EquivariantClassifier | EquivariantFeatures)
+        or any(isinstance(m, GroupPool) for m in model.modules()),
+    )
     found = [NAMES.index(layer.basis_name) for layer in model.modules() if isinstance(layer, ExpandedLayer)]
     # Off the grid a network says "steerable" even if all of its kernels are single pixels.
     basis = max([*found, NAMES.index("pixel" if all(group.on_grid for group in chain) else "steerable")])
     (rotations, reflections), *others = ((group.rotations, int(group.reflections)) for group in chain)
-    basis_and_pool = basis + _POOL_STEP * _POOLS.index(pool)
+    basis_and_pool = basis + _POOL_STEP * _POOLS.index(model.group_pool.pool if pools else "")
     signature = torch.tensor([rotations, reflections, basis_and_pool, *flatten.from_iterable(others)], device="cpu")
     model.register_buffer(SIGNATURE, beside(like(model), signature))
 
@@ -122,9 +129,20 @@ class Equivariant(Constants, Front):
         if prefix + SIGNATURE in state_dict:
             own, found = getattr(self, SIGNATURE), state_dict[prefix + SIGNATURE]
             require_same_group(self, {SIGNATURE: found})
-            _require_same_pool(own.tolist(), found.tolist())
+            _require_same_pool(_values(own), _values(found))
             state_dict[prefix + SIGNATURE] = own  # which may say more than that of an older gzoo
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class EquivariantFeatures(Equivariant):
+    """A converted network without a head that gives vectors (B, fields), pooled over the fibre.
+
+    So whatever a user puts on top is invariant.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled: Tensor = self.group_pool(super().forward(x))
+        return pooled
 
 
 class EquivariantClassifier(Equivariant):
@@ -203,7 +221,7 @@ def classifiers(model: Any) -> tuple[nn.Module, ...]:
 def require_same_group(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """Raises ValueError unless model and checkpoint are over the same group and basis, or both plain."""
     own, found = dict(model.named_buffers()).get(SIGNATURE), state_dict.get(SIGNATURE)
-    own_values, found_values = (None if signature is None else signature.tolist() for signature in (own, found))
+    own_values, found_values = (None if signature is None else _values(signature) for signature in (own, found))
     for values in (own_values, found_values):
         _split_off_pool(values)
     if own_values != found_values:
@@ -211,6 +229,10 @@ def require_same_group(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
             f"this checkpoint is of {_kind(found_values)}, but the model is {_kind(own_values)}: their weights mean "
             f"different filters. {_ADVICE}"
         )
+
+
+def _values(signature: Tensor) -> list[int]:
+    return [int(value) for value in signature.tolist()]  # of a checkpoint in half precision, or a mean, they are floats
 
 
 def _require_same_pool(own_signature: list[int], found_signature: list[int]) -> None:

@@ -386,7 +386,7 @@ def from_escnn(model: nn.Module, basis: BasisName | None = None, strides: Stride
     if strides == "original":
         keep_original_strides(new)
     if isinstance(new, Equivariant):
-        sign(new, new.chain, new.group_pool.pool)  # the basis may be another
+        sign(new)  # the basis may be another
     return new
 
 

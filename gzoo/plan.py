@@ -497,16 +497,17 @@ REDUCTIONS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten)
 _MAKES_LOGITS = nn.Conv2d | nn.ConvTranspose2d | nn.PixelShuffle | nn.Linear
 
 # Functions that make logits or probabilities of logits; a feature map ends in a norm, an activation or a sum.
-_BENDS = {"sigmoid", "softmax", "log_softmax", "tanh", "clamp", "clip"}
-_OF_LOGITS = {*_BENDS, "interpolate", "contiguous", "to", "type", "float", "double", "half", "bfloat16"}
+_BENDS = {"sigmoid", "logsigmoid", "softmax", "log_softmax", "tanh", "clamp", "clip", "softplus", "exp"}
+_OF_LOGITS = {*_BENDS, "interpolate", "__getitem__", "contiguous", "to", "type", "float", "double", "half", "bfloat16"}
 
 
 def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
     """The layers that make logits: timm's classifier, or those in it (two where a network was distilled).
 
-    Else the last to run if it is linear, or a convolution whose map is pooled to a vector (activations and dropout may
-    follow), or one whose map is the output (what makes logits of logits may follow) and that is 1x1 or gives no more
-    channels than the image has, as that of an autoencoder.
+    Else the last that the output has its channels from, if it is linear, or a convolution whose map is pooled to a
+    vector (activations and dropout may follow), or one whose map is the output and that is 1x1 (what makes logits of
+    logits may follow) or gives no more channels than the image has (anything may follow), as that of an autoencoder. A
+    convolution whose map is added to the image is one, too.
     """
     modules = dict(model.named_modules())
     if hasattr(model, "get_classifier"):
@@ -520,7 +521,6 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
     layers = [name for name in seen.order if isinstance(modules[name], _MAKES_LOGITS)]
     if not layers:
         return frozenset()
-    last = layers[-1]
     results = [y for y in tree_leaves(seen.result) if isinstance(y, Tensor) and y.ndim > 1]  # single numbers are parts
     makers = [_makers(y, layers, seen) for y in results]
     linear = [[name for name in names if isinstance(modules[name], nn.Linear)] for names in makers]
@@ -534,15 +534,21 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
             f"classifier={likely}, or classifier='' if none does. The other outputs stay regular fields, which "
             "gzoo.nn.GroupPool makes invariant"
         )
-    later = [modules[name] for name in seen.order[seen.order.index(last) + 1 :]]
+    own = set(channels_of(results[0])) if len(results) == 1 else set()
+    last = makers[0][-1] if own and makers[0] else layers[-1]
+    behind = seen.order[seen.order.index(last) + 1 :]
+    later = [modules[name] for name in behind if not own or not own.isdisjoint(flat(seen.outputs.get(name, ())))]
+    if own and all(segment.image for segment in own) and len(makers[0]) == 1:
+        return frozenset(makers[0])
     if any(True for module in later for _ in module.parameters()):
         return frozenset()
     if not isinstance(modules[last], nn.Linear):
         shape = results[0].shape if len(results) == 1 else ()
         channels = sum(segment.size for segment in flat(seen.outputs.get(last, ())))
-        is_of_logits = getattr(modules[last], "kernel_size", 0) == (1, 1) or channels <= in_channels(model)
-        at_each_pixel = is_of_logits and _OF_LOGITS.issuperset(seen.later)
-        makes = shape[1:2] == (channels,) and (len(shape) == 2 or at_each_pixel)
+        is_1x1 = getattr(modules[last], "kernel_size", 0) == (1, 1) and _OF_LOGITS.issuperset(seen.later)
+        is_image = channels <= sum(segment.size for segment in flat(seen.inputs[""]))
+        is_squeezed = channels == 1 and len(shape) == 3 and "squeeze" in seen.later
+        makes = (shape[1:2] == (channels,) and (len(shape) == 2 or is_1x1 or is_image)) or is_squeezed
     else:
         makes = not any(isinstance(module, REDUCTIONS) for module in later)
     # The others are parts of the same logits, or summed up with them.

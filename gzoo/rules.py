@@ -278,8 +278,11 @@ def _transposed_conv(plain: nn.ConvTranspose2d, recipe: Recipe) -> nn.Module:
             "with kernel - 2 * padding = stride, which doubles the size without it"
         )
     if recipe.lifts:
-        raise ValueError("it enlarges the image itself; begin with a convolution, which lifts the image to fields")
-    out_fields = plain.out_channels if recipe.is_classifier else recipe.out_fields
+        raise ValueError(f"it enlarges {_WITHOUT_FIBRE}; put a convolution before it, which lifts them to fields")
+    gives = [Run(plain.out_channels, True)] if recipe.is_classifier else recipe.out_runs  # pooled in its own way
+    pools, out_fields = not all(run.regular for run in gives), sum(run.size for run in gives)
+    if recipe.per_element and pools:
+        raise ValueError(f"{_WITHOUT_FIBRE} are the same for all poses here, and each pose's own in the plain network")
     new = GroupConvTranspose2d(
         recipe.group,
         recipe.in_fields,
@@ -293,7 +296,9 @@ def _transposed_conv(plain: nn.ConvTranspose2d, recipe: Recipe) -> nn.Module:
         basis=recipe.plan.basis,
     )
     _initialize_like(new, plain, plain.weight[:, 0].numel() // plain.groups, new.fan_in)
-    return nn.Sequential(new, GroupPool(recipe.group.order, recipe.group_pool)) if recipe.is_classifier else new
+    if recipe.is_classifier:
+        return nn.Sequential(new, GroupPool(recipe.group.order, recipe.group_pool))
+    return nn.Sequential(new, PoolSomeFibres(recipe.group.order, gives)) if pools else new
 
 
 @rule(nn.Linear, tl.Linear)

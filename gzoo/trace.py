@@ -313,9 +313,8 @@ class _Follow(TorchFunctionMode):
                 for shares in (_channels(x) for x in inputs[1:]):  # of CondConv's experts, the same for a whole fibre
                     for segment in flat(shares.segments) if shares else ():
                         segment.image = True
-                self.seen.pixels[name] = output[0, 0].numel()
-                if isinstance(module, nn.ConvTranspose2d):
-                    self.seen.pixels[name] = inputs[0].shape[2:].numel()
+                y = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
+                self.seen.pixels[name] = y.shape[2:].numel()  # not by an index, which would be a function of the map
                 _mark(output, 1, self._made(name, _conv_output(module, channels.segments)))
             elif channels and isinstance(module, SpaceToDepth):
                 image = all(segment.image for segment in flat(channels.segments))
@@ -326,13 +325,13 @@ class _Follow(TorchFunctionMode):
                 projection = f"{name}.token_projection"
                 self.seen.lost.pop(projection, None)
                 self.seen.inputs[projection] = (Segment(module.token_projection.in_channels, image=True),)
-                self.seen.pixels[projection] = output[0, 0].numel()
+                self.seen.pixels[projection] = output.shape[2:].numel()
                 self.seen.outputs[projection] = self._made(name, (Segment(module.dim),))
                 _mark(output, 1, self.seen.outputs[projection])
             elif channels and isinstance(module, nn.Linear) and channels.dim != inputs[0].ndim - 1:
                 self.seen.over_pixels.append(name)
             elif channels and isinstance(module, nn.Linear):
-                self.seen.pixels[name] = output[0, ..., 0].numel()
+                self.seen.pixels[name] = output.shape[1:-1].numel()
                 _mark(output, output.ndim - 1, self._made(name, (Segment(module.out_features),)))
             result = next((_channels(x) for x in _tensors(output) if _channels(x)), None)
             if result:

@@ -178,6 +178,7 @@ def _grown(value: Tensor, target: Tensor, name: str, layer: nn.Module, inner: nn
 
 
 def _fill(new: Any, plain: Any, group: Group, weights: Weights) -> None:
+    pooled = False
     if isinstance(new, PerElement):
         new.module.load_state_dict(plain.state_dict())
         return
@@ -186,7 +187,7 @@ def _fill(new: Any, plain: Any, group: Group, weights: Weights) -> None:
     elif isinstance(new, GroupEca):
         plain = plain.conv
     elif isinstance(new, nn.Sequential) and isinstance(plain, nn.Conv2d | nn.ConvTranspose2d):
-        new = new[0]  # behind it comes a group pooling
+        new, pooled = new[0], True  # behind it comes a group pooling
     elif new is None:  # inside of what was replaced as a whole
         return
     own = new._parameters | new._buffers  # not by attribute: a shared parameter reads as one number a channel
@@ -198,6 +199,8 @@ def _fill(new: Any, plain: Any, group: Group, weights: Weights) -> None:
                 raise ValueError(f"its {name} has no place in {type(new).__name__}; convert with fresh weights")
             continue
         if name == "weight" and isinstance(new, ExpandedLayer):
+            if pooled and weights == "project":  # the mean over a fibre is nearest if each of its filters is
+                value = value.repeat_interleave(group.order, 1 if isinstance(plain, nn.ConvTranspose2d) else 0)
             kernels = _at_identity(new, value) if weights == "transfer" else _nearest(new, value, plain, group.order)
             target.copy_(kernels)
         elif name == "weight" and isinstance(new, InvariantLinear | InvariantConv2d) and weights == "project":

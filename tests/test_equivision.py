@@ -58,7 +58,7 @@ def saved(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", sorted(SMALL.keys() - {"d4resnet101"}))  # whose blocks are those of 50 layers
 def test_logits_equal_the_originals_where_strides_fit_and_everywhere_with_original_strides(name, saved, tmp_path):
     network, path = saved(name)
     symmetric = import_checkpoint(path, name, tmp_path / "symmetric")

@@ -93,8 +93,9 @@ def mean_over_poses(model, group, x):
 # Transfer -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("group", ["p4", "p4m"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "group"), [*((family, "p4m") for family in FAMILIES), ("resnet", "p4"), ("convnextv2", "p4")]
+)
 def test_a_transferred_network_is_the_mean_of_the_plain_one_over_the_group(family, group):
     build, size = FAMILIES[family]
     plain = with_random_statistics(build()).eval()
@@ -151,6 +152,49 @@ def test_a_transferred_autoencoder_is_the_mean_of_the_plain_one_over_the_group(c
     with torch.no_grad():
         turned_back = [p4m.transform_image(plain(p4m.transform_image(x, p4m.inverse(g))), g) for g in p4m.grid_elements]
         assert relative_error(model(x), torch.stack(turned_back).mean(0)) < 1e-12
+
+
+class Denoiser(nn.Module):
+    """Takes from the image, or from its enlarged one, what the last layer makes."""
+
+    def __init__(self, *last):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), *last)
+        self.enlarge = nn.Upsample(scale_factor=2) if isinstance(last[0], nn.ConvTranspose2d) else nn.Identity()
+
+    def forward(self, x):
+        return self.enlarge(x) - self.body(x)
+
+
+AGAINST_THE_IMAGE = {
+    "convolution": lambda: nn.Conv2d(8, 3, 3, padding=1),
+    "1x1 convolution": lambda: nn.Conv2d(8, 3, 1),
+    "transposed": lambda: nn.ConvTranspose2d(8, 3, 4, stride=2, padding=1),
+}
+
+
+@pytest.mark.parametrize("last", AGAINST_THE_IMAGE)
+@pytest.mark.parametrize("classifier", [None, "body.2"])
+def test_a_transferred_denoiser_is_the_mean_of_the_plain_one_over_the_group(last, classifier):
+    plain, p4, x = Denoiser(AGAINST_THE_IMAGE[last]()).double().eval(), groups.get("p4"), random_image(3, (6, 7))
+    model = gzoo.convert(plain, "p4", weights="transfer", classifier=classifier)
+    with torch.no_grad():
+        back = [p4.transform_image(plain(p4.transform_image(x, p4.inverse(g))), g) for g in range(4)]
+        assert relative_error(model(x), torch.stack(back).mean(0)) < 1e-12
+
+
+@pytest.mark.parametrize("last", AGAINST_THE_IMAGE)
+def test_the_projected_last_layer_of_an_autoencoder_is_the_mean_of_the_plain_one(last):
+    """Where what comes before is equivariant already, so is the nearest network the mean over the poses."""
+    plain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), AGAINST_THE_IMAGE[last]()).double().eval()
+    with torch.no_grad():  # two fields that are constant along the fibre
+        plain[0].weight.copy_(plain[0].weight[::4].repeat_interleave(4, 0))
+        plain[0].bias.copy_(plain[0].bias[::4].repeat_interleave(4))
+    p4, x = groups.get("p4"), random_image(3, (6, 7))
+    model = gzoo.convert(plain, "p4", weights="project")
+    with torch.no_grad():
+        back = [p4.transform_image(plain(p4.transform_image(x, p4.inverse(g))), g) for g in range(4)]
+        assert relative_error(model(x), torch.stack(back).mean(0)) < 1e-12
 
 
 @pytest.mark.parametrize("family", ["resnet", "convnext", "bit"])
@@ -398,7 +442,9 @@ def stack(layers):
 
 def grown(plain, group, subgroup, **options):
     """The network over the group, filled from a random one over the subgroup, and that one; float64, eval mode."""
-    model, smaller = (gzoo.convert(plain, name, match="width", **options) for name in (group, subgroup))
+    model, smaller = (
+        convert_in_place(copy.deepcopy(plain), name, match="width", **options) for name in (group, subgroup)
+    )
     model, smaller = model.double().eval(), with_random_statistics(smaller).eval()
     gzoo.grow(model, smaller)
     return model, smaller

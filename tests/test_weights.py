@@ -388,6 +388,22 @@ def test_a_network_that_timm_would_build_by_another_name_is_refused(tmp_path):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
 
 
+def test_weights_in_half_precision_and_means_of_two_load():
+    models = [gzoo.convert(timm.create_model("cnn7"), "p4") for _ in range(2)]
+    one, other = (model.state_dict() for model in models)
+    for state in ({k: v.half() for k, v in one.items()}, {k: (v + other[k]) / 2 for k, v in one.items()}):
+        assert models[0].load_state_dict(state).missing_keys == []
+
+
+def test_what_pools_nowhere_loads_whichever_pooling_was_asked_for():
+    mean, maximum = (
+        gzoo.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), "p4", group_pool=p) for p in ("mean", "max")
+    )
+    maximum.load_state_dict(mean.state_dict())
+    x = torch.rand(1, 3, 9, 9)
+    assert maximum(x).equal(mean(x))
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_weights_of_an_older_gzoo_name_no_pooling_and_fit(assign):
     model = gzoo.convert(timm.create_model("cnn7"), "p4", group_pool="max")

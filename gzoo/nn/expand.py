@@ -17,7 +17,7 @@ class ExpandedLayer(Constants):
     The filter is computed anew wherever a gradient may flow or a compiler looks on. Else it is cached: it survives
     until the weight or its memory is replaced, changes in place (torch counts that), moves, changes dtype, or the
     module is copied or switched between train and eval. Torch does not count edits in place through ``weight.data``,
-    nor those of another process; call ``eval()`` after one.
+    nor those of another process or of a fused optimizer after a forward without gradients; call ``eval()`` after one.
     """
 
     constants: ClassVar[tuple[str, ...]] = ("index", "samples")
@@ -34,7 +34,7 @@ class ExpandedLayer(Constants):
         samples = None if basis.samples is None else on_default_device(basis.samples)
         self.register_buffer("index", on_default_device(basis.source), persistent=False)
         self.register_buffer("samples", samples, persistent=False)
-        self._cached: tuple[Tensor, tuple[int, int], Tensor] | None = None  # the weight, its state, its filter
+        self._cached: tuple[Tensor, int, Tensor | None, Tensor] | None = None  # weight, its version and memory, filter
 
     def filter(self) -> Tensor:
         """The expanded filter, (channels out, channels in, k, k)."""
@@ -44,17 +44,17 @@ class ExpandedLayer(Constants):
         if torch.is_grad_enabled() and weight.requires_grad:
             self._cached = None  # a step may follow, and fused optimizers change weights without counting it
             return expand(weight, self.basis)
-        # nn.utils.vector_to_parameters and torch.utils.swap_tensors give it other memory, which torch does not count.
-        # Tensors that torch.func or DTensor wrap have no address.
-        state = weight._version, weight.data_ptr() if type(weight) is nn.Parameter else 0
-        if self._cached is None or self._cached[0] is not weight or self._cached[1] != state:
+        if self._cached is None or not _is_as_it_was(weight, *self._cached[:3]):
             # A tensor made in inference mode could not serve a gradient with respect to x later, nor one of autocast's
             # dtype a call without autocast.
             device = weight.device.type
             full = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
             with torch.inference_mode(False), torch.no_grad(), full:
-                self._cached = weight, state, expand(weight, self.basis)
-        return self._cached[2]
+                # The memory is held, or what takes its place could get the same address. Tensors that torch.func or
+                # DTensor wrap have none.
+                memory = weight.detach() if type(weight) is nn.Parameter else None
+                self._cached = weight, weight._version, memory, expand(weight, self.basis)
+        return self._cached[3]
 
     @property
     def basis(self) -> Basis:
@@ -75,6 +75,17 @@ class ExpandedLayer(Constants):
 
     def __getstate__(self) -> dict[str, Any]:  # deepcopy and pickle
         return {**self.__dict__, "_cached": None}
+
+
+def _is_as_it_was(weight: Tensor, before: Tensor, version: int, memory: Tensor | None) -> bool:
+    """Whether nothing has changed that shows.
+
+    nn.utils.vector_to_parameters and torch.utils.swap_tensors give a parameter other memory, which torch does not
+    count.
+    """
+    if weight is not before or weight._version != version:
+        return False
+    return memory is None or weight.data_ptr() == memory.data_ptr()
 
 
 def along_fibre(numbers: Tensor, order: int) -> Tensor:

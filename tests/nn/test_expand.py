@@ -74,7 +74,13 @@ def test_other_memory_under_the_parameter_renews_the_filter(layer):
     vector = nn.utils.parameters_to_vector(layer.parameters()).detach()
     nn.utils.vector_to_parameters(2 * vector, layer.parameters())
     assert is_current(layer)
-    del vector
+    for _ in range(20):  # the memory before the last may come back
+        for _ in range(2):
+            nn.utils.vector_to_parameters(torch.randn_like(vector), layer.parameters())
+        assert is_current(layer)
+        layer.weight.data = torch.empty(0)
+        layer.weight.data = torch.randn(2, 2, 4, 3, 3)
+        assert is_current(layer)
     torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.randn_like(layer.weight)))
     assert is_current(layer)
 
