@@ -126,8 +126,9 @@ class Plan:
         if len(stages) < len(self.groups):
             raise ValueError(
                 f"{groups.spell(self.groups)} names {len(self.groups)} groups, but {type(self.model).__name__} has "
-                f"{len(stages)} stages ({', '.join(stages) or 'timm calls them feature_info'}). Name at most one for "
-                "each; the last one holds for all that follow"
+                f"{len(stages)} stages ({', '.join(stages) or 'none in feature_info'}). Name at most one for each; the "
+                "last one holds for all that follow. A network of your own says where its stages end: "
+                "model.feature_info = [{'module': 'path.of.the.first', 'num_chs': 64, 'reduction': 2}, ...]"
             )
         return stages[: len(self.groups) - 1]
 

@@ -263,7 +263,11 @@ def test_bad_input() -> None:
     plain = backbones.resnet_cifar(8, base_width=8)
     with pytest.raises(ValueError, match="names 4 groups, but StagedCNN has 3 stages"):
         convert(plain, "d8:d4:d2:d1")
-    with pytest.raises(ValueError, match="0 stages"):
-        convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)), "d4:d1")
+    stages = (nn.Sequential(nn.Conv2d(width, 8, 3), nn.ReLU()) for width in (3, 8))
+    own = nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match=r"0 stages .*: model.feature_info = \[\{'module'"):
+        convert(own, "d4:d1")
+    own.feature_info = [{"module": f"{i}", "num_chs": 8, "reduction": 1} for i in range(2)]  # as the error says
+    assert gzoo.check(convert(own, "d4:d1"), 9).worst < 1e-12
     with pytest.raises(ValueError, match="one group through all stages"):
         convert(plain, "p4m:p4", weights="project")
