@@ -171,7 +171,7 @@ def check(
                     moved = torch.full_like(moved, math.nan)
                 else:
                     moved = law.transform_features(moved, own_g)
-            elif moved.ndim == 3 and own_group is not None and pooled and name == "logits":
+            elif moved.ndim == 3 and own_group is not None and pooled and not around and name == "logits":
                 moved = group.transform_image(moved, g)
             elif own_group is not None and own_g is not None and _is_pose(moved, law):
                 moved = _move_pose(law, moved, own_g)
