@@ -82,11 +82,8 @@ def sign(model: "Equivariant") -> None:
     A checkpoint of another group can have tensors of the same shapes (p4 and d2), as has one that pools otherwise. What
     pools nowhere, a feature extractor, names no pooling.
     """
-    chain, pools = (
-        model.chain,
-        isinstance(model, EquivariantClassifier | EquivariantFeatures)
-        or any(isinstance(m, GroupPool) for m in model.modules()),
-    )
+    chain, has_head = model.chain, isinstance(model, EquivariantClassifier | EquivariantFeatures)
+    pools = has_head or any(isinstance(module, GroupPool) for module in model.modules())
     found = [NAMES.index(layer.basis_name) for layer in model.modules() if isinstance(layer, ExpandedLayer)]
     # Off the grid a network says "steerable" even if all of its kernels are single pixels.
     basis = max([*found, NAMES.index("pixel" if all(group.on_grid for group in chain) else "steerable")])
