@@ -154,6 +154,10 @@ def check(
             as_image = None  # of several outputs each may be logits or fields
             if moved.ndim == 4 and pooled and "logits" not in expected:
                 as_image = group.transform_image(moved, g)
+            elif (
+                moved.ndim == 3 and pooled and own_group is not None and not around
+            ):  # a map of one channel, or a table
+                as_image = group.transform_image(moved, g)
             own_g, row = law.element(g, group), errors[name]
             follows = own_g is not None and (kept is None or own_g in kept)
             if not follows and asked is not None:  # held to what was asked for
@@ -171,8 +175,6 @@ def check(
                     moved = torch.full_like(moved, math.nan)
                 else:
                     moved = law.transform_features(moved, own_g)
-            elif moved.ndim == 3 and own_group is not None and pooled and not around and name == "logits":
-                moved = group.transform_image(moved, g)
             elif own_group is not None and own_g is not None and _is_pose(moved, law):
                 moved = _move_pose(law, moved, own_g)
             row[g] = min(relative_error(value, y) for y in (moved, as_image) if y is not None)

@@ -7,6 +7,7 @@ rule knows is an error. `gzoo.transfer` carries weights over, where that is want
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain as flatten
@@ -35,7 +36,7 @@ from gzoo.partial import make_partial
 from gzoo.plan import WHOLE_NETWORK, Fit, Match, Plan, bent_logits, example, plan
 from gzoo.rules import ON_IMAGE, RULES, WHOLE, Recipe, rule
 from gzoo.soft import make_soft, residuals
-from gzoo.trace import Segments, channels_of, flat
+from gzoo.trace import Segments, flat
 from gzoo.transfer import Weights, fill
 
 __all__ = ["convert", "rule"]
@@ -78,11 +79,12 @@ def convert(
             if none does, and the output stays regular fields. By default it is timm's classifier, or else the last
             layer with parameters, if that is linear, a convolution whose map is pooled to a vector, or one whose map is
             the output itself and that is 1x1 (segmentation; a resize, crop, clamp, exponential, sigmoid, tanh or
-            softmax may follow) or gives no more channels than the image has (an autoencoder, super-resolution, also by
-            a pixel shuffle; anything may follow); and the linear layers whose numbers stand beside its in the output,
-            or are summed up with them. What ends in another convolution, a norm, an activation such as ReLU or a sum is
-            taken for a feature extractor, and so is what gives several maps; where a feature extractor gives a vector,
-            its fibres are pooled. A vector beside a map is an error that asks for the paths.
+            softmax may follow) or gives as many channels as the image has, or fewer, up to four (an autoencoder,
+            super-resolution, also by a pixel shuffle; anything may follow); and the linear layers whose numbers stand
+            beside its in the output, or are summed up with them. What ends in another convolution, a norm, an
+            activation such as ReLU or a sum is taken for a feature extractor, and so is what gives several maps; where
+            a feature extractor ends in global pooling, its fibres are pooled, too. A vector beside a map is an error
+            that asks for the paths.
         weights: where the weights start.
 
             None: fresh ones.
@@ -224,6 +226,7 @@ def convert_in_place(
                 "with fresh weights"
             )
         module.one_for_all_poses = True  # for `gzoo.grow`
+    gives_fibres = classifier is None and planned.gives_fibres  # asked before its layers are replaced
     recipe = Recipe(planned, group_pool, per_element=weights == "transfer", head=head)
     plain = model if weights is None else copy.deepcopy(model)
     counts = _channel_counts(model, recipe.plan)
@@ -231,9 +234,7 @@ def convert_in_place(
     counts()
     if weights is not None:
         fill(converted, plain, chain[0], weights)
-    seen = planned.trace.result
-    features = channels_of(seen) if classifier is None and isinstance(seen, Tensor) and seen.ndim == 2 else ()
-    make_equivariant(converted, chain, group_pool, bool(features) and not any(part.image for part in features))
+    make_equivariant(converted, chain, group_pool, gives_fibres)
     _restrict(converted, planned)
     if isinstance(converted, EquivariantClassifier):
         converted.says_pose = head == "pose"
@@ -489,14 +490,13 @@ def _check_mean(plain: nn.Module, converted: nn.Module, logits: Collection[str])
         with KeepDouble():
             poses = [_outputs(probe, group.transform_image(x, group.inverse(g)), logits) for g in range(group.order)]
         for y, *turned in zip(found, *poses, strict=True):
-            # Three dimensions are a map of one channel, or tokens.
-            as_maps = torch.stack(
-                [group.transform_image(z, g) if z.ndim > 2 else z for g, z in enumerate(turned)]
-            ).mean(0)
-            means = [as_maps, torch.stack(turned).mean(0)] if y.ndim == 3 else [as_maps]
-            if y.shape[1] == as_maps.shape[1] * group.order:
+            # Three dimensions are a map of one channel, or a table of numbers.
+            ways = [turned] if y.ndim < 4 else []
+            ways += [[group.transform_image(z, g) for g, z in enumerate(turned)]] if y.ndim > 2 else []
+            means = [torch.stack(way).mean(0) for way in ways if len({z.shape for z in way}) == 1]
+            if means and y.shape[1] == means[0].shape[1] * group.order:
                 y = y.unflatten(1, (-1, group.order)).mean(2)
-            if min(relative_error(y, mean) for mean in means) > 1e-8:
+            if min((relative_error(y, mean) for mean in means), default=math.inf) > 1e-8:
                 raise ValueError(
                     f"{type(plain).__name__} is not carried over: with weights='transfer' the output differs from the "
                     "mean over all poses. Look for a step in its forward that mixes channels, or counts or splits them "

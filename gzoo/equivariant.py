@@ -138,8 +138,9 @@ class EquivariantFeatures(Equivariant):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled: Tensor = self.group_pool(super().forward(x))
-        return pooled
+        y = super().forward(x)
+        pooled: Tensor = self.group_pool(y if y.ndim > 1 else y[None])  # of a batch of one, if the network squeezes it
+        return pooled if y.ndim > 1 else pooled[0]
 
 
 class EquivariantClassifier(Equivariant):

@@ -193,6 +193,19 @@ class Plan:
 
         return min(range(max(1, math.floor(0.8 * wanted)), math.ceil(1.25 * wanted) + 1), key=far)
 
+    @property
+    def gives_fibres(self) -> bool:
+        """Whether the output is a vector of regular fields, as a feature extractor gives that ends in global pooling.
+
+        Not what a linear layer made, whose number of channels may be meant, nor what was normalized over channels.
+        """
+        result = self.trace.result
+        if not isinstance(result, Tensor) or result.ndim != 2 or not _OVER_CHANNELS.isdisjoint(self.trace.later):
+            return False
+        channels, modules = channels_of(result), dict(self.model.named_modules())
+        linear = [name for name in self.trace.order if isinstance(modules[name], nn.Linear)]
+        return bool(channels) and not any(part.image for part in channels) and not _makers(result, linear, self.trace)
+
     def why_lost(self, name: str) -> str:
         """Why the channels that a layer is given could not be followed."""
         return (
@@ -499,7 +512,8 @@ _MAKES_LOGITS = nn.Conv2d | nn.ConvTranspose2d | nn.PixelShuffle | nn.Linear
 
 # Functions that make logits or probabilities of logits; a feature map ends in a norm, an activation or a sum.
 _BENDS = {"sigmoid", "logsigmoid", "softmax", "log_softmax", "tanh", "clamp", "clip", "softplus", "exp"}
-_OF_LOGITS = {*_BENDS, "interpolate", "__getitem__", "contiguous", "to", "type", "float", "double", "half", "bfloat16"}
+_COPIES = {"interpolate", "__getitem__", "contiguous", "to", "type", "float", "double", "half", "bfloat16"}
+_OVER_CHANNELS = {"normalize", "norm", "linalg_vector_norm", "softmax", "log_softmax"}
 
 
 def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
@@ -507,8 +521,8 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
 
     Else the last that the output has its channels from, if it is linear, or a convolution whose map is pooled to a
     vector (activations and dropout may follow), or one whose map is the output and that is 1x1 (what makes logits of
-    logits may follow) or gives no more channels than the image has (anything may follow), as that of an autoencoder. A
-    convolution whose map is added to the image is one, too.
+    logits may follow) or gives as many channels as the image has, or a few (anything may follow), as that of an
+    autoencoder. A convolution whose map is added to the image is one, too.
     """
     modules = dict(model.named_modules())
     if hasattr(model, "get_classifier"):
@@ -546,9 +560,15 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
     if not isinstance(modules[last], nn.Linear):
         shape = results[0].shape if len(results) == 1 else ()
         channels = sum(segment.size for segment in flat(seen.outputs.get(last, ())))
-        is_1x1 = getattr(modules[last], "kernel_size", 0) == (1, 1) and _OF_LOGITS.issuperset(seen.later)
-        is_image = channels <= sum(segment.size for segment in flat(seen.inputs[""]))
-        is_squeezed = channels == 1 and len(shape) == 3 and "squeeze" in seen.later
+        colours = sum(segment.size for segment in flat(seen.inputs[""]))
+        ran_last = last == layers[-1]  # else what follows is not known
+        is_1x1 = (
+            getattr(modules[last], "kernel_size", 0) == (1, 1)
+            and ran_last
+            and (_BENDS | _COPIES).issuperset(seen.later)
+        )
+        is_image = (channels == colours or channels <= min(colours, 4)) and not (own and len(makers[0]) > 1)
+        is_squeezed = channels == 1 and len(shape) == 3 and ran_last and "squeeze" in seen.later
         makes = (shape[1:2] == (channels,) and (len(shape) == 2 or is_1x1 or is_image)) or is_squeezed
     else:
         makes = not any(isinstance(module, REDUCTIONS) for module in later)
@@ -557,15 +577,15 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
 
 
 def bent_logits(model: nn.Module, classifier: str | Sequence[str] | None) -> frozenset[str]:
-    """The layers that make logits if the network goes on with probabilities of them, or the like; else none."""
+    """The layers that make logits if the network goes on with functions of them, such as probabilities; else none."""
     seen = trace(model, example(model))
-    if _BENDS.isdisjoint(seen.later):
+    if _COPIES.issuperset(seen.later):
         return frozenset()
     return _named(classifier) if classifier is not None else _classifiers(model, seen)
 
 
-def _named(classifier: str | Sequence[str]) -> frozenset[str]:
-    return frozenset([classifier] if isinstance(classifier, str) else classifier) - {""}
+def _named(classifier: Any) -> frozenset[str]:
+    return frozenset(classifier if isinstance(classifier, list | tuple | set) else [classifier]) - {""}
 
 
 def _makers(y: Tensor, layers: list[str], seen: Trace) -> list[str]:

@@ -606,6 +606,83 @@ def test_a_feature_extractor_that_gives_a_vector_pools_its_fibres(pool):
     assert worst_error(fibres, "p4m", x, "image", "invariant") > 1e-3
 
 
+def block(width_in, width_out):
+    return nn.Sequential(conv(width_in, width_out), nn.BatchNorm2d(width_out), nn.ReLU())
+
+
+# Networks whose output is no image and no vector of logits, and its channels: regular fields, or as they were.
+NO_IMAGE = {
+    "few features of many bands": (
+        lambda: Network(lambda self, x: self.b(self.a(x)).relu(), a=block(13, 16), b=conv(16, 8)),
+        13,
+    ),
+    "a residual stream as wide as the image": (
+        lambda: Network(lambda self, x: self.a(x) + self.b(self.a(x)), a=block(16, 16), b=conv(16, 16)),
+        16,
+    ),
+    "a 1x1 convolution and an activation": (
+        lambda: Network(lambda self, x: self.b(self.a(x)).relu(), a=block(3, 16), b=conv(16, 16, 1)),
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize("network", NO_IMAGE)
+@pytest.mark.parametrize("weights", [None, "transfer"])
+def test_feature_maps_are_regular_fields(network, weights):
+    build, channels = NO_IMAGE[network]
+    model = with_random_statistics(gzoo.convert(build(), "p4m", weights=weights)).eval()
+    assert worst_error(model, "p4m", image((9, 12), channels), "image", "fields") < 1e-12
+
+
+def test_a_branch_aside_that_runs_last_does_not_make_features_an_output():
+    def run(self, x):
+        y = self.b(self.a(x)).relu()
+        self.kept = self.c(y)
+        return y
+
+    model = gzoo.convert(Network(run, a=block(3, 16), b=conv(16, 16, 1), c=conv(16, 1, 1)), "p4").double().eval()
+    x = image((9, 12))
+    expected = groups.get("p4").transform_features(model(x), 1)
+    torch.testing.assert_close(model(x.rot90(1, (2, 3))), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(7, 2), (3, 3)])
+@pytest.mark.parametrize("weights", [None, "transfer"])
+def test_a_table_of_logits_is_invariant_and_no_map(shape, weights):
+    plain = Network(
+        lambda self, x: self.b(self.a(x).mean((2, 3))).view(-1, *shape),
+        a=block(3, 16),
+        b=nn.Linear(16, shape[0] * shape[1]),
+    )
+    model = with_random_statistics(gzoo.convert(plain.eval(), "p4", weights=weights)).eval()
+    assert model(image()).shape == (2, *shape)
+    assert gzoo.check(model, (9, 12)).worst < 1e-12
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.Hardtanh(), nn.ELU(), nn.Softplus()])
+def test_a_map_of_one_channel_behind_an_activation_is_carried_over(act):
+    plain = nn.Sequential(*block(3, 16), conv(16, 1), act).double().eval()
+    model, x = gzoo.convert(plain, "p4", weights="transfer"), image((9, 9))
+    logits = torch.stack([plain[:-1](x.rot90(k, (2, 3))).rot90(-k, (2, 3)) for k in range(4)]).mean(0)
+    torch.testing.assert_close(model(x), act(logits), rtol=0, atol=1e-12)
+
+
+def test_vectors_that_are_normalized_or_made_by_a_linear_layer_keep_their_fibres():
+    unit = gzoo.convert(Network(lambda self, x: F.normalize(self.a(x).mean((2, 3))), a=block(3, 16)), "p4").eval()
+    torch.testing.assert_close(unit(image().float()).norm(dim=1), torch.ones(2))
+    projected = gzoo.convert(nn.Sequential(*block(3, 16), *head(16), nn.BatchNorm1d(5)), "p4").eval()
+    assert projected(image().float()).shape[1] % 4 == 0
+
+
+def test_a_vector_that_the_network_squeezes_is_pooled_for_a_single_image_too():
+    plain = Network(lambda self, x: F.adaptive_avg_pool2d(self.a(x), 1).squeeze(), a=block(3, 16))
+    model = with_random_statistics(gzoo.convert(plain, "p4")).eval()
+    x = image()
+    assert model(x).ndim == 2
+    torch.testing.assert_close(model(x[:1]), model(x)[0])
+
+
 @pytest.mark.parametrize("first", ["body", "head"])
 def test_the_order_in_which_layers_are_registered_does_not_matter(first):
     model = gzoo.convert(Own(lambda y: y, 5, first=first), "p4")
