@@ -438,10 +438,7 @@ def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
     ]
     for image in flatten([x], odd_images(probe, x)):
         for own, stage in stages:
-            turns = [g for g in own.grid_elements if 0 < g < own.rotations]
-            reflections = [g for g in own.grid_elements if g == own.rotations]
-            # The first turn and the reflection make all the others.
-            _check_poses(probe, image, own, tolerance, (*turns[:1], *reflections), stage)
+            _check_poses(probe, image, own, tolerance, own.grid_generators, stage)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from gzoo import groups
 from gzoo.check import KeepDouble
 from gzoo.convert import check_itself, convert_in_place, odd_images, randomized
 from gzoo.equivariant import group_of
+from gzoo.groups import Group
 
 # timm's modules whose networks are convolutional by design, a few of them with attention between.
 CONV_MODULES = (
@@ -140,21 +141,22 @@ def _largest_error(model: nn.Module) -> tuple[float, Tensor]:
 
 
 def _errors(probe: nn.Module, x: Tensor) -> Iterator[float]:
-    yield from _errors_at(probe, x)  # `randomized` calibrated it for x, and `odd_images` does for what it finds
-    errors = [error for odd in odd_images(probe, x) for error in _errors_at(probe, odd)]
+    group = group_of(probe)
+    assert group is not None
+    # `randomized` calibrated it for x, and `odd_images` does for what it finds.
+    yield from _errors_at(probe, x, group, group.grid_elements[1:])
+    errors = [error for odd in odd_images(probe, x) for error in _errors_at(probe, odd, group, group.grid_generators)]
     if not errors:
         raise ValueError("it takes no images of odd size")
     yield from errors
 
 
 @torch.no_grad()
-def _errors_at(probe: nn.Module, image: Tensor) -> Iterator[float]:
-    group = group_of(probe)
-    assert group is not None
+def _errors_at(probe: nn.Module, image: Tensor, group: Group, elements: tuple[int, ...]) -> Iterator[float]:
     expected, other = probe(image), probe(image.roll(1, 1).flip(-2))
     if probe.num_classes and expected.shape != (1, probe.num_classes):  # without classes it gives features
         raise ValueError(f"the logits have shape {tuple(expected.shape)}, not (1, {probe.num_classes})")
-    for g in group.grid_elements[1:]:
+    for g in elements:
         moved = expected if expected.ndim == 2 else group.transform_features(expected, g)  # features are a map
         difference = (probe(group.transform_image(image, g)) - moved).abs().max()
         error = (difference / (other - expected).abs().max()).item()

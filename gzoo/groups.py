@@ -61,6 +61,12 @@ class Group:
         """The elements that map the pixel grid onto itself; all of them if `on_grid`."""
         return tuple(g for g in range(self.order) if self._is_on_grid(g))
 
+    @property
+    def grid_generators(self) -> tuple[int, ...]:
+        """The first turn on the grid and the reflection, as far as there are such: they make all `grid_elements`."""
+        turns = [g for g in self.grid_elements if 0 < g < self.rotations]
+        return (*turns[:1], *([self.rotations] if self.reflections else []))
+
     def _is_on_grid(self, g: int) -> bool:
         return (g % self.rotations) * 4 % self.rotations == 0
 

@@ -154,6 +154,15 @@ def test_every_element_moves_cosets_as_escnns_quotient_representation(group):
             assert torch.allclose(torch.tensor(representation(theirs[g]), dtype=torch.float32), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", [f"{kind}{n}" for kind in "cd" for n in (1, 2, 3, 4, 6, 8, 12, 16)])
+def test_the_generators_make_all_grid_elements(name):
+    G = groups.get(name)
+    made = {0}
+    while more := {G.multiply(g, h) for g in G.grid_generators for h in made} - made:
+        made |= more
+    assert made == set(G.grid_elements)
+
+
 def test_quotients_by_the_trivial_and_the_whole_group_are_regular_and_trivial_fields():
     for name in ("c1", "d1", "p4", "d8"):
         G = groups.get(name)

@@ -79,10 +79,17 @@ NETWORKS = {
 }
 
 
+def small(network):
+    """The network, which `gzoo.convert` then checks on small images."""
+    plain = NETWORKS[network]()
+    plain.pretrained_cfg = {"input_size": (3, 16, 16)}
+    return plain
+
+
 @pytest.mark.parametrize("group", ["p4m", "c8"])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_network_that_enlarges_images_converts(network, group):
-    plain = NETWORKS[network]()
+    plain = small(network)
     built = gzoo.convert(plain, group)
     model = with_random_statistics(built).eval()
     for size in ((8, 8), (9, 9), (7, 10)):
@@ -95,7 +102,7 @@ def test_a_network_that_enlarges_images_converts(network, group):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_transferred_network_is_the_mean_of_the_plain_one_over_the_group(network):
-    p4m, plain = groups.get("p4m"), with_random_statistics(NETWORKS[network]()).eval()
+    p4m, plain = groups.get("p4m"), with_random_statistics(small(network)).eval()
     model = gzoo.convert(plain, "p4m", weights="transfer")
     x = random_image(3, (6, 7))
     with torch.no_grad():
