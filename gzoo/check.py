@@ -152,11 +152,9 @@ def check(
         for name, value in _outputs(model, group.transform_image(x, g)).items():
             moved, law = expected[name], levels.get(name, own_group) or group
             as_image = None  # of several outputs each may be logits or fields
-            if moved.ndim == 4 and pooled and "logits" not in expected:
-                as_image = group.transform_image(moved, g)
-            elif (
-                moved.ndim == 3 and pooled and own_group is not None and not around
-            ):  # a map of one channel, or a table
+            one_of_several = moved.ndim == 4 and "logits" not in expected
+            squeezed = moved.ndim == 3 and own_group is not None and not around  # a map of one channel, or a table
+            if pooled and (one_of_several or squeezed):
                 as_image = group.transform_image(moved, g)
             own_g, row = law.element(g, group), errors[name]
             follows = own_g is not None and (kept is None or own_g in kept)

@@ -181,7 +181,7 @@ def rule(*types: type[nn.Module]) -> Callable[[Rule], Rule]:
 @rule(nn.Conv2d, tl.Conv2dSame)
 def _conv(plain: nn.Conv2d, recipe: Recipe) -> nn.Module:
     order, given = recipe.group.order, recipe.in_runs
-    gives = [Run(plain.out_channels, True)] if recipe.is_classifier else recipe.out_runs  # pooled in its own way
+    gives = _gives(plain, recipe)
     mixed, pools = len(given) > 1, not all(run.regular for run in gives)
     is_linear = (
         plain.kernel_size == plain.stride == (1, 1) and plain.groups == 1 and plain.padding in (0, (0, 0), "same")
@@ -208,12 +208,22 @@ def _conv(plain: nn.Conv2d, recipe: Recipe) -> nn.Module:
             options[name] *= recipe.folded
     new = kind(recipe.group, in_fields, out_fields, groups=groups, basis=recipe.plan.basis, **options)
     _initialize_like(new, plain, plain.weight[0].numel(), new.fan_in)
-    layers: list[nn.Module] = [RepeatAlongFibre(order, given), new] if mixed else [new]
-    if pools:
-        layers.append(PoolSomeFibres(order, gives))
+    return _with_pools([RepeatAlongFibre(order, given), new] if mixed else [new], gives, recipe)
+
+
+def _gives(plain: nn.Conv2d | nn.ConvTranspose2d, recipe: Recipe) -> list[Run]:
+    """What a convolution gives; logits are regular fields, as they are pooled in a way of their own."""
+    return [Run(plain.out_channels, True)] if recipe.is_classifier else recipe.out_runs
+
+
+def _with_pools(layers: list[nn.Module], gives: list[Run], recipe: Recipe) -> nn.Module:
+    """The layers, and behind them what pools the fibres of channels that have none, or of logits."""
+    order = recipe.group.order
+    if not all(run.regular for run in gives):
+        layers = [*layers, PoolSomeFibres(order, gives)]
     if recipe.is_classifier:
-        layers.append(GroupPool(order, recipe.group_pool))
-    return nn.Sequential(*layers) if len(layers) > 1 else new
+        layers = [*layers, GroupPool(order, recipe.group_pool)]
+    return nn.Sequential(*layers) if len(layers) > 1 else layers[0]
 
 
 def _window_options(plain: Any) -> dict[str, Any]:
@@ -279,9 +289,9 @@ def _transposed_conv(plain: nn.ConvTranspose2d, recipe: Recipe) -> nn.Module:
         )
     if recipe.lifts:
         raise ValueError(f"it enlarges {_WITHOUT_FIBRE}; put a convolution before it, which lifts them to fields")
-    gives = [Run(plain.out_channels, True)] if recipe.is_classifier else recipe.out_runs  # pooled in its own way
-    pools, out_fields = not all(run.regular for run in gives), sum(run.size for run in gives)
-    if recipe.per_element and pools:
+    gives = _gives(plain, recipe)
+    out_fields = sum(run.size for run in gives)
+    if recipe.per_element and not all(run.regular for run in gives):
         raise ValueError(f"{_WITHOUT_FIBRE} are the same for all poses here, and each pose's own in the plain network")
     new = GroupConvTranspose2d(
         recipe.group,
@@ -296,9 +306,7 @@ def _transposed_conv(plain: nn.ConvTranspose2d, recipe: Recipe) -> nn.Module:
         basis=recipe.plan.basis,
     )
     _initialize_like(new, plain, plain.weight[:, 0].numel() // plain.groups, new.fan_in)
-    if recipe.is_classifier:
-        return nn.Sequential(new, GroupPool(recipe.group.order, recipe.group_pool))
-    return nn.Sequential(new, PoolSomeFibres(recipe.group.order, gives)) if pools else new
+    return _with_pools([new], gives, recipe)
 
 
 @rule(nn.Linear, tl.Linear)
