@@ -78,10 +78,11 @@ def convert(
         classifier: path of the layer that makes the logits, or a list of those of a network with several outputs; ""
             if none does, and the output stays regular fields. By default it is timm's classifier, or else the last
             layer with parameters, if that is linear, a convolution whose map is pooled to a vector, or one whose map is
-            the output itself and that is 1x1 (segmentation; a resize, crop, clamp, exponential, sigmoid, tanh or
-            softmax may follow) or gives as many channels as the image has, or fewer, up to four (an autoencoder,
-            super-resolution, also by a pixel shuffle; anything may follow); and the linear layers whose numbers stand
-            beside its in the output, or are summed up with them. What ends in another convolution, a norm, an
+            the output itself and that is 1x1 or makes fewer channels than it is given, for as many pixels as the image
+            has (segmentation; a resize, crop, clamp, exponential, sigmoid, tanh or softmax may follow) or gives as many
+            channels as the image has, or fewer, up to four (an autoencoder, super-resolution, also by a pixel shuffle;
+            anything may follow); and the linear layers whose numbers stand beside its in the output, or are summed up
+            with them. What ends in another convolution, a norm, an
             activation such as ReLU or a sum is taken for a feature extractor, and so is what gives several maps; where
             a feature extractor ends in global pooling, its fibres are pooled, too. A vector beside a map is an error
             that asks for the paths.

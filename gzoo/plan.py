@@ -520,9 +520,10 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
     """The layers that make logits: timm's classifier, or those in it (two where a network was distilled).
 
     Else the last that the output has its channels from, if it is linear, or a convolution whose map is pooled to a
-    vector (activations and dropout may follow), or one whose map is the output and that is 1x1 (what makes logits of
-    logits may follow) or gives as many channels as the image has, or a few (anything may follow), as that of an
-    autoencoder. A convolution whose map is added to the image is one, too.
+    vector (activations and dropout may follow), or one whose map is the output and that is 1x1 or makes fewer channels
+    than it is given for as many pixels as the image has (what makes logits of logits may follow), or gives as many
+    channels as the image has, or a few (anything may follow), as that of an autoencoder. A convolution whose map is
+    added to the image is one, too.
     """
     modules = dict(model.named_modules())
     if hasattr(model, "get_classifier"):
@@ -562,14 +563,13 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
         channels = sum(segment.size for segment in flat(seen.outputs.get(last, ())))
         colours = sum(segment.size for segment in flat(seen.inputs[""]))
         ran_last = last == layers[-1]  # else what follows is not known
-        is_1x1 = (
-            getattr(modules[last], "kernel_size", 0) == (1, 1)
-            and ran_last
-            and (_BENDS | _COPIES).issuperset(seen.later)
-        )
+        is_1x1 = getattr(modules[last], "kernel_size", 0) == (1, 1)
+        given = sum(segment.size for segment in flat(seen.inputs.get(last, ())))
+        of_pixels = shape[2:] == seen.size and channels < given  # features stay as many, or become more
+        is_scores = (is_1x1 or of_pixels) and ran_last and (_BENDS | _COPIES).issuperset(seen.later)
         is_image = (channels == colours or channels <= min(colours, 4)) and not (own and len(makers[0]) > 1)
         is_squeezed = channels == 1 and len(shape) == 3 and ran_last and "squeeze" in seen.later
-        makes = (shape[1:2] == (channels,) and (len(shape) == 2 or is_1x1 or is_image)) or is_squeezed
+        makes = (shape[1:2] == (channels,) and (len(shape) == 2 or is_scores or is_image)) or is_squeezed
     else:
         makes = not any(isinstance(module, REDUCTIONS) for module in later)
     # The others are parts of the same logits, or summed up with them.

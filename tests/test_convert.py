@@ -592,6 +592,23 @@ def test_a_1x1_convolution_makes_the_output_of_any_width(channels, end):
     assert worst_error(model, "p4m", x, "image", "image") < 1e-12
 
 
+SCORES = {
+    "directly": lambda: [conv(16, 7)],
+    "at half the size": lambda: [nn.MaxPool2d(2), conv(16, 7), nn.Upsample(scale_factor=2, mode="bilinear")],
+}
+
+
+@pytest.mark.parametrize("made", SCORES)
+@pytest.mark.parametrize("bands", [1, 3])
+def test_fewer_channels_than_before_for_each_pixel_of_the_image_are_logits(bands, made):
+    plain = nn.Sequential(block(bands, 16), *SCORES[made](), nn.Softmax(1))
+    plain.pretrained_cfg = {"input_size": (bands, 64, 64)}
+    model = with_random_statistics(gzoo.convert(plain, "p4m")).eval()
+    x = image((10, 12), bands)
+    assert model(x).shape == (2, 7, 10, 12)
+    assert worst_error(model, "p4m", x, "image", "image") < 1e-12
+
+
 @pytest.mark.parametrize("pool", ["mean", "max"])
 def test_a_feature_extractor_that_gives_a_vector_pools_its_fibres(pool):
     plain = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), *head(8)[:2])
@@ -619,6 +636,10 @@ NO_IMAGE = {
     "a residual stream as wide as the image": (
         lambda: Network(lambda self, x: self.a(x) + self.b(self.a(x)), a=block(16, 16), b=conv(16, 16)),
         16,
+    ),
+    "as many channels as before for each pixel": (
+        lambda: Network(lambda self, x: self.b(self.a(x)), a=block(3, 16), b=conv(16, 16)),
+        3,
     ),
     "a 1x1 convolution and an activation": (
         lambda: Network(lambda self, x: self.b(self.a(x)).relu(), a=block(3, 16), b=conv(16, 16, 1)),
