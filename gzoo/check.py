@@ -36,6 +36,7 @@ from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.merged import MergedConv2d
 from gzoo.partial import subsets, symmetry
 from gzoo.soft import residuals
+from gzoo.trace import side_folded_by
 
 if TYPE_CHECKING:
     from escnn.nn import FieldType
@@ -201,8 +202,8 @@ def in_channels(model: nn.Module) -> int:
     """The channels of the image that ``model`` takes: those of its first convolution."""
     folded = 1
     for module in model.modules():
-        if isinstance(module, SpaceToDepth):
-            folded *= module.bs**2
+        if isinstance(module, SpaceToDepth | nn.PixelUnshuffle):
+            folded *= side_folded_by(module) ** 2
         channels = getattr(module, "in_channels", None)
         inner = list(module.modules())[1:] if channels is not None else []
         if any(isinstance(getattr(child, "in_channels", None), int) for child in inner):

@@ -263,9 +263,12 @@ class Plan:
         if isinstance(module, nn.Linear):
             taps, free, groups = 1, 1 if lifts or all(segment.image for segment in outputs) else order, 1
         else:
-            taps = max(module.kernel_size) ** 2
+            folded = max(segment.folded for segment in inputs)  # into channels; the kernel is as many times as wide
+            fields_in //= folded**2
+            kernel = tuple(folded * side for side in module.kernel_size)
+            taps = max(kernel) ** 2
             groups = self.groups_of(module, fields_in, fields_out)
-            free = _free_numbers(group, module.kernel_size, lifts, self.basis)
+            free = _free_numbers(group, kernel, lifts, self.basis)
         kernels = fields_out * fields_in / groups
         bias = fields_out if module.bias is not None else 0
         macs = kernels * order * (1 if lifts else order) * taps * pixels

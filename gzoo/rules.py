@@ -49,6 +49,7 @@ from gzoo.nn import (
     GroupEca,
     GroupLinear,
     GroupPixelShuffle,
+    GroupPixelUnshuffle,
     GroupPool,
     InvariantConv2d,
     InvariantLinear,
@@ -68,7 +69,7 @@ from gzoo.nn.mixed import Run
 from gzoo.nn.norm import CHANNELS_FIRST, channel_dim
 from gzoo.nn.resample import Window, centre, square
 from gzoo.plan import REDUCTIONS, Plan, nearest_divisor
-from gzoo.trace import Segments, flat
+from gzoo.trace import Segments, flat, side_folded_by
 
 _WITHOUT_FIBRE = "channels that have no fibre (of the image, a mean over channels, an attention map)"
 
@@ -673,11 +674,14 @@ def _pad(plain: Any, recipe: Recipe) -> nn.Module:
     return plain
 
 
-@rule(tl.SpaceToDepth)
-def _space_to_depth(plain: tl.SpaceToDepth, recipe: Recipe) -> nn.Module:
-    if not recipe.lifts:
-        raise ValueError("it folds pixels of a feature map into channels; use a strided convolution")
-    return nn.Identity()  # the convolution that follows gets a kernel as many times as wide
+@rule(tl.SpaceToDepth, nn.PixelUnshuffle)
+def _space_to_depth(plain: tl.SpaceToDepth | nn.PixelUnshuffle, recipe: Recipe) -> nn.Module:
+    if recipe.lifts:
+        return nn.Identity()  # the convolution that follows gets a kernel as many times as wide
+    if not all(run.regular for run in recipe.in_runs):
+        raise ValueError(f"it folds {_WITHOUT_FIBRE} beside maps that have one; fold each for itself")
+    _require_turning_squares(recipe)
+    return GroupPixelUnshuffle(recipe.group, side_folded_by(plain), by_place=isinstance(plain, tl.SpaceToDepth))
 
 
 @rule(nn.PixelShuffle)
@@ -688,12 +692,16 @@ def _pixel_shuffle(plain: nn.PixelShuffle, recipe: Recipe) -> nn.Module:
             f"it unfolds {_WITHOUT_FIBRE}; give it feature maps. If it makes the output, name it, not the layer before "
             "it, as classifier"
         )
-    if not (recipe.plan.fit or recipe.per_element):
-        raise ValueError("its squares of pixels do not turn, so there are no nearest weights; use weights='transfer'")
+    _require_turning_squares(recipe)
     if pools and recipe.per_element and not recipe.is_classifier:
         raise ValueError(f"it gives {_WITHOUT_FIBRE}: one for all poses here, and each pose's own in the plain network")
     new = GroupPixelShuffle(recipe.group, plain.upscale_factor)
     return nn.Sequential(new, GroupPool(recipe.group.order, recipe.group_pool)) if pools else new
+
+
+def _require_turning_squares(recipe: Recipe) -> None:
+    if not (recipe.plan.fit or recipe.per_element):
+        raise ValueError("its squares of pixels do not turn, so there are no nearest weights; use weights='transfer'")
 
 
 @rule(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)

@@ -318,9 +318,8 @@ class _Follow(TorchFunctionMode):
                 y = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
                 self.seen.pixels[name] = y.shape[2:].numel()  # not by an index, which would be a function of the map
                 _mark(output, 1, self._made(name, _conv_output(module, channels.segments)))
-            elif channels and isinstance(module, SpaceToDepth):
-                image = all(segment.image for segment in flat(channels.segments))
-                _mark(output, 1, (Segment(output.shape[1], image, folded=module.bs),))
+            elif channels and isinstance(module, SpaceToDepth | nn.PixelUnshuffle):
+                _mark(output, 1, _folded(module, channels.segments, output.shape[1]))
             elif channels and isinstance(module, nn.PixelShuffle):
                 _mark(output, 1, self._made(name, _unfolded(channels.segments, output.shape[1])))
             elif isinstance(module, PositionalEncodingFourier):  # of places, which have no fibre, it makes channels
@@ -648,6 +647,21 @@ def _conv_output(module: nn.Conv2d | nn.ConvTranspose2d | CondConv2d, segments: 
         for segment in flat(segments):
             segment.groups.add(groups)
     return (out,)
+
+
+def side_folded_by(module: SpaceToDepth | nn.PixelUnshuffle) -> int:
+    """Of the squares of pixels that a module folds into channels."""
+    return module.bs if isinstance(module, SpaceToDepth) else module.downscale_factor
+
+
+def _folded(module: SpaceToDepth | nn.PixelUnshuffle, segments: Segments, channels: int) -> Segments:
+    """What becomes of channels whose squares of pixels are folded into them: of each, one for each place."""
+    side = side_folded_by(module)
+    if all(segment.image for segment in flat(segments)):
+        return (Segment(channels, image=True, folded=side),)
+    if isinstance(module, SpaceToDepth):
+        return segments * side**2
+    return tuple(segment for segment in segments for _ in range(side**2))
 
 
 def _unfolded(segments: Segments, channels: int) -> Segments:

@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import SpaceToDepth
 from torch import Tensor, nn
 
 from gzoo.bases import expand
@@ -37,6 +38,7 @@ from gzoo.groups import Group
 from gzoo.nn import FibreNorm, GroupEca, InvariantConv2d, InvariantLinear, LiftingConv2d, PerElement, Subset
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.plan import example
+from gzoo.trace import side_folded_by
 
 Weights = Literal["transfer", "project"]
 
@@ -56,9 +58,10 @@ def fill(model: nn.Module, plain: nn.Module, group: Group, weights: Weights) -> 
         ValueError: a layer has no such weights; names it.
     """
     converted = dict(model.named_modules(remove_duplicate=False))
+    folding = next((module for module in plain.modules() if isinstance(module, SpaceToDepth | nn.PixelUnshuffle)), None)
     for path, source in plain.named_modules():
         try:
-            _fill(converted.get(path), source, group, weights)
+            _fill(converted.get(path), source, group, weights, folding)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -177,7 +180,7 @@ def _grown(value: Tensor, target: Tensor, name: str, layer: nn.Module, inner: nn
     return torch.zeros_like(target).index_copy_(2, torch.tensor(elements, device=target.device), value.to(target))
 
 
-def _fill(new: Any, plain: Any, group: Group, weights: Weights) -> None:
+def _fill(new: Any, plain: Any, group: Group, weights: Weights, folding: Any) -> None:
     pooled = False
     if isinstance(new, PerElement):
         new.module.load_state_dict(plain.state_dict())
@@ -199,6 +202,8 @@ def _fill(new: Any, plain: Any, group: Group, weights: Weights) -> None:
                 raise ValueError(f"its {name} has no place in {type(new).__name__}; convert with fresh weights")
             continue
         if name == "weight" and isinstance(new, ExpandedLayer):
+            if folding and isinstance(new, LiftingConv2d) and value.shape[1] != new.weight.shape[1]:
+                value = _on_pixels(value, folding)
             if pooled and weights == "project":  # the mean over a fibre is nearest if each of its filters is
                 value = value.repeat_interleave(group.order, 1 if isinstance(plain, nn.ConvTranspose2d) else 0)
             kernels = _at_identity(new, value) if weights == "transfer" else _nearest(new, value, plain, group.order)
@@ -218,6 +223,14 @@ def _per_field(value: Tensor, target: Tensor, order: int) -> Tensor:
         value = value.unflatten(0, (-1, order)).mean(1)
     _require_layout(value, target.shape)
     return value
+
+
+def _on_pixels(kernels: Tensor, folding: SpaceToDepth | nn.PixelUnshuffle) -> Tensor:
+    """The kernels of a convolution behind a space-to-depth as kernels for the pixels in front of it."""
+    side = side_folded_by(folding)
+    if isinstance(folding, SpaceToDepth):  # whose channels are those of one place after another
+        kernels = kernels.unflatten(1, (side**2, -1)).transpose(1, 2).flatten(1, 2)
+    return F.pixel_shuffle(kernels, side)
 
 
 def _at_identity(layer: ExpandedLayer, value: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import GroupNormAct, ScaledStdConv2d, SpaceToDepth
+from timm.layers import GroupNormAct, ScaledStdConv2d
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from timm.models.efficientnet import EfficientNet
@@ -393,12 +393,6 @@ ERRORS = {
         "p4",
         {"weights": "transfer"},
         r"^layer1\.0\.se: its attention map is one for all poses",
-    ),
-    "folded pixels": (
-        lambda: nn.Sequential(SpaceToDepth(), nn.Conv2d(48, 16, 3), *head(16)),
-        "p4",
-        {"weights": "transfer"},
-        r"^1: its weight \(16, 48, 3, 3\) has another layout",
     ),
 }
 

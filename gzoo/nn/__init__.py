@@ -12,7 +12,7 @@ from gzoo.nn.position import FourierPosition
 from gzoo.nn.quotient import QuotientConv2d, QuotientNorm, QuotientPool
 from gzoo.nn.resample import SymmetricBlur2d, SymmetricPool2d, keep_original_strides
 from gzoo.nn.restrict import Restriction, restrict_output
-from gzoo.nn.shuffle import GroupPixelShuffle
+from gzoo.nn.shuffle import GroupPixelShuffle, GroupPixelUnshuffle
 from gzoo.nn.standardize import WeightStandardization
 from gzoo.nn.subset import Subset
 from gzoo.nn.transposed import GroupConvTranspose2d
@@ -27,6 +27,7 @@ __all__ = [
     "GroupEca",
     "GroupLinear",
     "GroupPixelShuffle",
+    "GroupPixelUnshuffle",
     "GroupPool",
     "InvariantConv2d",
     "InvariantLinear",

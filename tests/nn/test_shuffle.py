@@ -1,16 +1,17 @@
-"""The pixel shuffle of regular fields: exact, each pose a plain shuffle of its own, and where a network has one."""
+"""The pixel shuffles of regular fields: exact, each pose a plain shuffle of its own, and where a network has one."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import SpaceToDepth
 from torch import nn
 
 import gzoo
 from gzoo import groups
 from gzoo.interop import to_escnn
-from gzoo.nn import GroupPixelShuffle
+from gzoo.nn import GroupPixelShuffle, GroupPixelUnshuffle
 from gzoo.plan import plan
 from tests.conftest import GRID_GROUPS, random_fields, random_image, with_random_statistics, worst_error
 
@@ -33,6 +34,30 @@ def test_the_upright_pose_is_shuffled_as_torch_does_and_no_number_is_lost(group)
     assert y.flatten().sort()[0].equal(x.flatten().sort()[0])
     for pose in range(order):  # stays what it is
         assert y[:, pose::order].flatten().sort()[0].equal(x[:, pose::order].flatten().sort()[0])
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3])
+@pytest.mark.parametrize("group", [*GRID_GROUPS, "c3", "c8", "d8"])
+def test_the_unshuffle_undoes_it_and_commutes_with_the_group(group, factor):
+    point_group, x = groups.get(group), random_fields(group, 2 * factor**2, (3, 5), batch=1)
+    shuffled = GroupPixelShuffle(point_group, factor)(x)
+    assert GroupPixelUnshuffle(point_group, factor)(shuffled).equal(x)
+    for by_place in (False, True):
+        layer = GroupPixelUnshuffle(point_group, factor, by_place)
+        assert worst_error(layer, group, shuffled) < 1e-12
+        assert layer(shuffled).shape == x.shape
+
+
+def test_the_upright_pose_is_unshuffled_as_torch_and_timm_do():
+    p4m, x = groups.get("p4m"), random_fields("p4m", 2, (8, 12))
+    for by_place, plain in ((False, nn.PixelUnshuffle(4)), (True, SpaceToDepth(4))):
+        assert GroupPixelUnshuffle(p4m, 4, by_place)(x)[:, ::8].equal(plain(x[:, ::8].contiguous()))
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 4, 4), (1, 4, 4, 5), (1, 4, 5, 4)])
+def test_maps_that_are_no_whole_squares_are_refused(shape):
+    with pytest.raises(ValueError, match=r"it takes fields \* 4 channels, regular fields of p4, and sides"):
+        GroupPixelUnshuffle(groups.get("p4"), 2)(torch.zeros(shape))
 
 
 def test_channels_that_are_no_whole_squares_are_refused():
@@ -69,6 +94,17 @@ class Beside(nn.Module):
         return self.last(torch.cat([shuffled, self.skip(x)], 1))
 
 
+class AndItself(nn.Module):
+    """Features of the image, and the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = conv(3, 4)
+
+    def forward(self, x):
+        return torch.cat([self.a(x), x], 1)
+
+
 NETWORKS = {
     "at the end": lambda: nn.Sequential(conv(3, 16), nn.Tanh(), conv(16, 3 * 4), nn.PixelShuffle(2), nn.Sigmoid()),
     "by three": lambda: nn.Sequential(conv(3, 16), nn.ReLU(), conv(16, 3 * 9), nn.PixelShuffle(3)),
@@ -77,6 +113,21 @@ NETWORKS = {
     "beside others": Beside,
     "added to the image": Skip,
 }
+
+
+FOLDING = {
+    "in front": lambda: nn.Sequential(nn.PixelUnshuffle(2), conv(12, 16), nn.ReLU(), nn.PixelShuffle(2), conv(4, 3)),
+    "in front, by place": lambda: nn.Sequential(
+        *(SpaceToDepth(), conv(48, 32), nn.ReLU(), nn.PixelShuffle(4), conv(2, 3))
+    ),
+    "of features": lambda: nn.Sequential(
+        *(conv(3, 8), nn.ReLU(), nn.PixelUnshuffle(2), conv(32, 16), nn.PixelShuffle(2), conv(4, 3))
+    ),
+    "of features, by place": lambda: nn.Sequential(
+        *(conv(3, 5), nn.ReLU(), SpaceToDepth(), nn.BatchNorm2d(80), conv(80, 32, 1), nn.PixelShuffle(4), conv(2, 3))
+    ),
+}
+NETWORKS |= FOLDING
 
 
 def small(network):
@@ -92,7 +143,7 @@ def test_a_network_that_enlarges_images_converts(network, group):
     plain = small(network)
     built = gzoo.convert(plain, group)
     model = with_random_statistics(built).eval()
-    for size in ((8, 8), (9, 9), (7, 10)):
+    for size in ((8, 8), (12, 4)) if network in FOLDING else ((8, 8), (9, 9), (7, 10)):
         x = random_image(3, size, batch=1)
         assert model(x).shape == plain(x.float()).shape
         assert worst_error(model, group, x, "image", "image") < 1e-12
@@ -104,7 +155,7 @@ def test_a_network_that_enlarges_images_converts(network, group):
 def test_a_transferred_network_is_the_mean_of_the_plain_one_over_the_group(network):
     p4m, plain = groups.get("p4m"), with_random_statistics(small(network)).eval()
     model = gzoo.convert(plain, "p4m", weights="transfer")
-    x = random_image(3, (6, 7))
+    x = random_image(3, (4, 8) if network in FOLDING else (6, 7))
     with torch.no_grad():
         back = [p4m.transform_image(plain(p4m.transform_image(x, p4m.inverse(g))), g) for g in p4m.grid_elements]
         expected = torch.stack(back).mean(0)
@@ -122,6 +173,8 @@ def test_a_transferred_network_is_the_mean_of_the_plain_one_over_the_group(netwo
         (lambda: nn.Sequential(nn.PixelShuffle(2), conv(2, 8)), {}, "0: it unfolds channels that have no fibre"),
         (lambda: NETWORKS["by three"](), {"classifier": "2"}, "3: it unfolds .* name it, not the layer before it, as"),
         (lambda: NETWORKS["by three"](), {"weights": "project"}, "3: its squares .* use weights='transfer'"),
+        (lambda: NETWORKS["of features"](), {"weights": "project"}, "2: its squares .* use weights='transfer'"),
+        (lambda: nn.Sequential(AndItself(), nn.PixelUnshuffle(2), conv(28, 8)), {}, "1: it folds .* beside maps"),
     ],
 )
 def test_what_does_not_convert_names_the_shuffle(plain, options, message):
