@@ -77,17 +77,22 @@ def test_a_model_exports(name):
         torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_exports_for_any_batch_size():
-    model, x = model_and_image("p4m_resnet20")
-    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
-    with torch.no_grad():
-        torch.testing.assert_close(exported.module()(x[:1]), model(x[:1]), rtol=1e-4, atol=1e-4)
+ANY_BATCH = {0: torch.export.Dim("batch", min=1, max=64)}
+ANY_SIZE = {2 + i: 32 * torch.export.Dim(name, min=1, max=64) for i, name in enumerate(("height", "width"))}
+
+
+def test_a_model_exports_for_any_batch_and_any_size_that_its_strides_divide():
+    (model, _), x = model_and_image("p4m_resnet20"), torch.randn(2, 3, 64, 64)
+    exported = torch.export.export(model, (x,), dynamic_shapes=(ANY_BATCH | ANY_SIZE,)).module()
+    for images in (x[:1], torch.randn(1, 3, 32, 96)):
+        with torch.no_grad():
+            torch.testing.assert_close(exported(images), model(images), rtol=1e-4, atol=1e-4)
 
 
 def test_onnx_runtime_gives_the_same_for_any_batch_size(tmp_path):
     model, x = model_and_image("c8_mobilenetv3_small_100")
-    file, batch = tmp_path / "model.onnx", {0: torch.export.Dim("batch", min=1, max=64)}
-    torch.onnx.export(model, (x,), file, dynamo=True, dynamic_shapes=(batch,), verbose=False)
+    file = tmp_path / "model.onnx"
+    torch.onnx.export(model, (x,), file, dynamo=True, dynamic_shapes=(ANY_BATCH,), verbose=False)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     for images in (x, x[:1]):
         (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})

@@ -18,7 +18,7 @@ from gzoo.registry import ENTRIES, GROUPS, Entry
 from tests.conftest import core_entries
 
 NAMES = list(registry._BY_NAME)
-SMALL = [entry.name for entry in core_entries() if entry.backbone not in ("resnet110", "resnet56")]
+SMALL = [entry.name for entry in core_entries()]
 
 
 _IMPORT = """
