@@ -208,8 +208,11 @@ class Plan:
 
     def why_lost(self, name: str) -> str:
         """Why the channels that a layer is given could not be followed."""
+        step = self.trace.lost[name]
+        if step in _AS_MODULES:
+            return f"its channels come out of the function {step!r}; use the module {_AS_MODULES[step]} in its place"
         return (
-            f"its channels come out of {self.trace.lost[name]!r}, through which gzoo cannot follow them: a step that "
+            f"its channels come out of {step!r}, through which gzoo cannot follow them: a step that "
             "mixes channels or pixels, such as attention, a shuffle of channels or a flattened map, has no equivariant "
             f"counterpart here. Use a convolution, or global pooling before a linear layer. {WHOLE_NETWORK}"
         )
@@ -510,6 +513,8 @@ def example(model: nn.Module, most: int | None = None) -> Tensor:
 
 # They reduce all pixels alike.
 REDUCTIONS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten)
+
+_AS_MODULES = {"pixel_shuffle": "torch.nn.PixelShuffle", "pixel_unshuffle": "torch.nn.PixelUnshuffle"}
 
 _MAKES_LOGITS = nn.Conv2d | nn.ConvTranspose2d | nn.PixelShuffle | nn.Linear
 

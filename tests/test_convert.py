@@ -1078,8 +1078,8 @@ REFUSED = {
         r"^1 is a .*\.Slope with parameters or buffers of its own \(weight\), .* with gzoo.rule\.",
     ),
     "unknown module without parameters": (
-        lambda: nn.Sequential(conv(3, 16), nn.PixelUnshuffle(2), conv(64, 8), *head(8)),
-        r"^1 is a torch\.nn\.modules\.pixelshuffle\.PixelUnshuffle, which gzoo has no equivariant counterpart for",
+        lambda: nn.Sequential(conv(3, 16), nn.LocalResponseNorm(2), conv(16, 8), *head(8)),
+        r"^1 is a torch\.nn\.modules\.normalization\.LocalResponseNorm, which gzoo has no equivariant counterpart for",
     ),
     "unknown module before the first convolution": (
         lambda: nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv(3, 16), *head(16)),
@@ -1158,6 +1158,10 @@ REFUSED = {
     "shuffle of channels": (
         lambda: nn.Sequential(conv(3, 16), nn.ChannelShuffle(4), conv(16, 8), *head(8)),
         r"^1 is a torch\.nn\.modules\.channelshuffle\.ChannelShuffle",
+    ),
+    "function that a module does": (
+        lambda: Network(lambda self, x: self.b(F.pixel_shuffle(self.a(x), 2)), a=conv(3, 16), b=conv(4, 3)),
+        r"^b: its channels come out of the function 'pixel_shuffle'; use the module torch\.nn\.PixelShuffle",
     ),
     "attention": (
         lambda: Network(
@@ -1419,9 +1423,9 @@ def test_the_checkpoint_of_another_band_limit_is_refused_where_all_shapes_are_th
 
 
 def test_a_refused_network_is_left_as_it_was():
-    plain = nn.Sequential(conv(3, 16), nn.BatchNorm2d(16), nn.PixelUnshuffle(2), *head(64))
+    plain = nn.Sequential(conv(3, 16), nn.BatchNorm2d(16), nn.ChannelShuffle(4), *head(16))
     before = repr(plain)
-    with pytest.raises(ValueError, match="PixelUnshuffle"):
+    with pytest.raises(ValueError, match="ChannelShuffle"):
         gzoo.convert(plain, "p4")
     assert repr(plain) == before
 
