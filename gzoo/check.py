@@ -14,10 +14,9 @@ from timm.layers import SpaceToDepth
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
 from gzoo import groups
-from gzoo.equivariant import copied, group_of, like, require_network
+from gzoo.equivariant import copied, group_of, like, removing, require_network
 from gzoo.equivarify import Canonicalized, Equivarified
 from gzoo.fields import level_groups, transform_features
 from gzoo.groups import Group
@@ -231,16 +230,6 @@ def _outputs(model: Any, x: Tensor) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"{type(model).__name__} gives a {type(output).__name__} without a tensor in it to check")
     return _named(tensors)
-
-
-@contextmanager
-def removing(handles: list[RemovableHandle]) -> Iterator[None]:
-    """Removes hooks at the end."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

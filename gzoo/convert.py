@@ -26,8 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 from gzoo import groups
 from gzoo.bases import BasisName
-from gzoo.check import KeepDouble, first_broken_layer, relative_error, removing
-from gzoo.equivariant import EquivariantClassifier, group_of, make_equivariant
+from gzoo.check import KeepDouble, first_broken_layer, relative_error
+from gzoo.equivariant import EquivariantClassifier, group_of, make_equivariant, removing
 from gzoo.groups import Group
 from gzoo.nn import PoseConv2d, PoseLinear, Restriction, restrict_output
 from gzoo.nn.linear import Head, Pooling
@@ -616,14 +616,11 @@ def _path_in_errors(model: nn.Module) -> Iterator[None]:
         for name, module in model.named_modules()
         if not any(True for _ in module.children()) or any(True for _ in module.parameters(recurse=False))
     ]
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers]
-    try:
-        yield
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"at {last}: {error}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removing([module.register_forward_pre_hook(hook(name)) for name, module in layers]):
+        try:
+            yield
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"at {last}: {error}") from error
 
 
 def _check_poses(

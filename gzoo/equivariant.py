@@ -5,13 +5,15 @@ here in front of it.
 """
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain as flatten
 from typing import Any, ClassVar, get_args
 
 import torch
 from timm.layers import NormMlpClassifierHead
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gzoo import groups
 from gzoo.bases import NAMES
@@ -66,6 +68,16 @@ def like(model: nn.Module) -> Tensor:
     """A floating-point number of the network, for its device and dtype; one of its buffers if it has no parameters."""
     tensors = flatten(model.parameters(), model.buffers(), [torch.empty(0)])
     return next(tensor for tensor in tensors if tensor.is_floating_point())
+
+
+@contextmanager
+def removing(handles: list[RemovableHandle]) -> Iterator[None]:
+    """Removes hooks at the end."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def copied(model: nn.Module) -> Any:

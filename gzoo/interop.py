@@ -20,7 +20,7 @@ from gzoo import _escnn, bases
 from gzoo.bases import BasisName
 from gzoo.check import relative_error
 from gzoo.convert import image_for
-from gzoo.equivariant import Equivariant, copied, group_of, require_network, sign
+from gzoo.equivariant import Equivariant, copied, group_of, removing, require_network, sign
 from gzoo.fields import group_of_type
 from gzoo.groups import Group
 from gzoo.nn import (
@@ -230,14 +230,11 @@ def _types(model: nn.Module) -> "dict[str, FieldType | None]":
 
     training = model.training
     x = image_for(model.eval())  # before the hooks, as it tries sizes
-    handles = [module.register_forward_hook(hook(path)) for path, module in modules.items()]
-    try:
-        with torch.no_grad():
+    with removing([module.register_forward_hook(hook(path)) for path, module in modules.items()]), torch.no_grad():
+        try:
             model(x)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+        finally:
+            model.train(training)
     return types
 
 

@@ -22,6 +22,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from gzoo.equivariant import removing
 from gzoo.groups import Group
 from gzoo.nn import (
     Arc,
@@ -195,13 +196,12 @@ def _run_dropping(model: nn.Module, group: Group, x: Tensor, handles: list[Remov
 def _run(model: nn.Module, x: Tensor, handles: list[RemovableHandle], changed: dict[str, Tensor] | None = None) -> Any:
     """The network on x in eval mode, with some parameters ``changed``, under hooks that are gone afterwards."""
     training = [module for module in model.modules() if module.training]
-    try:
-        return functional_call(model.eval(), changed or {}, x)
-    finally:
-        for module in training:
-            module.training = True
-        for handle in handles:
-            handle.remove()
+    with removing(handles):
+        try:
+            return functional_call(model.eval(), changed or {}, x)
+        finally:
+            for module in training:
+                module.training = True
 
 
 def subsets(model: nn.Module) -> Iterator[tuple[str, Subset | Arc]]:
