@@ -77,15 +77,13 @@ def convert(
             on the ring of radius r); None: pixel for groups on the grid, else steerable.
         classifier: path of the layer that makes the logits, or a list of those of a network with several outputs; ""
             if none does, and the output stays regular fields. By default it is timm's classifier, or else the last
-            layer with parameters, if that is linear, a convolution whose map is pooled to a vector, or one whose map is
-            the output itself and that is 1x1 or makes fewer channels than it is given, for as many pixels as the image
-            has (segmentation; a resize, crop, clamp, exponential, sigmoid, tanh or softmax may follow) or gives as many
-            channels as the image has, or fewer, up to four (an autoencoder, super-resolution, also by a pixel shuffle;
-            anything may follow); and the linear layers whose numbers stand beside its in the output, or are summed up
-            with them. What ends in another convolution, a norm, an
-            activation such as ReLU or a sum is taken for a feature extractor, and so is what gives several maps; where
-            a feature extractor ends in global pooling, its fibres are pooled, too. A vector beside a map is an error
-            that asks for the paths.
+            layer with parameters, if that is linear, or a convolution whose map is pooled to a vector or is the output
+            (segmentation, an autoencoder, super-resolution, also by a pixel shuffle); and the linear layers whose
+            numbers stand beside its in the output, or are summed up with them. A map that a norm, an activation of
+            hidden layers such as ReLU or a sum made of it is one of features, unless it has as many channels as the
+            image, or fewer, up to four; any other function may follow. So are several maps of different sizes, unless
+            1x1 convolutions made them all. Where a feature extractor ends in global pooling, its fibres are pooled,
+            too. A vector beside a map is an error that asks for the paths.
         weights: where the weights start.
 
             None: fresh ones.
@@ -638,12 +636,14 @@ def _check_poses(
         raise ValueError(
             f"{broken} ({type(module).__name__}) is not equivariant {at_size}: neither its output nor any permutation "
             "of it follows the image. Look for a step just before it that treats some pixels or channels unlike "
-            "others: an asymmetric padding, a functional pooling or stride, interpolation to the nearest pixel by no "
-            "whole factor (bilinear is exact), a position embedding, a split of channels"
+            "others: an asymmetric padding (F.interpolate fits one map to another), a functional pooling or stride, "
+            "interpolation to the nearest pixel by no whole factor (bilinear is exact), a position embedding, a split "
+            "of channels"
         )
     if broken is not None:
         raise ValueError(
             f"the output{broken} of {type(probe).__name__} is not equivariant {at_size}, though each module is: look "
             "for a step in its forward that treats some pixels or channels unlike others, such as interpolation to the "
-            "nearest pixel by no whole factor (bilinear is exact)"
+            "nearest pixel by no whole factor (bilinear is exact). If it takes apart the logits that a layer makes, "
+            "name that layer, as in classifier='head'"
         )

@@ -4,6 +4,7 @@
 The network itself may be anything: neither looks at its layers.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -206,7 +207,9 @@ class Canonicalized(_AroundNet):
         if y.ndim == 4:
             y = self._moved(y)[g, torch.arange(len(g), device=y.device)]
         y = y / best.sum(1)[image].view(-1, *(1,) * (y.ndim - 1)).to(y.dtype)
-        return y.new_zeros(len(scores), *y.shape[1:]).index_add(0, image, y)
+        mean = y.new_zeros(len(scores), *y.shape[1:]).index_add(0, image, y)
+        unsure = ~best.any(1).view(-1, *(1,) * (y.ndim - 1))  # no score is the best of some that are no numbers
+        return mean.masked_fill(unsure, math.nan)
 
     def _moved(self, y: Tensor) -> Tensor:
         """g.y for every g: (|G|, B, C, H, W)."""
@@ -220,16 +223,21 @@ def pose_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (B, classes, |G|).
-        labels: (B,), class indices.
+        labels: (B,), class indices; -100 leaves an image out.
 
     Raises:
-        ValueError: the logits are of another shape.
+        ValueError: the logits or the labels are of another shape or type.
 
     Source: Bao & Song 2019, arXiv:1906.07172, section 5.
     """
     if logits.ndim != 3:
         raise ValueError(f"logits are {tuple(logits.shape)}; accepted are those with poses, (B, classes, |G|)")
-    return F.cross_entropy(logits.flatten(1), labels.long() * logits.shape[2])  # uint8 would wrap around
+    if labels.shape != logits.shape[:1] or labels.is_floating_point():
+        raise ValueError(
+            f"labels are {tuple(labels.shape)} of {labels.dtype}; accepted are class indices ({len(logits)},), integers"
+        )
+    labels = labels.long()  # uint8 would wrap around
+    return F.cross_entropy(logits.flatten(1), labels.where(labels < 0, labels * logits.shape[2]))
 
 
 def poses(group: Group, x: Tensor) -> Tensor:

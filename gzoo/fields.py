@@ -104,7 +104,10 @@ def group_of_type(type: "FieldType") -> Group | None:
 def level_groups(model: Any) -> list[Group]:
     """The groups of the levels that ``model`` gives; empty where it has one group throughout."""
     info = getattr(model, "feature_info", None)
-    levels = [info.info[i] for i in info.out_indices] if isinstance(info, FeatureInfo) else info or ()
+    if isinstance(info, FeatureInfo):
+        levels = [info.info[i] for i in info.out_indices]
+    else:  # of one's own network it says where the stages end, not what comes out
+        levels = info if info and hasattr(model, "forward_intermediates") else []
     return [level["group"] for level in levels if "group" in level]
 
 

@@ -518,8 +518,7 @@ _AS_MODULES = {"pixel_shuffle": "torch.nn.PixelShuffle", "pixel_unshuffle": "tor
 
 _MAKES_LOGITS = nn.Conv2d | nn.ConvTranspose2d | nn.PixelShuffle | nn.Linear
 
-# Functions that make logits or probabilities of logits; a feature map ends in a norm, an activation or a sum.
-_BENDS = {"sigmoid", "logsigmoid", "softmax", "log_softmax", "tanh", "clamp", "clip", "softplus", "exp"}
+# Functions that leave logits what they are.
 _COPIES = {"interpolate", "__getitem__", "contiguous", "to", "type", "float", "double", "half", "bfloat16"}
 _OVER_CHANNELS = {"normalize", "norm", "linalg_vector_norm", "softmax", "log_softmax"}
 
@@ -527,11 +526,10 @@ _OVER_CHANNELS = {"normalize", "norm", "linalg_vector_norm", "softmax", "log_sof
 def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
     """The layers that make logits: timm's classifier, or those in it (two where a network was distilled).
 
-    Else the last that the output has its channels from, if it is linear, or a convolution whose map is pooled to a
-    vector (activations and dropout may follow), or one whose map is the output and that is 1x1 or makes fewer channels
-    than it is given for as many pixels as the image has (what makes logits of logits may follow), or gives as many
-    channels as the image has, or a few (anything may follow), as that of an autoencoder. A convolution whose map is
-    added to the image is one, too.
+    Else the convolutions whose maps are the output (see `_score_maps`). Else the last layer that the output has its
+    channels from, if it is linear, or a convolution whose map is pooled to a vector (activations and dropout may
+    follow), or one whose map is the output and has as many channels as the image, or a few (anything may follow), as
+    that of an autoencoder. A convolution whose map is added to the image is one, too.
     """
     modules = dict(model.named_modules())
     if hasattr(model, "get_classifier"):
@@ -558,8 +556,12 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
             f"classifier={likely}, or classifier='' if none does. The other outputs stay regular fields, which "
             "gzoo.nn.GroupPool makes invariant"
         )
-    own = set(channels_of(results[0])) if len(results) == 1 else set()
-    last = makers[0][-1] if own and makers[0] else layers[-1]
+    if found := _score_maps(results, layers, modules, seen):
+        return found
+    if len(results) != 1:
+        return frozenset()
+    own, shape = set(channels_of(results[0])), results[0].shape
+    last = makers[0][-1] if makers[0] else layers[-1]
     behind = seen.order[seen.order.index(last) + 1 :]
     later = [modules[name] for name in behind if not own or not own.isdisjoint(flat(seen.outputs.get(name, ())))]
     if own and all(segment.image for segment in own) and len(makers[0]) == 1:
@@ -567,21 +569,44 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
     if any(True for module in later for _ in module.parameters()):
         return frozenset()
     if not isinstance(modules[last], nn.Linear):
-        shape = results[0].shape if len(results) == 1 else ()
         channels = sum(segment.size for segment in flat(seen.outputs.get(last, ())))
         colours = sum(segment.size for segment in flat(seen.inputs[""]))
-        ran_last = last == layers[-1]  # else what follows is not known
-        is_1x1 = getattr(modules[last], "kernel_size", 0) == (1, 1)
-        given = sum(segment.size for segment in flat(seen.inputs.get(last, ())))
-        of_pixels = shape[2:] == seen.size and channels < given  # features stay as many, or become more
-        is_scores = (is_1x1 or of_pixels) and ran_last and (_BENDS | _COPIES).issuperset(seen.later)
         is_image = (channels == colours or channels <= min(colours, 4)) and not (own and len(makers[0]) > 1)
-        is_squeezed = channels == 1 and len(shape) == 3 and ran_last and "squeeze" in seen.later
-        makes = (shape[1:2] == (channels,) and (len(shape) == 2 or is_scores or is_image)) or is_squeezed
+        makes = shape[1:2] == (channels,) and (len(shape) == 2 or is_image)
     else:
         makes = not any(isinstance(module, REDUCTIONS) for module in later)
     # The others are parts of the same logits, or summed up with them.
     return frozenset([last, *flatten.from_iterable(linear)] if makes else [])
+
+
+def _score_maps(
+    results: list[Tensor], layers: list[str], modules: Mapping[str, nn.Module], seen: Trace
+) -> frozenset[str]:
+    """The convolutions whose maps are the outputs, if those are maps of scores and not features; else none.
+
+    Features end in a norm, an activation of hidden layers or a sum, or are a pyramid: maps of several sizes, which are
+    scores only where 1x1 convolutions make all of them. Anything else may happen to scores on their way out.
+    """
+    if not results or any(y.ndim < 3 for y in results):
+        return frozenset()
+    own = {part for y in results for part in channels_of(y)}
+    if not all(channels_of(y) for y in results):  # channels that were picked or compared cannot be followed
+        own |= set(flat(seen.outputs.get(layers[-1], ())))
+    made = {part: [name for name in layers if part in flat(seen.outputs.get(name, ()))] for part in own}
+    names = frozenset(flatten.from_iterable(made.values()))
+    normed = [
+        name
+        for name in seen.order
+        if not own.isdisjoint(flat(seen.outputs.get(name, ()))) and any(True for _ in modules[name].parameters())
+    ]
+    if (
+        any(part.activated or len(makers) != 1 for part, makers in made.items())
+        or any(isinstance(modules[name], nn.Linear) for name in names)
+        or not names.issuperset(normed)
+    ):
+        return frozenset()
+    is_1x1 = all(getattr(modules[name], "kernel_size", 0) == (1, 1) for name in names)
+    return names if is_1x1 or len({y.shape[2:] for y in results}) == 1 else frozenset()
 
 
 def bent_logits(model: nn.Module, classifier: str | Sequence[str] | None) -> frozenset[str]:

@@ -31,11 +31,13 @@ class Segment:
         groups: of the grouped convolutions that read or write them.
         folded: side of the squares of pixels that are folded into them; 1 if none are.
         unfolded: the channels that a pixel shuffle makes of them and of as many more; None if it makes none.
+        activated: whether an activation of hidden layers acts on them.
     """
 
     def __init__(self, size: int, image: bool = False, groups: Iterable[int] = (), folded: int = 1) -> None:
         self.size, self.image, self.groups, self.folded = size, image, set(groups), folded
         self.unfolded: Segment | None = None
+        self.activated = False
         self._became: tuple[Segment, ...] | None = None  # the parts that it was cut in, or what it was tied to
 
     def parts(self) -> "Segments":
@@ -48,12 +50,16 @@ class Segment:
     def cut(self, position: int) -> None:
         """Takes the segment apart after ``position`` channels."""
         sizes = position, self.size - position
-        self._became = tuple(Segment(size, self.image, self.groups, self.folded) for size in sizes)
+        parts = tuple(Segment(size, self.image, self.groups, self.folded) for size in sizes)
+        for part in parts:
+            part.activated = self.activated
+        self._became = parts
 
     def tie(self, other: "Segment") -> None:
         """From now on the two are one; what is added to the image has no fibre, as the image has none."""
         self.image |= other.image
         self.groups |= other.groups
+        self.activated |= other.activated
         self.unfolded = self.unfolded or other.unfolded
         other._became = (self,)
 
@@ -361,6 +367,9 @@ class _Follow(TorchFunctionMode):
             name = func.__self__.__name__
         if outputs:
             self.seen.later.append(name)
+        if name in _ACTIVATIONS and (given := _channels(inputs[0])):
+            for segment in flat(given.segments):
+                segment.activated = True
         before = [(x, _channels(x)) for x in outputs if any(x is y for y in inputs)]  # written in place
         followed = _FOLLOWED.get(name, _Follow._inherit)(self, outputs, inputs, args, kwargs)
         for x, channels in before:
@@ -615,6 +624,13 @@ _REDUCTIONS = (
     *("std_mean", "var_mean"),
 )
 _SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split", "narrow", "__getitem__")
+# Of hidden layers; what makes probabilities or bounded numbers of logits is none.
+_ACTIVATIONS = {
+    *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "rrelu_", "threshold", "threshold_"),
+    *("elu", "elu_", "selu", "selu_", "celu", "celu_", "gelu", "silu", "mish", "hardswish", "hardtanh", "hardtanh_"),
+    *("hardshrink", "softshrink", "tanhshrink", "softsign"),
+}
+
 _FOLLOWED: dict[str, Callable[..., bool]] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), _Follow._cat),
     "stack": _Follow._stack,

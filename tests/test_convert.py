@@ -592,21 +592,54 @@ def test_a_1x1_convolution_makes_the_output_of_any_width(channels, end):
     assert worst_error(model, "p4m", x, "image", "image") < 1e-12
 
 
+# What a network does to the map of its last convolution, seven channels, which leaves them logits.
 SCORES = {
-    "directly": lambda: [conv(16, 7)],
-    "at half the size": lambda: [nn.MaxPool2d(2), conv(16, 7), nn.Upsample(scale_factor=2, mode="bilinear")],
+    "nothing": lambda y: y,
+    "temperature": lambda y: 1 - y / 0.5,
+    "channels last": lambda y: y.permute(0, 2, 3, 1),
+    "dropout": lambda y: F.dropout2d(y, 0.1, training=False),
+    "twice": lambda y: torch.cat([y, y], 1),
+    "padded": lambda y: F.pad(y, (1, 1, 1, 1)),
+    "resized": lambda y: F.interpolate(y, scale_factor=2, mode="bilinear").softmax(1),
+    "decided": lambda y: y.argmax(1),
+    "picked": lambda y: y[:, 3],
+    "apart": lambda y: (y[:, :1], y[:, 1:].sigmoid()),
 }
 
 
-@pytest.mark.parametrize("made", SCORES)
-@pytest.mark.parametrize("bands", [1, 3])
-def test_fewer_channels_than_before_for_each_pixel_of_the_image_are_logits(bands, made):
-    plain = nn.Sequential(block(bands, 16), *SCORES[made](), nn.Softmax(1))
-    plain.pretrained_cfg = {"input_size": (bands, 64, 64)}
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("end", SCORES)
+def test_a_map_that_a_convolution_makes_is_one_of_logits(end, kernel):
+    plain, p4m, x = Own(SCORES[end], 7, kernel), groups.get("p4m"), image((9, 12))
     model = with_random_statistics(gzoo.convert(plain, "p4m")).eval()
-    x = image((10, 12), bands)
-    assert model(x).shape == (2, 7, 10, 12)
-    assert worst_error(model, "p4m", x, "image", "image") < 1e-12
+
+    def run(network, x):
+        y = network(x)
+        return [z.permute(0, 3, 1, 2) if end == "channels last" else z for z in (y if isinstance(y, tuple) else (y,))]
+
+    upright = run(model, x)
+    assert [y.shape for y in upright] == [y.shape for y in run(plain.double(), x)]
+    for g in range(8):
+        for y, turned in zip(upright, run(model, p4m.transform_image(x, g)), strict=True):
+            torch.testing.assert_close(turned, p4m.transform_image(y, g), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "logits"),
+    [("as fine", 1, True), ("as fine", 3, True), ("coarser", 1, True), ("coarser", 3, False)],
+)
+def test_maps_of_one_size_or_of_1x1_convolutions_are_logits_and_other_pyramids_features(size, kernel, logits):
+    def forward(self, x):
+        fine = self.a(x)
+        return {"fine": self.b(fine), "other": self.c(self.down(fine) if size == "coarser" else fine)}
+
+    layers = {"a": block(3, 16), "b": conv(16, 8, kernel), "c": conv(16, 5, kernel)}
+    down = {"down": nn.MaxPool2d(2)} if size == "coarser" else {}
+    model = with_random_statistics(gzoo.convert(Network(forward, **layers, **down), "p4")).eval()
+    p4, x = groups.get("p4"), image((8, 12))
+    for y, turned in zip(model(x).values(), model(x.rot90(1, (2, 3))).values(), strict=True):
+        moved = p4.transform_image(y, 1) if logits else p4.transform_features(y, 1)
+        torch.testing.assert_close(turned, moved, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("pool", ["mean", "max"])
@@ -636,10 +669,6 @@ NO_IMAGE = {
     "a residual stream as wide as the image": (
         lambda: Network(lambda self, x: self.a(x) + self.b(self.a(x)), a=block(16, 16), b=conv(16, 16)),
         16,
-    ),
-    "as many channels as before for each pixel": (
-        lambda: Network(lambda self, x: self.b(self.a(x)), a=block(3, 16), b=conv(16, 16)),
-        3,
     ),
     "a 1x1 convolution and an activation": (
         lambda: Network(lambda self, x: self.b(self.a(x)).relu(), a=block(3, 16), b=conv(16, 16, 1)),
@@ -706,7 +735,7 @@ def test_a_vector_that_the_network_squeezes_is_pooled_for_a_single_image_too():
 
 @pytest.mark.parametrize("first", ["body", "head"])
 def test_the_order_in_which_layers_are_registered_does_not_matter(first):
-    model = gzoo.convert(Own(lambda y: y, 5, first=first), "p4")
+    model = gzoo.convert(Own(lambda y: y.relu(), 5, first=first), "p4")
     assert model(torch.randn(1, 3, 9, 9)).shape[1] % 4 == 0  # more than the image has: features
 
 

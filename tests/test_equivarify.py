@@ -310,6 +310,7 @@ def test_the_pose_loss_has_its_target_at_the_class_and_the_identity():
     logits[0, 2, 0] = 100
     assert gzoo.pose_loss(logits, torch.tensor([2])) < 1e-6
     assert gzoo.pose_loss(logits, torch.tensor([1])) > 50
+    assert gzoo.pose_loss(logits.repeat(2, 1, 1), torch.tensor([2, -100])) < 1e-6  # torch leaves that label out
 
 
 class Rotations(nn.Module):
@@ -323,6 +324,16 @@ class Rotations(nn.Module):
 
     def forward(self, x):
         return self.net(x)[..., :4]
+
+
+@pytest.mark.parametrize("make", [vector_net, map_net])
+def test_where_the_canonizer_gives_no_numbers_the_network_gives_none(make):
+    model, x = gzoo.canonicalize(make(), "p4", canonizer("p4")).eval(), random_image(2, (8, 8), batch=3)
+    expected = model(x)
+    x[1, 0, 2, 3] = torch.nan
+    y = model(x)
+    assert y[1].isnan().all()
+    torch.testing.assert_close(y[::2], expected[::2], rtol=0, atol=1e-12)
 
 
 def test_a_canonizer_can_say_that_it_is_over_another_group_than_its_layers():
@@ -410,6 +421,11 @@ def scores(number: int) -> nn.Sequential:
         (lambda: gzoo.equivarify(vector_net(), "p4")(random_image(2)[0]), "batch of images"),
         (lambda: gzoo.canonicalize(vector_net(), "p4", vector_net())(random_image(2)), "canonizer gives"),
         (lambda: gzoo.pose_loss(torch.zeros(2, 3), torch.zeros(2).long()), r"logits are \(2, 3\); accepted are those"),
+        (
+            lambda: gzoo.pose_loss(torch.zeros(2, 3, 4), torch.eye(3)[:2]),
+            r"labels are \(2, 3\) of torch.float32; accep",
+        ),
+        (lambda: gzoo.pose_loss(torch.zeros(2, 3, 4), torch.ones(2)), r"labels are \(2,\) of torch.float32; accepted"),
     ],
 )
 def test_what_cannot_be_done_is_refused(make, message):

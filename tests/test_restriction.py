@@ -208,6 +208,14 @@ def test_a_stage_of_a_class_of_its_own_stays_what_it_was() -> None:
             assert torch.allclose(made(x), y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
 
 
+def test_the_output_of_a_class_of_its_own_is_held_to_the_last_group() -> None:
+    plain = nn.Sequential(Blocks(3, 8), Blocks(8, 8), Blocks(8, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    plain.append(nn.Linear(16, 5)).feature_info = [{"num_chs": n, "module": f"{i}"} for i, n in enumerate((8, 8, 16))]
+    report = gzoo.check(with_random_statistics(convert(plain, "p4m:p4:c1")), (9, 12))
+    assert report.worst < 1e-12
+    assert set(report.given_up) == set(range(1, 8))
+
+
 def test_a_list_of_maps_is_restricted_each() -> None:
     restriction = Restriction(groups.get("p4m"), groups.get("p4"))
     maps = [torch.randn(1, 8, 4, 4), torch.randn(1, 16, 2, 2)]
