@@ -245,6 +245,7 @@ _DETAILS: dict[str, dict[str, Any]] = {
     "wrn16_8": {"paper": "arXiv:1605.07146"},
     "wrn28_10": {"paper": "arXiv:1605.07146"},
     "resnet44": {"paper": _COHEN_WELLING},
+    "resnet20": {"weights": ("cifar10",)},
     "p4m_resnet20": {"weights": ("cifar10",)},
     "p4m_resnet44": {"weights": ("cifar10",), "paper": _COHEN_WELLING},
     "resnet26_cifar": {"paper": _COHEN_WELLING},
