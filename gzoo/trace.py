@@ -111,7 +111,6 @@ class Trace:
     """What one run showed.
 
     Attributes:
-        size: height and width of the images.
         order: names of the leaf modules in the order in which they first ran.
         inputs: the channels that each module was given first.
         outputs: the channels of each module's result.
@@ -127,7 +126,6 @@ class Trace:
         result: the network's output.
     """
 
-    size: torch.Size
     order: list[str] = field(default_factory=list)
     inputs: dict[str, Segments] = field(default_factory=dict)
     outputs: dict[str, Segments] = field(default_factory=dict)
@@ -182,7 +180,7 @@ def _without_numbers(model: nn.Module) -> nn.Module:
 
 
 def _run(model: nn.Module, x: Tensor) -> Trace:
-    seen = Trace(x.shape[2:])
+    seen = Trace()
     follow = _Follow(seen)
     for name, module in model.named_modules():
         _make_followable(module)
