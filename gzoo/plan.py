@@ -202,9 +202,9 @@ class Plan:
         result = self.trace.result
         if not isinstance(result, Tensor) or result.ndim != 2 or not _OVER_CHANNELS.isdisjoint(self.trace.later):
             return False
-        channels, modules = channels_of(result), dict(self.model.named_modules())
+        own, modules = set(channels_of(result)), dict(self.model.named_modules())
         linear = [name for name in self.trace.order if isinstance(modules[name], nn.Linear)]
-        return bool(channels) and not any(part.image for part in channels) and not _makers(result, linear, self.trace)
+        return bool(own) and not any(part.image for part in own) and not _makers(own, linear, self.trace)
 
     def why_lost(self, name: str) -> str:
         """Why the channels that a layer is given could not be followed."""
@@ -544,7 +544,7 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
     if not layers:
         return frozenset()
     results = [y for y in tree_leaves(seen.result) if isinstance(y, Tensor) and y.ndim > 1]  # single numbers are parts
-    makers = [_makers(y, layers, seen) for y in results]
+    makers = [_makers(set(channels_of(y)), layers, seen) for y in results]
     linear = [[name for name in names if isinstance(modules[name], nn.Linear)] for names in makers]
     if len(results) > 1 and any(y.ndim == 2 for y in results):
         if all(names and y.ndim == 2 for y, names in zip(results, linear, strict=True)):
@@ -563,15 +563,15 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
     own, shape = set(channels_of(results[0])), results[0].shape
     last = makers[0][-1] if makers[0] else layers[-1]
     behind = seen.order[seen.order.index(last) + 1 :]
-    later = [modules[name] for name in behind if not own or not own.isdisjoint(flat(seen.outputs.get(name, ())))]
-    if own and all(segment.image for segment in own) and len(makers[0]) == 1:
+    later = [modules[name] for name in (_makers(own, behind, seen) if own else behind)]
+    if all(segment.image for segment in own) and len(makers[0]) == 1:
         return frozenset(makers[0])
     if any(True for module in later for _ in module.parameters()):
         return frozenset()
     if not isinstance(modules[last], nn.Linear):
         channels = sum(segment.size for segment in flat(seen.outputs.get(last, ())))
         colours = sum(segment.size for segment in flat(seen.inputs[""]))
-        is_image = (channels == colours or channels <= min(colours, 4)) and not (own and len(makers[0]) > 1)
+        is_image = (channels == colours or channels <= min(colours, 4)) and len(makers[0]) <= 1
         makes = shape[1:2] == (channels,) and (len(shape) == 2 or is_image)
     else:
         makes = not any(isinstance(module, REDUCTIONS) for module in later)
@@ -592,17 +592,12 @@ def _score_maps(
     own = {part for y in results for part in channels_of(y)}
     if not all(channels_of(y) for y in results):  # channels that were picked or compared cannot be followed
         own |= set(flat(seen.outputs.get(layers[-1], ())))
-    made = {part: [name for name in layers if part in flat(seen.outputs.get(name, ()))] for part in own}
-    names = frozenset(flatten.from_iterable(made.values()))
-    normed = [
-        name
-        for name in seen.order
-        if not own.isdisjoint(flat(seen.outputs.get(name, ()))) and any(True for _ in modules[name].parameters())
-    ]
+    names = frozenset(_makers(own, layers, seen))
+    learned = (name for name in _makers(own, seen.order, seen) if any(True for _ in modules[name].parameters()))
     if (
-        any(part.activated or len(makers) != 1 for part, makers in made.items())
+        any(part.activated or len(_makers({part}, layers, seen)) != 1 for part in own)
         or any(isinstance(modules[name], nn.Linear) for name in names)
-        or not names.issuperset(normed)
+        or not names.issuperset(learned)  # a norm
     ):
         return frozenset()
     is_1x1 = all(getattr(modules[name], "kernel_size", 0) == (1, 1) for name in names)
@@ -621,7 +616,6 @@ def _named(classifier: Any) -> frozenset[str]:
     return frozenset(classifier if isinstance(classifier, list | tuple | set) else [classifier]) - {""}
 
 
-def _makers(y: Tensor, layers: list[str], seen: Trace) -> list[str]:
-    """The layers whose channels an output of the network has."""
-    own = set(channels_of(y))
+def _makers(own: set[Segment], layers: list[str], seen: Trace) -> list[str]:
+    """The layers whose results have some of the channels ``own``."""
     return [name for name in layers if not own.isdisjoint(flat(seen.outputs.get(name, ())))]

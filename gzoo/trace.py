@@ -34,10 +34,11 @@ class Segment:
         activated: whether an activation of hidden layers acts on them.
     """
 
-    def __init__(self, size: int, image: bool = False, groups: Iterable[int] = (), folded: int = 1) -> None:
-        self.size, self.image, self.groups, self.folded = size, image, set(groups), folded
+    def __init__(
+        self, size: int, image: bool = False, groups: Iterable[int] = (), folded: int = 1, activated: bool = False
+    ) -> None:
+        self.size, self.image, self.groups, self.folded, self.activated = size, image, set(groups), folded, activated
         self.unfolded: Segment | None = None
-        self.activated = False
         self._became: tuple[Segment, ...] | None = None  # the parts that it was cut in, or what it was tied to
 
     def parts(self) -> "Segments":
@@ -50,10 +51,7 @@ class Segment:
     def cut(self, position: int) -> None:
         """Takes the segment apart after ``position`` channels."""
         sizes = position, self.size - position
-        parts = tuple(Segment(size, self.image, self.groups, self.folded) for size in sizes)
-        for part in parts:
-            part.activated = self.activated
-        self._became = parts
+        self._became = tuple(Segment(size, self.image, self.groups, self.folded, self.activated) for size in sizes)
 
     def tie(self, other: "Segment") -> None:
         """From now on the two are one; what is added to the image has no fibre, as the image has none."""
@@ -622,13 +620,13 @@ _REDUCTIONS = (
     *("std_mean", "var_mean"),
 )
 _SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split", "narrow", "__getitem__")
+
 # Of hidden layers; what makes probabilities or bounded numbers of logits is none.
 _ACTIVATIONS = {
     *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "rrelu_", "threshold", "threshold_"),
     *("elu", "elu_", "selu", "selu_", "celu", "celu_", "gelu", "silu", "mish", "hardswish", "hardtanh", "hardtanh_"),
     *("hardshrink", "softshrink", "tanhshrink", "softsign"),
 }
-
 _FOLLOWED: dict[str, Callable[..., bool]] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), _Follow._cat),
     "stack": _Follow._stack,
