@@ -584,8 +584,10 @@ def _score_maps(
 ) -> frozenset[str]:
     """The convolutions whose maps are the outputs, if those are maps of scores and not features; else none.
 
-    Features end in a norm, an activation of hidden layers or a sum, or are a pyramid: maps of several sizes, which are
-    scores only where 1x1 convolutions make all of them. Anything else may happen to scores on their way out.
+    Features end in a norm, an activation of hidden layers or a sum that another layer reads, too, as a residual block's
+    next one does (nothing else reads score maps that are summed, as those of an FCN are), or are a pyramid: maps of
+    several sizes, which are scores only where 1x1 convolutions make all of them. Anything else may happen to scores on
+    their way out.
     """
     if not results or any(y.ndim < 3 for y in results):
         return frozenset()
@@ -594,8 +596,10 @@ def _score_maps(
         own |= set(flat(seen.outputs.get(layers[-1], ())))
     names = frozenset(_makers(own, layers, seen))
     learned = (name for name in _makers(own, seen.order, seen) if any(True for _ in modules[name].parameters()))
+    summed = {part for part in own if len(_makers({part}, layers, seen)) > 1}
     if (
-        any(part.activated or len(_makers({part}, layers, seen)) != 1 for part in own)
+        any(part.activated or not _makers({part}, layers, seen) for part in own)
+        or any(not summed.isdisjoint(flat(seen.inputs.get(name, ()))) for name in layers)
         or any(isinstance(modules[name], nn.Linear) for name in names)
         or not names.issuperset(learned)  # a norm
     ):

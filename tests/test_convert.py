@@ -642,6 +642,29 @@ def test_maps_of_one_size_or_of_1x1_convolutions_are_logits_and_other_pyramids_f
         torch.testing.assert_close(turned, moved, rtol=0, atol=1e-12)
 
 
+def fcn(self, x):
+    """FCN-8's end (Long et al. 2015): scores of three sizes, summed up."""
+    fine = self.a(x)
+    middle = self.b(self.down(fine))
+    y = F.interpolate(self.of_coarse(self.down(middle)), middle.shape[2:], mode="bilinear") + self.of_middle(middle)
+    return F.interpolate(y, fine.shape[2:], mode="bilinear") + self.of_fine(fine)
+
+
+def deeplab(self, x):
+    """DeepLabV2's end (Chen et al. 2017, figure 7): a sum of scores, each by kernels of another dilation."""
+    features = self.b(self.a(x))
+    return self.of_fine(features) + self.of_middle(features) + self.of_coarse(features)
+
+
+@pytest.mark.parametrize(("forward", "kernel"), [(fcn, 1), (deeplab, 3)])
+def test_scores_that_are_summed_up_are_logits(forward, kernel):
+    scores = {f"of_{name}": conv(16, 7, kernel) for name in ("fine", "middle", "coarse")}
+    plain = Network(forward, a=block(3, 16), b=block(16, 16), down=nn.AvgPool2d(2), **scores)
+    model, x = with_random_statistics(gzoo.convert(plain, "p4m")).eval(), image((8, 12))
+    assert model(x).shape == plain.double()(x).shape
+    assert worst_error(model, "p4m", x, "image", "image") < 1e-12
+
+
 @pytest.mark.parametrize("pool", ["mean", "max"])
 def test_a_feature_extractor_that_gives_a_vector_pools_its_fibres(pool):
     plain = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), *head(8)[:2])
@@ -672,6 +695,12 @@ NO_IMAGE = {
     ),
     "a 1x1 convolution and an activation": (
         lambda: Network(lambda self, x: self.b(self.a(x)).relu(), a=block(3, 16), b=conv(16, 16, 1)),
+        3,
+    ),
+    "a residual block without norms": (
+        lambda: Network(
+            lambda self, x: (y := self.a(x)) + self.c(self.b(y)), a=conv(3, 16), b=block(16, 16), c=conv(16, 16)
+        ),
         3,
     ),
 }
