@@ -131,7 +131,7 @@ def render(results: dict[str, Any]) -> str:
         epochs = ", ".join(
             _epochs(run)
             + (f" of {run['config']['model']}" if deeper else "")
-            + f" over {run['config']['model_args'].get('subgroup', group)}"
+            + (f" over {run['config']['model_args'].get('subgroup', results['group'])}" if results["group"] else "")
             for run in trained
         )
     commands = "\n".join(run["command"] for run in runs)

@@ -68,7 +68,7 @@ def fill(model: nn.Module, plain: nn.Module, group: Group, weights: Weights) -> 
 
 @torch.no_grad()
 def grow(model: nn.Module, smaller: nn.Module) -> None:
-    """Fills an equivariant network, in place, from one over a subgroup H, or a shallower one, with as many fields.
+    """Fills a network, in place, from one over a subgroup H, or a shallower one, with as many fields.
 
     In eval mode the pooled features then are the mean (or maximum, whichever ``model`` pools by) over the cosets xH of
     those that ``smaller`` has for x^-1 image, and with the mean so are the logits; nearly so with norms over channels
@@ -80,9 +80,10 @@ def grow(model: nn.Module, smaller: nn.Module) -> None:
         gzoo.grow(model, smaller)
 
     Args:
-        model: a network over one group.
-        smaller: the same network over a subgroup, or over the group itself; stays as it is. It may lack residual blocks
-            that ``model`` has, if those start as the identity, as timm's do: p4m_resnet44 grows from p4m_resnet20.
+        model: a network over one group, or a plain one.
+        smaller: the same network over a subgroup, or over the group itself (plain if ``model`` is); stays as it is. It
+            may lack residual blocks that ``model`` has, if those start as the identity, as timm's do: p4m_resnet44
+            grows from p4m_resnet20, and resnet44 from resnet20.
 
     Raises:
         ValueError: the two have other layers, fields, bases or classes; a group is no subgroup; a layer's kernels are
@@ -90,9 +91,12 @@ def grow(model: nn.Module, smaller: nn.Module) -> None:
             weighs pixels by what it sees in all of them; a further block changes what it is given; or ``model`` is
             partial. It then is as it was.
     """
-    for network in (model, smaller):
-        if not isinstance(network, Equivariant):
-            raise ValueError(f"{type(network).__name__} is no network that gzoo.convert made, so it does not grow")
+    if isinstance(model, Equivariant) != isinstance(smaller, Equivariant):
+        kinds = [
+            f"{type(network).__name__} is {'' if isinstance(network, Equivariant) else 'not '}one of gzoo.convert's"
+            for network in (model, smaller)
+        ]
+        raise ValueError(f"{kinds[0]}, {kinds[1]}; grow a network from another like it, or convert both")
     for path, module in model.named_modules():
         if getattr(module, "one_for_all_poses", False):
             raise ValueError(

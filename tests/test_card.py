@@ -173,6 +173,8 @@ def test_a_card_tells_all_runs_that_a_network_was_grown_in():
     assert "(`gzoo.grow`): 5 epochs of shallower over c1, 5 epochs of shallower over p4, " in text
     assert f"over p4, 3 epochs of {model} over {group} on" in text
     assert "\n12 minutes on " in text
+    plain = card.render(results | {"group": None})
+    assert f"5 epochs of shallower, 5 epochs of shallower, 3 epochs of {model} on" in plain
 
 
 def test_a_card_tells_where_each_run_was_made_that_the_last_went_on_from(tmp_path):

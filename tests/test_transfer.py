@@ -572,6 +572,17 @@ def test_a_deeper_network_starts_as_the_mean_of_the_shallower_one(subgroup):
     assert model.stages[2][4].bn2.norm.weight.grad.abs().max() > 0
 
 
+def test_a_plain_network_grows_deeper_too_and_not_from_one_of_gzoos():
+    smaller = with_random_statistics(timm.create_model("resnet20", num_classes=3)).eval()
+    model, x = timm.create_model("resnet32", num_classes=3).double().eval(), random_image(3, (16, 20))
+    gzoo.grow(model, smaller)
+    assert model(x).equal(smaller(x))
+    equivariant = timm.create_model("p4_resnet20", num_classes=3)
+    for pair in ((equivariant, smaller), (smaller, equivariant)):
+        with pytest.raises(ValueError, match=r"StagedCNN is not one of gzoo.convert's.*convert both"):
+            gzoo.grow(*pair)
+
+
 def test_blocks_that_change_what_they_are_given_do_not_make_a_network_deeper():
     smaller, model = timm.create_model("p4_resnet20"), with_random_statistics(timm.create_model("p4_resnet32"))
     before = copy.deepcopy(model.state_dict())
