@@ -44,10 +44,13 @@ def test_every_entry_is_exact_in_float64(model, size):
 
 @pytest.mark.parametrize(
     ("model", "size"),
-    [pytest.param(e, sizes(e)[-1], id=e.name) for e in EQUIVARIANT if e.group in ("p4m", "c8")],
+    [
+        pytest.param(BY_NAME[name], sizes(BY_NAME[name])[-1], id=name)
+        for name in ("p4m_cnn7", "c8_cnn7", "p4m_allcnnc", "p4m_resnet44", "p4m_resnet50", "p4m_convnext_atto")
+    ],
     indirect=["model"],
 )
-def test_every_entry_is_exact_to_rounding_in_float32(model, size):
+def test_an_entry_is_exact_to_rounding_in_float32(model, size):
     assert gzoo.check(model, size, dtype=torch.float32).worst < 1e-5
 
 

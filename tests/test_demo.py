@@ -9,7 +9,7 @@ from gzoo.cli import main
 def test_the_demo_prints_its_tables_and_draws_its_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     images, labels = demo._digits()
-    monkeypatch.setattr(demo, "_digits", lambda: (images[:300], labels[:300]))
+    monkeypatch.setattr(demo, "_digits", lambda: (images[:100], labels[:100]))
     assert main(["demo", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     rows = {line.split()[0]: line.split()[1:] for line in said.splitlines() if ".rotmnist" in line}

@@ -32,6 +32,14 @@ def server() -> Iterator[Hub]:
         yield running
 
 
+@pytest.fixture
+def here(server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The server, as the Hub of this process."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return server
+
+
 def run(server: Hub, home: Path, *code: str, token: str = TOKEN, **more: str) -> subprocess.CompletedProcess[str]:
     """Python in another process, whose Hub is ``server`` and whose cache is ``home``."""
     environment = os.environ | {
@@ -49,11 +57,11 @@ def push(server: Hub, home: Path, *arguments: str, token: str = TOKEN) -> subpro
     return run(server, home, "-m", "gzoo.cli", "push", *arguments, token=token)
 
 
-def load(server: Hub, home: Path, name: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
+def load(server: Hub, home: Path, *names: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
     code = (
         "import timm, gzoo, torch; "
-        f"a, b = (timm.create_model(n, pretrained=True).eval() for n in ({name!r}, {CARD!r})); "
-        "x = torch.rand(2, 1, 28, 28); print(a.group_name, torch.equal(a(x), b(x)))"
+        f"b, *others = (timm.create_model(n, pretrained=True).eval() for n in {(CARD, *names)!r}); "
+        "x = torch.rand(2, 1, 28, 28); [print(a.group_name, torch.equal(a(x), b(x))) for a in others]"
     )
     return run(server, home, "-c", code, token=token)
 
@@ -64,18 +72,17 @@ def test_a_pushed_card_loads_in_another_process(server: Hub, tmp_path: Path) -> 
     assert f"{server.url}/lab/{CARD}/commit/{server.commits[f'lab/{CARD}']}" in pushed.stdout
     folder = card_folder() / CARD
     assert server.files[f"lab/{CARD}"] == {path.name: path.read_bytes() for path in folder.iterdir()}
-    loaded = load(server, tmp_path / "reader", f"hf-hub:lab/{CARD}", token="")
-    assert loaded.stdout == "p4 True\n", loaded.stderr
-    pinned = load(server, tmp_path / "pinned", f"hf-hub:lab/{CARD}@{server.commits[f'lab/{CARD}']}", token="")
-    assert pinned.stdout == "p4 True\n", pinned.stderr
+    names = f"hf-hub:lab/{CARD}", f"hf-hub:lab/{CARD}@{server.commits[f'lab/{CARD}']}"
+    loaded = load(server, tmp_path / "reader", *names, token="")
+    assert loaded.stdout == 2 * "p4 True\n", loaded.stderr
     again = push(server, tmp_path / "writer", CARD, "--org", "lab")  # the repository exists
     assert again.returncode == 0, again.stderr
 
 
-def test_a_private_repository_loads_with_a_token_only(server: Hub, tmp_path: Path) -> None:
-    assert push(server, tmp_path, CARD, "--org", "lab", "--private").returncode == 0
-    assert load(server, tmp_path / "owner", f"hf-hub:lab/{CARD}").stdout == "p4 True\n"
-    stranger = load(server, tmp_path / "stranger", f"hf-hub:lab/{CARD}", token="")
+def test_a_private_repository_loads_with_a_token_only(here: Hub, tmp_path: Path) -> None:
+    assert main(["push", CARD, "--org", "lab", "--private"]) == 0
+    assert load(here, tmp_path / "owner", f"hf-hub:lab/{CARD}").stdout == "p4 True\n"
+    stranger = load(here, tmp_path / "stranger", f"hf-hub:lab/{CARD}", token="")
     assert stranger.returncode == 1
     assert "401 Unauthorized" in stranger.stderr
 
@@ -197,14 +204,6 @@ def test_a_trained_model_is_pushed_and_loads_in_another_process(server: Hub, tmp
     loaded = run(server, tmp_path / "reader", "-c", code, token="")
     assert loaded.returncode == 0, loaded.stderr
     assert torch.load(tmp_path / "y.pt").equal(load_model(str(out), pretrained=True).eval()(x))
-
-
-@pytest.fixture
-def here(server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """The server, as the Hub of this process."""
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    return server
 
 
 def test_a_dry_run_uploads_nothing(here: Hub, capsys: pytest.CaptureFixture[str]) -> None:

@@ -165,7 +165,7 @@ def test_every_kind_of_window_is_equal_at_every_size_and_comes_back(group, basis
         # A kernel that is no square comes back as the square that it stands in.
         assert relative_error(back.filter(), ours.filter()) < 1e-5
         assert back.weight.shape[-2:] != ours.weight.shape[-2:] or relative_error(back.weight, ours.weight) < 1e-5
-        for height, width in [(7, 7), (8, 8), (5, 8), (6, 5)]:
+        for height, width in [(7, 7), (8, 5)]:
             image = x[..., :height, :width].float()
             with torch.no_grad():
                 assert relative_error(twin(image), ours(image)) < 1e-5

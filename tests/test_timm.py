@@ -159,12 +159,11 @@ def test_features_before_group_pooling_are_not_invariant():
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("pool", POOLS)
-@pytest.mark.parametrize("num_classes", [0, 3])
-def test_every_global_pool_gives_invariant_vectors(name, pool, num_classes):
+def test_every_global_pool_gives_invariant_vectors(name, pool):
     if "convnext" in name and pool == "catavgmax":
         pytest.skip("timm's own ConvNeXt refuses a pooling that changes the width")
-    model = random_model(name, global_pool=pool, num_classes=num_classes)
-    assert model(random_images(model)).shape == (1, num_classes or model.head_hidden_size)
+    model = random_model(name, global_pool=pool, num_classes=0)
+    assert model(random_images(model)).shape == (1, model.head_hidden_size)
     assert worst_change(model, model) < 1e-12
 
 
