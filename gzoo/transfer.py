@@ -33,7 +33,7 @@ from timm.layers import SpaceToDepth
 from torch import Tensor, nn
 
 from gzoo.bases import expand
-from gzoo.equivariant import SIGNATURE, Equivariant, copied
+from gzoo.equivariant import SIGNATURE, Equivariant, copied, group_of
 from gzoo.groups import Group
 from gzoo.nn import FibreNorm, GroupEca, InvariantConv2d, InvariantLinear, LiftingConv2d, PerElement, Subset
 from gzoo.nn.expand import ExpandedLayer
@@ -86,17 +86,17 @@ def grow(model: nn.Module, smaller: nn.Module) -> None:
             grows from p4m_resnet20, and resnet44 from resnet20.
 
     Raises:
-        ValueError: the two have other layers, fields, bases or classes; a group is no subgroup; a layer's kernels are
-            standardized, which more zeros would change; a layer attends from all poses at once, or mixes filters or
-            weighs pixels by what it sees in all of them; a further block changes what it is given; or ``model`` is
-            partial. It then is as it was.
+        ValueError: the two have other layers, fields, bases or classes; a group is no subgroup; one alone is plain; a
+            layer's kernels are standardized, which more zeros would change; a layer attends from all poses at once, or
+            mixes filters or weighs pixels by what it sees in all of them; a further block changes what it is given; or
+            ``model`` is partial. It then is as it was.
     """
+    for network in (model, smaller):
+        if not isinstance(network, Equivariant) and (SIGNATURE in network.state_dict() or group_of(network)):
+            raise ValueError(f"{type(network).__name__} is no network that gzoo.convert made, so it does not grow")
     if isinstance(model, Equivariant) != isinstance(smaller, Equivariant):
-        kinds = [
-            f"{type(network).__name__} is {'' if isinstance(network, Equivariant) else 'not '}one of gzoo.convert's"
-            for network in (model, smaller)
-        ]
-        raise ValueError(f"{kinds[0]}, {kinds[1]}; grow a network from another like it, or convert both")
+        plain = smaller if isinstance(model, Equivariant) else model
+        raise ValueError(f"{type(plain).__name__} is plain and the other network is not; convert it, too")
     for path, module in model.named_modules():
         if getattr(module, "one_for_all_poses", False):
             raise ValueError(
