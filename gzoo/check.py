@@ -13,10 +13,9 @@ import torch
 from timm.layers import SpaceToDepth
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from gzoo import groups
-from gzoo.equivariant import copied, group_of, like, removing, require_network
+from gzoo.equivariant import copied, group_of, like, removing, require_network, tensors_in
 from gzoo.equivarify import Canonicalized, Equivarified
 from gzoo.fields import level_groups, transform_features
 from gzoo.groups import Group
@@ -116,7 +115,7 @@ def check(
         size: height and width of the image in pixels; one number for a square.
         group: which group, or its name; by default the model's own, or of several stages the first.
         dtype: float64 tells a broken symmetry from rounding; float32 is what runs in use.
-        seed: of the random image.
+        seed: of the random image: normal numbers, or, where those give no finite output, some between 0 and 1.
         in_chans: channels of the image; by default those that the first convolution takes.
 
     Raises:
@@ -140,6 +139,9 @@ def check(
     x = torch.randn(1, channels, height, width, dtype=dtype, generator=generator).to(like(model).device)
 
     with _group_layers(model) as ran:
+        expected = _outputs(model, x)
+    if not all(y.isfinite().all() for y in expected.values()):  # the logarithm of a negative number, say
+        x = x.sigmoid()
         expected = _outputs(model, x)
     pooled = around or _is_pooled(ran, expected)
     mixture = _mixture(ran)
@@ -184,10 +186,14 @@ class KeepDouble(TorchFunctionMode):
     a broken symmetry."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        to_float = func is Tensor.float or (func in (Tensor.to, Tensor.type) and torch.float32 in args)
-        if to_float and args[0].dtype == torch.float64:
+        kwargs = kwargs or {}
+        if not args or not isinstance(args[0], Tensor) or args[0].dtype != torch.float64:
+            return func(*args, **kwargs)
+        if func is Tensor.float or (func in (Tensor.to, Tensor.type) and torch.float32 in (*args, *kwargs.values())):
             return args[0]
-        return func(*args, **(kwargs or {}))
+        if kwargs.get("dtype") == torch.float32:  # as in softmax(dim=1, dtype=torch.float32)
+            kwargs = kwargs | {"dtype": torch.float64}
+        return func(*args, **kwargs)
 
 
 def _sides(size: Any) -> tuple[int, int]:
@@ -198,7 +204,10 @@ def _sides(size: Any) -> tuple[int, int]:
 
 
 def in_channels(model: nn.Module) -> int:
-    """The channels of the image that ``model`` takes: those of its first convolution."""
+    """The channels of the image that ``model`` takes: those that it says itself, or those of its first convolution."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if "first_conv" not in config and config.get("input_size"):  # timm's does not know of in_chans
+        return int(config["input_size"][0])
     folded = 1
     for module in model.modules():
         if isinstance(module, SpaceToDepth | nn.PixelUnshuffle):
@@ -226,7 +235,7 @@ def _outputs(model: Any, x: Tensor) -> dict[str, Tensor]:
         output = model(x)
     if isinstance(output, Tensor):
         return {"logits": output}
-    tensors = [y for y in tree_leaves(output) if isinstance(y, Tensor)]  # of a tuple or dictionary
+    tensors = tensors_in(output)
     if not tensors:
         raise ValueError(f"{type(model).__name__} gives a {type(output).__name__} without a tensor in it to check")
     return _named(tensors)
@@ -339,7 +348,7 @@ def _recorded_outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     if isinstance(output, Tensor):
         return outputs | {"": output}
     # Tensors in a list, a tuple or a dictionary: a path in the output, which is none of a module.
-    return outputs | {f"[{i}]": y for i, y in enumerate(tree_leaves(output)) if isinstance(y, Tensor)}
+    return outputs | {f"[{i}]": y for i, y in enumerate(tensors_in(output))}
 
 
 def _possible(group: Group, y: Tensor, g: int, found: Tensor) -> Iterator[Tensor]:

@@ -22,12 +22,11 @@ from torch._dynamo import OptimizedModule
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves
 
 from gzoo import groups
 from gzoo.bases import BasisName
 from gzoo.check import KeepDouble, first_broken_layer, relative_error
-from gzoo.equivariant import EquivariantClassifier, group_of, make_equivariant, removing
+from gzoo.equivariant import EquivariantClassifier, group_of, make_equivariant, removing, tensors_in
 from gzoo.groups import Group
 from gzoo.nn import PoseConv2d, PoseLinear, Restriction, restrict_output
 from gzoo.nn.linear import Head, Pooling
@@ -510,7 +509,7 @@ def _outputs(network: nn.Module, x: Tensor, paths: Collection[str]) -> list[Tens
 
     with removing([network.get_submodule(path).register_forward_hook(record) for path in paths]):
         y = network(x)
-    return given or tree_leaves(y)
+    return given or tensors_in(y)
 
 
 @contextmanager
@@ -583,14 +582,23 @@ def calibrate(probe: nn.Module, x: Tensor) -> None:
 
 def image_for(probe: nn.Module) -> Tensor:
     """The smallest random image, (1, C, H, W), of the sizes tried that the converted network takes."""
+    reason: Exception | None = None
     for most in _CHECKED_SIZES:
         x = example(probe, most)[:1]
-        try:
-            with _path_in_errors(probe), torch.no_grad(), KeepDouble():
-                probe(x)
-            return x
-        except (RuntimeError, TypeError, ValueError) as error:
-            reason = error
+        for image in (x, x.sigmoid()):  # numbers as photographs have them: of others there may be no root or logarithm
+            try:
+                with _path_in_errors(probe), torch.no_grad(), KeepDouble():
+                    output = probe(image)
+            except Exception as error:  # a network for other sizes says so in any way, by an assertion, say
+                reason = error
+                break
+            if all(y.isfinite().all() for y in tensors_in(output)):
+                return image
+    if reason is None:
+        raise ValueError(
+            f"the converted {type(probe).__name__} gives numbers that are not finite, so it cannot be checked: for "
+            "random images, normal ones and such between 0 and 1"
+        )
     raise ValueError(
         f"the converted {type(probe).__name__} does not run ({reason}). Plain widths that its forward fixes in numbers "
         f"must be kept as an attribute, or taken from the shape of a map. {WHOLE_NETWORK}"
@@ -617,8 +625,8 @@ def _path_in_errors(model: nn.Module) -> Iterator[None]:
     with removing([module.register_forward_pre_hook(hook(name)) for name, module in layers]):
         try:
             yield
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"at {last}: {error}") from error
+        except Exception as error:
+            raise ValueError(f"at {last}: {error or type(error).__name__}") from error
 
 
 def _check_poses(
@@ -631,6 +639,11 @@ def _check_poses(
 ) -> None:
     at_size = f"under {group.name} at {x.shape[-2]}x{x.shape[-1]} pixels"
     broken = first_broken_layer(probe, x, group, tolerance, elements, stage)
+    if broken is not None and any(not y.equal(z) for y, z in zip(*(tensors_in(probe(x)) for _ in "12"), strict=True)):
+        raise ValueError(
+            f"{type(probe).__name__} gives two results for one image, in evaluation, too, so its symmetry cannot be "
+            "checked: let what is random in it, such as a dropout, depend on self.training"
+        )
     if broken and not broken.startswith("["):
         module = probe.get_submodule(broken)
         raise ValueError(

@@ -7,12 +7,14 @@ here in front of it.
 import copy
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from itertools import chain as flatten
 from typing import Any, ClassVar, get_args
 
 import torch
 from timm.layers import NormMlpClassifierHead
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from gzoo import groups
@@ -68,6 +70,30 @@ def like(model: nn.Module) -> Tensor:
     """A floating-point number of the network, for its device and dtype; one of its buffers if it has no parameters."""
     tensors = flatten(model.parameters(), model.buffers(), [torch.empty(0)])
     return next(tensor for tensor in tensors if tensor.is_floating_point())
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """The tensors in what a network gives: in tuples, mappings and dataclasses of any kind, however nested.
+
+    Raises:
+        ValueError: there is an object of another kind in it, where tensors would be overlooked.
+    """
+    found: list[Tensor] = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, Mapping):  # of a class of its own, which tree_leaves takes for a leaf
+            found += tensors_in(list(leaf.values()))
+        elif isinstance(leaf, list | tuple):
+            found += tensors_in(list(leaf))
+        elif is_dataclass(leaf):
+            found += tensors_in([getattr(leaf, field.name) for field in fields(leaf)])
+        elif hasattr(leaf, "__dict__"):
+            raise ValueError(
+                f"the network's output has a {type(leaf).__name__} in it, in which gzoo does not look for tensors; "
+                "give a tensor, or a tuple, dictionary or dataclass of tensors"
+            )
+    return found
 
 
 @contextmanager
@@ -169,10 +195,15 @@ class EquivariantClassifier(Equivariant):
         With poses the logits are (B, num_classes, |G|).
 
         Without a classifier (``num_classes=0``) or with ``pre_logits`` the features are pooled over pixels and over the
-        fibre, so that whatever a user puts on top is invariant. Without spatial pooling they stay regular fields.
+        fibre, so that whatever a user puts on top is invariant. Without spatial pooling they stay regular fields. A
+        layer of torch's own that was put in the classifier's place is given the group-pooled features, too.
         """
-        y = super().forward_head(x, pre_logits=pre_logits)  # type: ignore[misc]
         heads = classifiers(self)
+        if not pre_logits and len(heads) == 1 and _is_foreign(heads[0]):
+            features = self.forward_head(x, pre_logits=True)
+            if features.ndim == 2:
+                return _own_head(heads[0], features)
+        y = super().forward_head(x, pre_logits=pre_logits)  # type: ignore[misc]
         if pre_logits or not any(True for head in heads for _ in head.parameters()):
             return self.group_pool(y) if y.ndim == 2 else y
         is_map_of_poses = any(isinstance(part, PoseConv2d) for head in heads for part in head.modules())
@@ -228,9 +259,33 @@ def classifiers(model: Any) -> tuple[nn.Module, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
+def _is_foreign(head: nn.Module) -> bool:
+    """Whether a classifier has weights, and none of gzoo's layers, which know about fibres."""
+    plain = all(type(part).__module__.startswith(("torch.nn.", "timm.")) for part in head.modules())
+    return plain and any(True for _ in head.parameters())
+
+
+def _own_head(head: nn.Module, features: Tensor) -> Tensor:
+    wanted = getattr(head, "in_features", features.shape[1])
+    if wanted != features.shape[1]:
+        raise ValueError(
+            f"the {type(head).__name__} in the classifier's place takes {wanted} features; pooled over the fibre there "
+            f"are {features.shape[1]}. model.reset_classifier(num_classes) makes a classifier that fits"
+        )
+    logits: Tensor = head(features)
+    return logits
+
+
 def require_same_group(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """Raises ValueError unless model and checkpoint are over the same group and basis, or both plain."""
     own, found = dict(model.named_buffers()).get(SIGNATURE), state_dict.get(SIGNATURE)
+    wrapped = next((key for key in state_dict if key.endswith(f".{SIGNATURE}")), None)
+    if found is None and own is not None and wrapped is not None:
+        prefix = wrapped.removesuffix(SIGNATURE)
+        raise ValueError(
+            f"the names in this checkpoint begin with {prefix!r}, as those of a wrapped network do (torch.compile, "
+            f"DistributedDataParallel); give {{key.removeprefix({prefix!r}): value for key, value in its items()}}"
+        )
     own_values, found_values = (None if signature is None else _values(signature) for signature in (own, found))
     for values in (own_values, found_values):
         _split_off_pool(values)

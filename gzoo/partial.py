@@ -19,10 +19,9 @@ import torch
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from gzoo.equivariant import removing
+from gzoo.equivariant import removing, tensors_in
 from gzoo.groups import Group
 from gzoo.nn import (
     Arc,
@@ -143,8 +142,8 @@ def _unkept_maps(model: nn.Module, group: Group, x: Tensor) -> list[nn.Module]:
     handles += [module.register_forward_pre_hook(look) for module in _readers(model)]
     with torch.enable_grad():
         output = _run_dropping(model, group, x, handles)
-        for y in tree_leaves(output):
-            if isinstance(y, Tensor) and y.ndim > 1 and y.shape[1] % group.order == 0:
+        for y in tensors_in(output):
+            if y.ndim > 1 and y.shape[1] % group.order == 0:
                 # May be fibres; if it is not, the head saw them before.
                 seen.append(_weighed(_dropped(None, y, group)))
         total = sum(seen, torch.zeros(()))

@@ -19,12 +19,11 @@ import timm
 import torch
 from timm.layers import CondConv2d
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from gzoo import groups
 from gzoo.bases import BasisName, lifting_basis, regular_basis
 from gzoo.check import in_channels
-from gzoo.equivariant import classifiers, group_of, like
+from gzoo.equivariant import classifiers, group_of, like, tensors_in
 from gzoo.groups import Group
 from gzoo.trace import Segment, Segments, Trace, channels_of, flat, trace
 
@@ -36,7 +35,7 @@ SCALE: dict[Match, Callable[[int], float]] = {
     "width": lambda order: 1.0,
 }
 
-WHOLE_NETWORK = "gzoo.equivarify and gzoo.canonicalize take any network as it is"
+WHOLE_NETWORK = "gzoo.equivarify and gzoo.canonicalize take any network that gives one vector or map, as it is"
 
 _TOLERANCE = 0.1  # of the plain network's parameters or multiply-adds
 
@@ -199,8 +198,8 @@ class Plan:
 
         Not what a linear layer made, whose number of channels may be meant, nor what was normalized over channels.
         """
-        result = self.trace.result
-        if not isinstance(result, Tensor) or result.ndim != 2 or not _OVER_CHANNELS.isdisjoint(self.trace.later):
+        result, later = self.trace.result, self.trace.functions[self.trace.after_layers :]
+        if not isinstance(result, Tensor) or result.ndim != 2 or any(name in _OVER_CHANNELS for name, _ in later):
             return False
         own, modules = set(channels_of(result)), dict(self.model.named_modules())
         linear = [name for name in self.trace.order if isinstance(modules[name], nn.Linear)]
@@ -211,6 +210,12 @@ class Plan:
         step = self.trace.lost[name]
         if step in _AS_MODULES:
             return f"its channels come out of the function {step!r}; use the module {_AS_MODULES[step]} in its place"
+        if step in ("cat", "concat", "concatenate", "stack"):
+            return (
+                f"its channels come out of {step!r} with a tensor that is not made of the image, such as positions, "
+                "a class token or noise, or has its channels elsewhere. Give positions as channels of the image. "
+                f"{WHOLE_NETWORK}"
+            )
         return (
             f"its channels come out of {step!r}, through which gzoo cannot follow them: a step that "
             "mixes channels or pixels, such as attention, a shuffle of channels or a flattened map, has no equivariant "
@@ -358,13 +363,14 @@ def plan(
                 f"classifier is {path!r}; {type(model).__name__} has no convolution or Linear of that path. Give the "
                 "path of a layer that makes logits, as named_modules() spells it, a list of several, or '' if none"
             )
-    seen = trace(model, example(model))
+    x = example(model)
+    seen = trace(model, x)
     if seen.over_pixels:
         raise ValueError(
             f"{seen.over_pixels[0]} is linear over pixels or tokens, each with a weight of its own, which has no "
             f"equivariant counterpart here; use a convolution. {WHOLE_NETWORK}"
         )
-    found = _classifiers(model, seen) if classifier is None else paths
+    found = paths if classifier is not None else _classifiers(model, seen) | _more_in_training(model, x, seen)
     for segment in (part for path in found for part in flat(seen.outputs.get(path, ()))):
         segment.image = True  # logits have no fibre, wherever they go
     sizes = {part.size for segments in seen.outputs.values() for part in flat(segments) if not part.image}
@@ -500,11 +506,9 @@ def _short(number: float) -> str:
 
 def example(model: nn.Module, most: int | None = None) -> Tensor:
     """Random images that the network takes: two of its own input size, at most ``most`` pixels wide and high."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    given = config.get("input_size")
+    given = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
     height, width = (given or (3, 64, 64))[1:]
-    parameter = like(model)
-    channels = given[0] if given and "first_conv" not in config else in_channels(model)  # timm's leaves in_chans out
+    parameter, channels = like(model), in_channels(model)
     generator = torch.Generator().manual_seed(0)
     size = (min(height, most or height), min(width, most or width))
     x = torch.randn(2, channels, *size, generator=generator, device="cpu")
@@ -543,7 +547,7 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
     layers = [name for name in seen.order if isinstance(modules[name], _MAKES_LOGITS)]
     if not layers:
         return frozenset()
-    results = [y for y in tree_leaves(seen.result) if isinstance(y, Tensor) and y.ndim > 1]  # single numbers are parts
+    results = [y for y in tensors_in(seen.result) if y.ndim > 1]  # single numbers are parts
     makers = [_makers(set(channels_of(y)), layers, seen) for y in results]
     linear = [[name for name in names if isinstance(modules[name], nn.Linear)] for names in makers]
     if len(results) > 1 and any(y.ndim == 2 for y in results):
@@ -582,38 +586,62 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
 def _score_maps(
     results: list[Tensor], layers: list[str], modules: Mapping[str, nn.Module], seen: Trace
 ) -> frozenset[str]:
-    """The convolutions whose maps are the outputs, if those are maps of scores and not features; else none.
+    """The convolutions that make those maps among the outputs that are scores and not features.
 
-    Features end in a norm, an activation of hidden layers or a sum that another layer reads, too, as a residual block's
-    next one does (nothing else reads score maps that are summed, as those of an FCN are), or are a pyramid: maps of
-    several sizes, which are scores only where 1x1 convolutions make all of them. Anything else may happen to scores on
-    their way out.
+    Features end in a norm, in an activation of hidden layers, or in a sum that another layer reads, too, as a residual
+    block's next one does (nothing else reads score maps that are summed, as those of an FCN are). Maps of several sizes
+    are a pyramid of features, but if 1x1 convolutions make all scores among them. What is activated, and read by
+    nothing else, is a score beside another (distances beside a probability). Anything else may happen to scores.
     """
     if not results or any(y.ndim < 3 for y in results):
         return frozenset()
     own = {part for y in results for part in channels_of(y)}
     if not all(channels_of(y) for y in results):  # channels that were picked or compared cannot be followed
         own |= set(flat(seen.outputs.get(layers[-1], ())))
-    names = frozenset(_makers(own, layers, seen))
-    learned = (name for name in _makers(own, seen.order, seen) if any(True for _ in modules[name].parameters()))
-    summed = {part for part in own if len(_makers({part}, layers, seen)) > 1}
-    if (
-        any(part.activated or not _makers({part}, layers, seen) for part in own)
-        or any(not summed.isdisjoint(flat(seen.inputs.get(name, ()))) for name in layers)
-        or any(isinstance(modules[name], nn.Linear) for name in names)
-        or not names.issuperset(learned)  # a norm
-    ):
+    learned = [name for name in seen.order if any(True for _ in modules[name].parameters())]
+    read = {part for name in layers for part in flat(seen.inputs.get(name, ()))}
+
+    def is_score(part: Segment) -> bool:
+        makers = _makers({part}, layers, seen)
+        return (
+            bool(makers)
+            and not any(isinstance(modules[name], nn.Linear) for name in makers)
+            and set(makers).issuperset(_makers({part}, learned, seen))  # else a norm
+            and not (part in read and (part.activated or len(makers) > 1))
+        )
+
+    scores = {part for part in own if is_score(part)}
+    if all(part.activated for part in scores):
         return frozenset()
+    names = frozenset(_makers(scores, layers, seen))
     is_1x1 = all(getattr(modules[name], "kernel_size", 0) == (1, 1) for name in names)
     return names if is_1x1 or len({y.shape[2:] for y in results}) == 1 else frozenset()
+
+
+def _more_in_training(model: nn.Module, x: Tensor, seen: Trace) -> frozenset[str]:
+    """The layers that make logits that a network gives in training beside the others, such as maps from its sides."""
+    try:
+        training = trace(model, x, training=True)
+    except ValueError:  # it wants labels then, say
+        return frozenset()
+    counts = [len(tensors_in(run.result)) for run in (training, seen)]
+    if hasattr(model, "get_classifier") or counts[0] == counts[1]:
+        return frozenset()
+    if found := _classifiers(model, training):
+        return found
+    raise ValueError(
+        f"{type(model).__name__} gives {counts[0]} outputs in training and {counts[1]} in evaluation; say which layers "
+        "make logits, as in classifier=['head', 'side'], or classifier='' if all outputs are features"
+    )
 
 
 def bent_logits(model: nn.Module, classifier: str | Sequence[str] | None) -> frozenset[str]:
     """The layers that make logits if the network goes on with functions of them, such as probabilities; else none."""
     seen = trace(model, example(model))
-    if _COPIES.issuperset(seen.later):
-        return frozenset()
-    return _named(classifier) if classifier is not None else _classifiers(model, seen)
+    found = _named(classifier) if classifier is not None else _classifiers(model, seen)
+    logits = {part for path in found for part in flat(seen.outputs.get(path, ()))}
+    bent = (name for name, given in seen.functions if not logits.isdisjoint(flat(given)))
+    return frozenset() if _COPIES.issuperset(bent) else found
 
 
 def _named(classifier: Any) -> frozenset[str]:

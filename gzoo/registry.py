@@ -244,7 +244,7 @@ _DETAILS: dict[str, dict[str, Any]] = {
     "unet": {"paper": _RONNEBERGER},
     "wrn16_8": {"paper": "arXiv:1605.07146"},
     "wrn28_10": {"paper": "arXiv:1605.07146"},
-    "resnet44": {"paper": _COHEN_WELLING},
+    "resnet44": {"weights": ("cifar10",), "paper": _COHEN_WELLING},
     "resnet20": {"weights": ("cifar10",)},
     "p4m_resnet20": {"weights": ("cifar10",)},
     "p4m_resnet44": {"weights": ("cifar10",), "paper": _COHEN_WELLING},
@@ -334,6 +334,9 @@ def _factory(name: str, entry: Entry | None) -> Callable[..., nn.Module]:
             _refuse_options(f"{name}.{config.tag}" if config.tag else name, kwargs)
         if name in _CONTINUOUS and kwargs.get("features_only"):
             raise ValueError(f"{name} gives no pyramid of features; take forward_features, or p4_resnet18 and its like")
+        # The getter takes the stages from forward_intermediates, so a features_only model keeps its group. It alone
+        # takes None for all levels; timm's default for others is five.
+        levels = {"feature_cls": "getter"} | ({} if "feature_cls" in kwargs else {"out_indices": None})
         with weights.explained(config) if pretrained else nullcontext():
             if pretrained:
                 overlay |= weights.verified(config, kwargs.get("cache_dir"))
@@ -344,8 +347,7 @@ def _factory(name: str, entry: Entry | None) -> Callable[..., nn.Module]:
                 pretrained_cfg=pretrained_cfg,
                 pretrained_cfg_overlay=overlay,
                 pretrained_filter_fn=weights.require_fit,
-                # The getter takes the stages from forward_intermediates, so a features_only model keeps its group.
-                feature_cfg={"feature_cls": "getter", "out_indices": None},
+                feature_cfg=levels,
                 **kwargs,
             )
 

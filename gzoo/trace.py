@@ -120,7 +120,8 @@ class Trace:
             them, or by products of queries and keys; with these channels.
         over_pixels: linear layers over something else than channels.
         lost: leaf modules whose input could not be followed, with the operation that lost it.
-        later: the functions of feature maps that ran after the last convolution or linear layer, in order.
+        functions: those of feature maps that ran, in order, with the channels that they were given.
+        after_layers: how many of them ran before the last convolution or linear layer was done.
         result: the network's output.
     """
 
@@ -134,26 +135,28 @@ class Trace:
     coupled: list[tuple[str, Segments]] = field(default_factory=list)
     over_pixels: list[str] = field(default_factory=list)
     lost: dict[str, str] = field(default_factory=dict)
-    later: list[str] = field(default_factory=list)
+    functions: list[tuple[str, Segments]] = field(default_factory=list)
+    after_layers: int = 0
     result: Any = None
 
 
-def trace(model: nn.Module, x: Tensor) -> Trace:
+def trace(model: nn.Module, x: Tensor, training: bool = False) -> Trace:
     """Runs a copy of ``model`` on x and follows the channels. Without arithmetic, where the model can do without.
 
     Args:
         model: a plain network; stays as it is.
         x: images (B, C, H, W).
+        training: whether it runs as in training.
 
     Raises:
         ValueError: the network does not run.
     """
     try:
-        return _run(_without_numbers(model), x.to("meta"))
+        return _run(_without_numbers(model).train(training), x.to("meta"))
     except Exception:  # what reads numbers, or keeps tensors that are no buffers, has to be run for real
         pass
     try:
-        return _run(copy.deepcopy(model), x)
+        return _run(copy.deepcopy(model).train(training), x)
     except Exception as error:
         hint = (
             "If it takes other channels, or one size only, say so: "
@@ -187,7 +190,7 @@ def _run(model: nn.Module, x: Tensor) -> Trace:
     _mark(x, 1, (Segment(x.shape[1], image=True),))
     try:
         with torch.no_grad(), follow:
-            seen.result = model.eval()(x)
+            seen.result = model(x)
     except Exception as error:
         error.gzoo_path = follow.path[-1]  # type: ignore[attr-defined]
         raise
@@ -311,7 +314,7 @@ class _Follow(TorchFunctionMode):
             self.path.pop()
             inputs += tuple(named.values())
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.PixelShuffle | nn.Linear):
-                self.seen.later.clear()
+                self.seen.after_layers = len(self.seen.functions)
             channels = _channels(inputs[0]) if inputs else None
             if channels and isinstance(module, nn.Conv2d | nn.ConvTranspose2d | CondConv2d):
                 for shares in (_channels(x) for x in inputs[1:]):  # of CondConv's experts, the same for a whole fibre
@@ -362,9 +365,10 @@ class _Follow(TorchFunctionMode):
         if name == "__get__":  # a property: x.mT
             name = func.__self__.__name__
         if outputs:
-            self.seen.later.append(name)
-        if name in _ACTIVATIONS and (given := _channels(inputs[0])):
-            for segment in flat(given.segments):
+            given = tuple(part for x in inputs if (known := _channels(x)) for part in known.segments)
+            self.seen.functions.append((name, given))
+        if name in _ACTIVATIONS and (own := _channels(inputs[0])):
+            for segment in flat(own.segments):
                 segment.activated = True
         before = [(x, _channels(x)) for x in outputs if any(x is y for y in inputs)]  # written in place
         followed = _FOLLOWED.get(name, _Follow._inherit)(self, outputs, inputs, args, kwargs)
@@ -425,6 +429,21 @@ class _Follow(TorchFunctionMode):
             tie(first.segments, channels.segments)  # type: ignore[union-attr]
         _mark(out, first.dim + (new <= first.dim), first.segments)
         return True
+
+    def _repeat(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
+        out, channels = outputs[0], _channels(inputs[0])
+        if channels is None or out.ndim != inputs[0].ndim:
+            return False
+        times = out.shape[channels.dim] // _total(channels.segments)
+        _mark(out, channels.dim, channels.segments * times)
+        return True
+
+    def _expand(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
+        channels = _channels(inputs[0])
+        if channels and outputs[0].ndim == inputs[0].ndim and not all(part.image for part in flat(channels.segments)):
+            _mark(outputs[0], *channels)  # one channel for all: it stays one, as where broadcasting expands it
+            return True
+        return self._repeat(outputs, inputs, args, kwargs)
 
     def _split(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         channels = _channels(inputs[0])
@@ -630,6 +649,8 @@ _ACTIVATIONS = {
 _FOLLOWED: dict[str, Callable[..., bool]] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), _Follow._cat),
     "stack": _Follow._stack,
+    **dict.fromkeys(("repeat", "tile"), _Follow._repeat),
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _Follow._expand),
     **dict.fromkeys(_SPLITS[:4], _Follow._split),
     "narrow": _Follow._narrow,
     "__getitem__": _Follow._getitem,

@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
@@ -21,7 +23,7 @@ from timm.models.inception_v3 import InceptionB, InceptionD
 from timm.models.mobilenetv5 import MobileNetV5MultiScaleFusionAdapter
 from timm.models.mobilevit import MobileVitV2Block
 from timm.models.swiftformer import EfficientAdditiveAttention
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import prune
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -228,9 +230,42 @@ def test_a_rule_of_the_user_takes_what_sees_the_image_too(monkeypatch):
     assert isinstance(model[0], gzoo.nn.LiftingConv2d)
 
 
-def test_a_network_that_makes_its_images_float32_converts():
-    plain = Network(lambda self, x: self.body(x.to(torch.float32) / 255), body=small())
+# What a network may do to its images first.
+PREPARED = {
+    "made float32": lambda x: x.to(torch.float32) / 255,
+    "made float32 by keyword": lambda x: x.to(dtype=torch.float32) - x.mean((2, 3), keepdim=True, dtype=torch.float32),
+    "optical density": lambda x: -torch.log(x + 1e-3),
+    "gray to three channels": lambda x: x[:, :1].expand(-1, 3, -1, -1),
+    "repeated": lambda x: x[:, :1].repeat(1, 3, 1, 1),
+}
+
+
+@pytest.mark.parametrize("step", PREPARED)
+def test_a_network_that_prepares_its_images_converts(step):
+    plain = Network(lambda self, x: self.body(PREPARED[step](x)), body=small())
     assert gzoo.check(gzoo.convert(plain, "p4"), 9).worst < 1e-12
+
+
+def test_one_channel_that_is_expanded_stays_one():
+    """As an attention map, or as what a global pooling gives back to each pixel."""
+
+    def run(self, x):
+        y = self.a(x)
+        everywhere = y.mean((2, 3), keepdim=True).expand(-1, -1, *y.shape[2:])
+        return self.c(torch.cat((y * self.b(y).sigmoid().expand_as(y), everywhere), 1))
+
+    model = gzoo.convert(Network(run, a=block(3, 16), b=conv(16, 1, 1), c=conv(32, 5, 1)), "p4m")
+    assert model.b(model.a(image().float())).shape[1] == 1
+    assert worst_error(with_random_statistics(model).eval(), "p4m", image((9, 12)), "image", "image") < 1e-12
+
+
+@pytest.mark.parametrize(("wrap", "prefix"), [(torch.compile, "_orig_mod."), (nn.DataParallel, "module.")])
+def test_weights_of_a_wrapped_network_say_how_they_load(wrap, prefix):
+    model = gzoo.convert(small(), "p4")
+    state = wrap(gzoo.convert(small(), "p4")).state_dict()
+    with pytest.raises(ValueError, match=f"^the names in this checkpoint begin with '{prefix}', .* give {{key.remove"):
+        model.load_state_dict(state)
+    model.load_state_dict({key.removeprefix(prefix): value for key, value in state.items()})
 
 
 def test_a_part_of_a_network_refuses_the_weights_of_another_group():
@@ -622,6 +657,120 @@ def test_a_map_that_a_convolution_makes_is_one_of_logits(end, kernel):
     for g in range(8):
         for y, turned in zip(upright, run(model, p4m.transform_image(x, g)), strict=True):
             torch.testing.assert_close(turned, p4m.transform_image(y, g), rtol=0, atol=1e-12)
+
+
+@dataclass
+class Result:
+    logits: Tensor
+
+
+class OwnDict(dict):
+    pass
+
+
+# Ways to give two maps: what holds them, and how to get at them.
+HOLDERS = {
+    "dictionary of its own class": (lambda y, z: OwnDict(y=y, z=z), lambda out: (out["y"], out["z"])),
+    "dataclasses in a list": (lambda y, z: [Result(y), Result(z)], lambda out: (out[0].logits, out[1].logits)),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_logits_are_found_and_checked_in_any_holder(holder):
+    hold, get = HOLDERS[holder]
+    plain = Network(lambda self, x: hold(self.b(self.a(x)), self.c(self.a(x)).sigmoid()), **two_heads())
+    model, x = gzoo.convert(plain, "p4").double().eval(), image((9, 12))
+    for y, turned in zip(get(model(x)), get(model(x.rot90(1, (2, 3)))), strict=True):
+        torch.testing.assert_close(turned, y.rot90(1, (2, 3)), rtol=0, atol=1e-12)
+    assert [y.shape[1] for y in get(model(x))] == [7, 1]
+    cropped = Network(lambda self, x: hold(self.b(self.a(x))[..., 1:, 1:], self.c(self.a(x))), **two_heads())
+    with pytest.raises(ValueError, match=r"^the output\[0\] of EquivariantNetwork is not equivariant"):
+        gzoo.convert(cropped, "p4")
+
+
+def test_an_output_that_may_hide_tensors_is_refused():
+    plain = Network(lambda self, x: SimpleNamespace(y=self.b(self.a(x)), z=self.c(self.a(x))), **two_heads())
+    with pytest.raises(ValueError, match=r"output has a SimpleNamespace in it, .* dictionary or dataclass of tensors"):
+        gzoo.convert(plain, "p4")
+
+
+def two_heads():
+    return {"a": block(3, 16), "b": conv(16, 7), "c": conv(16, 1)}
+
+
+# Two outputs of one size, how wide b is, and the channels of both: none where they are features.
+BESIDE = {
+    "distances beside a probability": (lambda self, y: (self.c(y).sigmoid(), self.b(y).relu()), 7, (1, 7)),
+    "features that logits are made of": (lambda self, y: (y, self.b(y) + self.c(y)), 1, (None, 1)),
+    "activated features that logits are made of": (lambda self, y: ((z := self.b(y).relu()), self.c(z)), 16, (None, 1)),
+}
+
+
+@pytest.mark.parametrize("outputs", BESIDE)
+def test_scores_beside_another_output_are_logits(outputs):
+    run, width, channels = BESIDE[outputs]
+    layers = {"a": block(3, 16), "b": conv(16, width), "c": conv(16, 1)}
+    model = gzoo.convert(Network(lambda self, x: run(self, self.a(x)), **layers), "p4").double().eval()
+    x, p4 = image((9, 12)), groups.get("p4")
+    for y, turned, own in zip(model(x), model(x.rot90(1, (2, 3))), channels, strict=True):
+        moved = p4.transform_features(y, 1) if own is None else y.rot90(1, (2, 3))
+        torch.testing.assert_close(turned, moved, rtol=0, atol=1e-12)
+        assert y.shape[1] == own or (own is None and y.shape[1] % 4 == 0)
+
+
+def deeply_supervised(end):
+    def run(self, x):
+        y = self.a(x)
+        side = F.interpolate(self.b(self.down(y)), y.shape[2:], mode="bilinear")
+        scores = self.c(torch.cat((y, side), 1))
+        return end(self, scores, side) if self.training else scores
+
+    layers = {"a": block(3, 16), "down": nn.AvgPool2d(2), "b": conv(16, 7), "c": conv(23, 7)}
+    return Network(run, **layers)
+
+
+def test_logits_that_are_given_in_training_only_are_logits():
+    model = gzoo.convert(deeply_supervised(lambda self, y, side: [y, side]), "p4m")
+    assert [y.shape[1] for y in model.train()(image().float())] == [7, 7]
+    model, x = with_random_statistics(model).eval(), image((9, 12))
+    assert worst_error(model, "p4m", x, "image", "image") < 1e-12
+    assert gzoo.convert(deeply_supervised(None).eval(), "p4m")(image().float()).shape[1] == 7
+
+
+def test_outputs_in_training_that_nothing_is_known_of_are_asked_for():
+    plain = deeply_supervised(lambda self, y, side: [y.relu(), side.relu()])
+    with pytest.raises(ValueError, match=r"gives 2 outputs in training and 1 in evaluation; say .* classifier=\['"):
+        gzoo.convert(plain, "p4")
+    model = gzoo.convert(plain, "p4", classifier=["b", "c"])
+    assert [y.shape[1] for y in model.train()(image().float())] == [7, 7]
+
+
+@pytest.mark.parametrize("named", [None, ["b", "c"]])
+def test_a_probability_before_the_next_head_runs_is_carried_over(named):
+    plain = Network(lambda self, x: [(y := self.a(x).relu()), self.b(y).sigmoid(), self.c(y)][1:], **two_heads())
+    plain.a = conv(3, 16)
+    model, x = gzoo.convert(plain, "p4", weights="transfer", classifier=named).double().eval(), image((9, 9))
+    plain = plain.double()
+    mean = sum(plain(x.rot90(k, (2, 3)))[1].rot90(-k, (2, 3)) for k in range(4)) / 4
+    torch.testing.assert_close(model(x)[1], mean, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("error", [AssertionError, ValueError, KeyError])
+def test_a_network_that_asserts_the_size_of_its_images_is_tried_at_larger_ones(error):
+    def run(self, x):
+        if min(x.shape[2:]) < 256:
+            raise error
+        return self.b(self.a(x))
+
+    plain = Network(run, a=block(3, 8), b=conv(8, 5, 1))
+    plain.pretrained_cfg = {"input_size": (3, 256, 256)}
+    assert gzoo.convert(plain, "p4")(torch.randn(1, 3, 256, 256)).shape[1] == 5
+
+
+def test_check_takes_as_many_channels_as_a_network_says_that_it_does():
+    plain = Network(lambda self, x: self.b(self.a(x)), b=conv(16, 2, 1), a=block(3, 16))  # the last layer first
+    plain.pretrained_cfg = {"input_size": (3, 64, 64)}
+    assert gzoo.check(gzoo.convert(plain, "p4"), 9).worst < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -1233,7 +1382,7 @@ REFUSED = {
     ),
     "transformer": (
         lambda: timm.create_model("vit_tiny_patch16_224"),
-        r"^blocks\.0\.norm1: its channels come out of '\w+', .* attention",
+        r"^blocks\.0\.norm1: its channels come out of 'cat' with a tensor .* class token .* gzoo\.equivarify and",
     ),
     "tokens mixed by a linear layer": (
         lambda: timm.models.mlp_mixer.MlpMixer(img_size=64, num_blocks=1, embed_dim=8),
@@ -1324,6 +1473,21 @@ REFUSED = {
     "shared weight": (
         lambda: Network(lambda self, x: self.b(self.a(x)).mean((2, 3)), **tied()),
         r"^b is a .*Conv2d whose weight is that of a as well, and each would get its own here",
+    ),
+    "dropout in evaluation": (
+        lambda: Network(lambda self, x: F.dropout(self.a(x), training=True).mean((2, 3)), a=conv(3, 16)),
+        r"^EquivariantNetwork gives two results for one image, in evaluation, too",
+    ),
+    "no finite output": (
+        lambda: Network(lambda self, x: self.a(x).abs().neg().log(), a=conv(3, 16)),
+        r"^the converted EquivariantNetwork gives numbers that are not finite, so it cannot be checked",
+    ),
+    "positions beside the image": (
+        lambda: Network(
+            lambda self, x: self.b(torch.cat((y := self.a(x), torch.zeros(y.shape, device=y.device)), 1)),
+            **{"a": conv(3, 8), "b": conv(16, 5)},
+        ),
+        r"^b: its channels come out of 'cat' with a tensor that is not made of the image, such as positions",
     ),
     "own group": (
         lambda: Network(lambda self, x: self.a(x).mean((2, 3)), a=conv(3, 16), group=2),

@@ -113,6 +113,14 @@ def test_out_indices_select_features(name, indices):
     assert some.feature_info.channels() == [y.shape[1] for y in features]
 
 
+def test_hooks_give_the_features_that_the_getter_gives():
+    by = {kind: random_model("p4_resnet18", features_only=True, feature_cls=kind) for kind in ("hook", "getter")}
+    by["hook"].body.load_state_dict(by["getter"].model.state_dict())
+    x = random_images(by["getter"])
+    for y, expected in zip(by["hook"](x), by["getter"](x), strict=True):
+        torch.testing.assert_close(y, expected)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_forward_is_its_parts(name):
     model = random_model(name)
@@ -255,6 +263,26 @@ def test_reset_classifier_keeps_device_dtype_and_mode():
     model.reset_classifier(3)
     assert model.get_classifier().weight.dtype == torch.float64
     assert not model.get_classifier().training
+
+
+@pytest.mark.parametrize("name", ["p4m_resnet20", "p4_resnet18", "p4m_convnext_atto"])
+@pytest.mark.parametrize("pre_logits", [False, True])
+def test_a_head_that_is_put_in_the_classifiers_place_is_given_invariant_features(name, pre_logits):
+    model = random_model(name)
+    path, width = model.pretrained_cfg["classifier"], model.get_classifier().in_features
+    model.set_submodule(path, nn.Sequential(nn.Linear(width, 8), nn.GELU(), nn.Linear(8, 3)).double())
+
+    def logits(x):
+        return model.forward_head(model.forward_features(x), pre_logits) if pre_logits else model(x)
+
+    assert logits(random_images(model)).shape == (1, width if pre_logits else 3)
+    assert worst_change(logits, model) < 1e-12
+    model.set_submodule(path, nn.Linear(model.num_features, 3).double())
+    message = (
+        rf"^the Linear in the classifier's place takes {model.num_features} features; pooled .* are {width}\. model"
+    )
+    with pytest.raises(ValueError, match=message):
+        model(random_images(model))
 
 
 def test_a_classifier_for_every_pixel_is_invariant_where_it_stands():
