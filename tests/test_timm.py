@@ -13,7 +13,7 @@ import torch
 import torch.multiprocessing as mp
 from timm.data import create_transform, resolve_model_data_config
 from timm.layers import convert_sync_batchnorm
-from timm.models import group_parameters
+from timm.models import create_feature_extractor, group_parameters
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -119,6 +119,18 @@ def test_hooks_give_the_features_that_the_getter_gives():
     x = random_images(by["getter"])
     for y, expected in zip(by["hook"](x), by["getter"](x), strict=True):
         torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_graph_gives_the_features_of_the_model_it_was_traced_from(name):
+    model = random_model(name)
+    nodes = [level["module"] for level in model.feature_info]
+    graph = create_feature_extractor(model, nodes)
+    x = random_images(model, 33)
+    expected = model.forward_intermediates(x, intermediates_only=True)
+    for node, y in zip(nodes, expected, strict=True):
+        torch.testing.assert_close(graph(x)[node], y)
+    assert gzoo.check(graph, 33).worst < 1e-12
 
 
 @pytest.mark.parametrize("name", FAMILIES)

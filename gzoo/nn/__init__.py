@@ -1,5 +1,7 @@
 """Equivariant layers. Plain tensors in and out; channel = field * |G| + g, as escnn lays a FieldType out."""
 
+from timm.models import register_notrace_module
+
 from gzoo.nn.condconv import GroupCondConv2d
 from gzoo.nn.continuous import Arc
 from gzoo.nn.conv import GroupConv2d, LiftingConv2d
@@ -48,3 +50,7 @@ __all__ = [
     "keep_original_strides",
     "restrict_output",
 ]
+
+for _name in __all__:  # a layer checks shapes, which torch.fx cannot trace: timm's feature extractors keep it whole
+    if isinstance(globals()[_name], type):
+        register_notrace_module(globals()[_name])
