@@ -592,7 +592,7 @@ def image_for(probe: nn.Module) -> Tensor:
             except Exception as error:  # a network for other sizes says so in any way, by an assertion, say
                 reason = error
                 break
-            if all(y.isfinite().all() for y in tensors_in(output)):
+            if all(y.is_meta or y.isfinite().all() for y in tensors_in(output)):
                 return image
     if reason is None:
         raise ValueError(

@@ -1795,9 +1795,14 @@ def test_random_networks_are_exact_in_value_and_gradient(blocks, group, match, s
         plain.eval()(torch.randn(2, 2, 17, 17)), plain(torch.randn(2, 2, *size))
     except ValueError:  # an instance norm of a single pixel
         assume(False)
-    model, x = with_random_statistics(gzoo.convert(plain, group, match)).eval(), image(size, 2)
+    try:
+        model, x = with_random_statistics(gzoo.convert(plain, group, match)).eval(), image(size, 2)
+        y = model(x)
+    except ValueError as error:  # which plain networks take, with more padding than image
+        assume("is too small for a window" not in str(error))
+        raise
     # A layer norm over a single field of 1x1 kernels leaves nothing of the image, and of its gradient rounding.
-    assume(relative_error(*model(x)) > 1e-4)
+    assume(relative_error(*y) > 1e-4)
     assert worst_error(model, group, x, "image", "invariant") < 1e-10
 
 

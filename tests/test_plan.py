@@ -67,7 +67,7 @@ def parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "group"), zip(NAMES, itertools.cycle(("p4", "c8"))))
+@pytest.mark.parametrize(("name", "group"), list(zip(NAMES, itertools.cycle(("p4", "c8")))))
 def test_the_plan_counts_the_parameters_that_are_built(name, group):
     total = plan(meta(name), groups.chain(group)).total()
     assert total.plain_params == parameters(meta(name))
