@@ -116,7 +116,8 @@ def check(
         group: which group, or its name; by default the model's own, or of several stages the first.
         dtype: float64 tells a broken symmetry from rounding; float32 is what runs in use.
         seed: of the random image: normal numbers, or, where those give no finite output, some between 0 and 1.
-        in_chans: channels of the image; by default those that the first convolution takes.
+        in_chans: channels of the image; by default those of the model's ``pretrained_cfg["input_size"]``, where that is
+            of its own, or those that the first convolution takes.
 
     Raises:
         ValueError: the model has no group of its own and none is given, or no convolution and no ``in_chans``.

@@ -80,9 +80,10 @@ def convert(
             (segmentation, an autoencoder, super-resolution, also by a pixel shuffle); and the linear layers whose
             numbers stand beside its in the output, or are summed up with them. A map that a norm, an activation of
             hidden layers such as ReLU or a sum made of it is one of features, unless it has as many channels as the
-            image, or fewer, up to four; any other function may follow. So are several maps of different sizes, unless
-            1x1 convolutions made them all. Where a feature extractor ends in global pooling, its fibres are pooled,
-            too. A vector beside a map is an error that asks for the paths.
+            image, or fewer, up to four; any other function may follow, and scores that no other layer reads may be
+            summed up (FCN, DeepLab), or activated beside others. So are several maps of different sizes, unless 1x1
+            convolutions made them all. Maps that a network gives in training only count, too. Where a feature extractor
+            ends in global pooling, its fibres are pooled. A vector beside a map is an error that asks for the paths.
         weights: where the weights start.
 
             None: fresh ones.
@@ -626,7 +627,15 @@ def _path_in_errors(model: nn.Module) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            raise ValueError(f"at {last}: {error or type(error).__name__}") from error
+            raise ValueError(f"at {last}: {str(error) or type(error).__name__}") from error
+
+
+@torch.no_grad()
+def _is_random(probe: nn.Module, x: Tensor) -> bool:
+    """Whether a network gives something else for x when it is asked again."""
+    with KeepDouble():
+        first, second = tensors_in(probe(x)), tensors_in(probe(x))
+    return any(not y.nan_to_num().equal(z.nan_to_num()) for y, z in zip(first, second, strict=True))
 
 
 def _check_poses(
@@ -639,7 +648,7 @@ def _check_poses(
 ) -> None:
     at_size = f"under {group.name} at {x.shape[-2]}x{x.shape[-1]} pixels"
     broken = first_broken_layer(probe, x, group, tolerance, elements, stage)
-    if broken is not None and any(not y.equal(z) for y, z in zip(*(tensors_in(probe(x)) for _ in "12"), strict=True)):
+    if broken is not None and _is_random(probe, x):
         raise ValueError(
             f"{type(probe).__name__} gives two results for one image, in evaluation, too, so its symmetry cannot be "
             "checked: let what is random in it, such as a dropout, depend on self.training"

@@ -5,8 +5,9 @@ here in front of it.
 """
 
 import copy
+import enum
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from itertools import chain as flatten
 from typing import Any, ClassVar, get_args
@@ -48,6 +49,8 @@ def make_equivariant(model: nn.Module, chain: tuple[Group, ...], pool: Pooling, 
     assert isinstance(model, Equivariant)
     model.group, model.chain = chain[-1], chain
     object.__setattr__(model, "group_pool", GroupPool(model.group.order, pool))  # no child: an nn.Sequential runs those
+    for head in classifiers(model) if is_timms else ():
+        head.knows_fibres = True  # type: ignore[assignment]  # unlike one that a user puts in its place
     sign(model)
 
 
@@ -88,7 +91,7 @@ def tensors_in(output: Any) -> list[Tensor]:
             found += tensors_in(list(leaf))
         elif is_dataclass(leaf):
             found += tensors_in([getattr(leaf, field.name) for field in fields(leaf)])
-        elif hasattr(leaf, "__dict__"):
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, enum.Enum | nn.Module):
             raise ValueError(
                 f"the network's output has a {type(leaf).__name__} in it, in which gzoo does not look for tensors; "
                 "give a tensor, or a tuple, dictionary or dataclass of tensors"
@@ -196,13 +199,14 @@ class EquivariantClassifier(Equivariant):
 
         Without a classifier (``num_classes=0``) or with ``pre_logits`` the features are pooled over pixels and over the
         fibre, so that whatever a user puts on top is invariant. Without spatial pooling they stay regular fields. A
-        layer of torch's own that was put in the classifier's place is given the group-pooled features, too.
+        head that was put in the place of the one classifier is given vectors of the group-pooled features, too.
         """
         heads = classifiers(self)
-        if not pre_logits and len(heads) == 1 and _is_foreign(heads[0]):
+        put_in = None if pre_logits else _foreign_head(self, heads)
+        if put_in is not None:
             features = self.forward_head(x, pre_logits=True)
             if features.ndim == 2:
-                return _own_head(heads[0], features)
+                return _own_logits(put_in, features)
         y = super().forward_head(x, pre_logits=pre_logits)  # type: ignore[misc]
         if pre_logits or not any(True for head in heads for _ in head.parameters()):
             return self.group_pool(y) if y.ndim == 2 else y
@@ -259,20 +263,25 @@ def classifiers(model: Any) -> tuple[nn.Module, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
-def _is_foreign(head: nn.Module) -> bool:
-    """Whether a classifier has weights, and none of gzoo's layers, which know about fibres."""
-    plain = all(type(part).__module__.startswith(("torch.nn.", "timm.")) for part in head.modules())
-    return plain and any(True for _ in head.parameters())
+def _foreign_head(model: Any, heads: tuple[nn.Module, ...]) -> nn.Module | None:
+    """A classifier that a user put in, which has weights and knows nothing of fibres; None if there is none."""
+    if not heads:  # without classes some of timm's get_classifier fail
+        with suppress(Exception):
+            heads = (model.get_classifier(),)
+    if len(heads) != 1 or getattr(heads[0], "knows_fibres", False) or not any(True for _ in heads[0].parameters()):
+        return None
+    is_escnns = any(type(part).__module__.startswith("escnn.") for part in heads[0].modules())
+    return None if is_escnns or group_of(heads[0]) is not None else heads[0]
 
 
-def _own_head(head: nn.Module, features: Tensor) -> Tensor:
+def _own_logits(head: nn.Module, features: Tensor) -> Tensor:
     wanted = getattr(head, "in_features", features.shape[1])
     if wanted != features.shape[1]:
         raise ValueError(
             f"the {type(head).__name__} in the classifier's place takes {wanted} features; pooled over the fibre there "
             f"are {features.shape[1]}. model.reset_classifier(num_classes) makes a classifier that fits"
         )
-    logits: Tensor = head(features)
+    logits: Tensor = head(features[..., None, None]).flatten(1) if isinstance(head, nn.Conv2d) else head(features)
     return logits
 
 

@@ -370,7 +370,9 @@ def plan(
             f"{seen.over_pixels[0]} is linear over pixels or tokens, each with a weight of its own, which has no "
             f"equivariant counterpart here; use a convolution. {WHOLE_NETWORK}"
         )
-    found = paths if classifier is not None else _classifiers(model, seen) | _more_in_training(model, x, seen)
+    found = paths if classifier is not None else _classifiers(model, seen)
+    if classifier is None:
+        found |= _more_in_training(model, x, seen, found)
     for segment in (part for path in found for part in flat(seen.outputs.get(path, ()))):
         segment.image = True  # logits have no fibre, wherever they go
     sizes = {part.size for segments in seen.outputs.values() for part in flat(segments) if not part.image}
@@ -524,6 +526,7 @@ _MAKES_LOGITS = nn.Conv2d | nn.ConvTranspose2d | nn.PixelShuffle | nn.Linear
 
 # Functions that leave logits what they are.
 _COPIES = {"interpolate", "__getitem__", "contiguous", "to", "type", "float", "double", "half", "bfloat16"}
+_SUMS = {"add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__", "__rsub__", "sum", "stack", "cat"}
 _OVER_CHANNELS = {"normalize", "norm", "linalg_vector_norm", "softmax", "log_softmax"}
 
 
@@ -588,51 +591,61 @@ def _score_maps(
 ) -> frozenset[str]:
     """The convolutions that make those maps among the outputs that are scores and not features.
 
-    Features end in a norm, in an activation of hidden layers, or in a sum that another layer reads, too, as a residual
-    block's next one does (nothing else reads score maps that are summed, as those of an FCN are). Maps of several sizes
-    are a pyramid of features, but if 1x1 convolutions make all scores among them. What is activated, and read by
-    nothing else, is a score beside another (distances beside a probability). Anything else may happen to scores.
+    Features end in a norm, in an activation of hidden layers, or in a function of two maps that a network made. But
+    scores may be summed up that convolutions with one size of kernel make and nothing else reads (those of an FCN); and
+    beside scores an activated map is one of scores, too, if nothing else reads it (distances beside a probability).
+    Maps of several sizes are a pyramid of features, but if 1x1 convolutions, and no sums, make all of them. Anything
+    else may happen to scores on their way out.
     """
     if not results or any(y.ndim < 3 for y in results):
         return frozenset()
-    own = {part for y in results for part in channels_of(y)}
-    if not all(channels_of(y) for y in results):  # channels that were picked or compared cannot be followed
-        own |= set(flat(seen.outputs.get(layers[-1], ())))
-    learned = [name for name in seen.order if any(True for _ in modules[name].parameters())]
+    own = [set(channels_of(y)) or set(flat(seen.outputs.get(layers[-1], ()))) for y in results]  # of argmax: the last
+    learned = [name for name, module in modules.items() if any(True for _ in module.parameters(recurse=False))]
     read = {part for name in layers for part in flat(seen.inputs.get(name, ()))}
+    joined = [flat(given) for name, given in seen.functions if name not in _SUMS]
 
     def is_score(part: Segment) -> bool:
         makers = _makers({part}, layers, seen)
+        sizes = {getattr(modules[name], "kernel_size", None) for name in makers}
+        is_sum = len(makers) > 1
         return (
             bool(makers)
             and not any(isinstance(modules[name], nn.Linear) for name in makers)
             and set(makers).issuperset(_makers({part}, learned, seen))  # else a norm
-            and not (part in read and (part.activated or len(makers) > 1))
+            and not (part in read and (is_sum or part.activated))
+            and not (is_sum and (len(sizes) > 1 or any(given.count(part) > 1 for given in joined)))
         )
 
-    scores = {part for part in own if is_score(part)}
-    if all(part.activated for part in scores):
+    scores = [bool(parts) and all(map(is_score, parts)) for parts in own]
+    activated = [any(part.activated for part in parts) for parts in own]
+    if all(bent or not score for score, bent in zip(scores, activated, strict=True)):
         return frozenset()
-    names = frozenset(_makers(scores, layers, seen))
-    is_1x1 = all(getattr(modules[name], "kernel_size", 0) == (1, 1) for name in names)
-    return names if is_1x1 or len({y.shape[2:] for y in results}) == 1 else frozenset()
+    names = frozenset(
+        _makers({part for parts, score in zip(own, scores, strict=True) if score for part in parts}, layers, seen)
+    )
+    if len({y.shape[2:] for y in results}) == 1:
+        return names
+    are_1x1 = all(getattr(modules[name], "kernel_size", 0) == (1, 1) for name in names)
+    single = all(len(_makers({part}, layers, seen)) == 1 and not part.activated for parts in own for part in parts)
+    return names if are_1x1 and single and all(scores) else frozenset()
 
 
-def _more_in_training(model: nn.Module, x: Tensor, seen: Trace) -> frozenset[str]:
-    """The layers that make logits that a network gives in training beside the others, such as maps from its sides."""
+def _more_in_training(model: nn.Module, x: Tensor, seen: Trace, logits: frozenset[str]) -> frozenset[str]:
+    """The layers that make maps of logits that a network gives in training beside those of the layers ``logits``."""
+    if hasattr(model, "get_classifier"):
+        return frozenset()
     try:
         training = trace(model, x, training=True)
-    except ValueError:  # it wants labels then, say
+        counts = [sum(y.ndim > 2 for y in tensors_in(run.result)) for run in (training, seen)]
+        found = _classifiers(model, training) if counts[0] > counts[1] else frozenset()
+    except ValueError:  # it wants labels then, or gives a vector, too, say
         return frozenset()
-    counts = [len(tensors_in(run.result)) for run in (training, seen)]
-    if hasattr(model, "get_classifier") or counts[0] == counts[1]:
-        return frozenset()
-    if found := _classifiers(model, training):
-        return found
-    raise ValueError(
-        f"{type(model).__name__} gives {counts[0]} outputs in training and {counts[1]} in evaluation; say which layers "
-        "make logits, as in classifier=['head', 'side'], or classifier='' if all outputs are features"
-    )
+    if counts[0] > counts[1] and logits and not found:
+        raise ValueError(
+            f"{type(model).__name__} gives {counts[0]} maps in training and {counts[1]} in evaluation; say which "
+            "layers make logits, as in classifier=['head', 'side']"
+        )
+    return found
 
 
 def bent_logits(model: nn.Module, classifier: str | Sequence[str] | None) -> frozenset[str]:

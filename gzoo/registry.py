@@ -335,8 +335,12 @@ def _factory(name: str, entry: Entry | None) -> Callable[..., nn.Module]:
         if name in _CONTINUOUS and kwargs.get("features_only"):
             raise ValueError(f"{name} gives no pyramid of features; take forward_features, or p4_resnet18 and its like")
         # The getter takes the stages from forward_intermediates, so a features_only model keeps its group. It alone
-        # takes None for all levels; timm's default for others is five.
-        levels = {"feature_cls": "getter"} | ({} if "feature_cls" in kwargs else {"out_indices": None})
+        # takes None for all levels.
+        levels: dict[str, Any] = {"feature_cls": "getter", "out_indices": None}
+        if kwargs.get("features_only") and kwargs.get("feature_cls", "getter") != "getter" and entry is not None:
+            with torch.device("meta"):
+                plain: Any = _BACKBONES[entry.backbone].plain()
+            levels["out_indices"] = tuple(range(len(plain.feature_info)))
         with weights.explained(config) if pretrained else nullcontext():
             if pretrained:
                 overlay |= weights.verified(config, kwargs.get("cache_dir"))

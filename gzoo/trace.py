@@ -98,10 +98,11 @@ def tie(first: Segments, second: Segments) -> None:
 
 
 class Channels(NamedTuple):
-    """Where a tensor has its channels, and which they are."""
+    """Where a tensor has its channels, and which they are; whether one without a fibre was spread over all of them."""
 
     dim: int
     segments: Segments
+    spread: bool = False
 
 
 @dataclass
@@ -261,8 +262,8 @@ def _without_patches(block: Any, x: Tensor) -> Tensor:
     return y if block.conv_fusion is None else block.conv_fusion(torch.cat((x, y), dim=1))
 
 
-def _mark(x: Tensor, dim: int, segments: Segments) -> None:
-    x.gzoo_channels = Channels(dim, segments)  # type: ignore[attr-defined]
+def _mark(x: Tensor, dim: int, segments: Segments, spread: bool = False) -> None:
+    x.gzoo_channels = Channels(dim, segments, spread)  # type: ignore[attr-defined]
 
 
 def _channels(x: Any) -> Channels | None:
@@ -375,15 +376,21 @@ class _Follow(TorchFunctionMode):
         for x, channels in before:
             if channels and not followed:
                 _mark(x, *channels)
+        spread = {part for x in inputs if (own := _channels(x)) and own.spread for part in flat(own.segments)}
         for x in outputs:
-            if _channels(x) is None:
-                x.gzoo_lost = inputs[0].gzoo_lost if comes_back else name  # type: ignore[attr-defined]
+            channels = _channels(x)
+            if channels is None:
+                earlier = (y.gzoo_lost for y in inputs if _channels(y) is None and hasattr(y, "gzoo_lost"))
+                x.gzoo_lost = inputs[0].gzoo_lost if comes_back else next(earlier, name)  # type: ignore[attr-defined]
+            elif spread.issuperset(flat(channels.segments)):
+                _mark(x, channels.dim, channels.segments, spread=True)
         return out
 
     def _inherit(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         """Results with as many channels at the same place have those of the arguments."""
         found = False
-        known = [(x.ndim, channels) for x in inputs if (channels := _channels(x))]
+        known = [(x.ndim, channels[:2]) for x in inputs if (channels := _channels(x)) and not channels.spread]
+        known = known or [(x.ndim, channels[:2]) for x in inputs if (channels := _channels(x))]
         for out in outputs:
             mine, single = None, []
             for ndim, (dim, segments) in known:
@@ -431,19 +438,19 @@ class _Follow(TorchFunctionMode):
         return True
 
     def _repeat(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
+        """Channels one after another again. One channel that goes to many, as an attention map, stays one; without a
+        fibre, as gray images made colours, it makes as many without."""
         out, channels = outputs[0], _channels(inputs[0])
         if channels is None or out.ndim != inputs[0].ndim:
-            return False
-        times = out.shape[channels.dim] // _total(channels.segments)
-        _mark(out, channels.dim, channels.segments * times)
+            return self._inherit(outputs, inputs, args, kwargs)
+        segments, times = flat(channels.segments), out.shape[channels.dim] // _total(channels.segments)
+        if times == 1 or _total(segments) > 1:
+            _mark(out, channels.dim, segments * times)
+        elif segments[0].image:
+            _mark(out, channels.dim, (Segment(times, image=True),), spread=True)
+        else:
+            _mark(out, channels.dim, segments)
         return True
-
-    def _expand(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
-        channels = _channels(inputs[0])
-        if channels and outputs[0].ndim == inputs[0].ndim and not all(part.image for part in flat(channels.segments)):
-            _mark(outputs[0], *channels)  # one channel for all: it stays one, as where broadcasting expands it
-            return True
-        return self._repeat(outputs, inputs, args, kwargs)
 
     def _split(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         channels = _channels(inputs[0])
@@ -601,7 +608,7 @@ class _Follow(TorchFunctionMode):
         out, channels = outputs[0], _channels(inputs[0])
         if channels is None:
             return False
-        dim, segments = channels
+        dim, segments, _ = channels
         old, new, total = inputs[0].shape, out.shape, _total(channels.segments)
         before = math.prod(old[:dim])
         for e in range(len(new)):
@@ -649,8 +656,7 @@ _ACTIVATIONS = {
 _FOLLOWED: dict[str, Callable[..., bool]] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), _Follow._cat),
     "stack": _Follow._stack,
-    **dict.fromkeys(("repeat", "tile"), _Follow._repeat),
-    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _Follow._expand),
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to", "repeat", "tile"), _Follow._repeat),
     **dict.fromkeys(_SPLITS[:4], _Follow._split),
     "narrow": _Follow._narrow,
     "__getitem__": _Follow._getitem,

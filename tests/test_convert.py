@@ -25,6 +25,7 @@ from timm.models.mobilevit import MobileVitV2Block
 from timm.models.swiftformer import EfficientAdditiveAttention
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torchvision.models.densenet import _DenseBlock
 from torchvision.ops import FrozenBatchNorm2d
 
 import gzoo
@@ -668,6 +669,34 @@ class OwnDict(dict):
     pass
 
 
+def over_channels(y, x):
+    return y / y.norm(dim=1, keepdim=True).expand_as(y)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        over_channels,
+        lambda y, x: y - y.mean(1, keepdim=True).repeat(1, y.shape[1], 1, 1),
+        lambda y, x: y * (2 * x[:, :1].expand_as(y)).sigmoid(),
+    ],
+)
+def test_what_is_expanded_to_all_channels_leaves_them_their_fibres(step):
+    plain = Network(lambda self, x: self.c(self.b(step(self.a(x), x))), a=block(3, 16), b=conv(16, 16), c=conv(16, 5))
+    model = gzoo.convert(plain, "p4m")
+    assert isinstance(model.b, GroupConv2d)
+    model = with_random_statistics(model).eval()
+    assert worst_error(model, "p4m", image((9, 12)), "image", "image") < 1e-12
+
+
+def test_images_that_are_repeated_in_time_are_followed():
+    def run(self, x):
+        return self.b(self.a(x.repeat(2, 1, 1, 1, 1).flatten(0, 1))).unflatten(0, (2, -1)).mean(0)
+
+    model = with_random_statistics(gzoo.convert(Network(run, a=block(3, 16), b=conv(16, 5, 1)), "p4")).eval()
+    assert worst_error(model, "p4", image((9, 12)), "image", "image") < 1e-12
+
+
 # Ways to give two maps: what holds them, and how to get at them.
 HOLDERS = {
     "dictionary of its own class": (lambda y, z: OwnDict(y=y, z=z), lambda out: (out["y"], out["z"])),
@@ -737,9 +766,25 @@ def test_logits_that_are_given_in_training_only_are_logits():
     assert gzoo.convert(deeply_supervised(None).eval(), "p4m")(image().float()).shape[1] == 7
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        lambda self, y: (y, y.square().mean()),
+        lambda self, y: (y, self.b(y)),
+    ],
+)
+def test_features_stay_features_whatever_is_given_beside_them_in_training(more):
+    def run(self, x):
+        y = self.a(x) + 0 * self.b(self.a(x))
+        return more(self, y) if self.training else y
+
+    model = gzoo.convert(Network(run, a=block(3, 16), b=block(16, 16)), "p4").double().eval()
+    assert worst_error(model, "p4", image((9, 12)), "image", "fields") < 1e-12
+
+
 def test_outputs_in_training_that_nothing_is_known_of_are_asked_for():
     plain = deeply_supervised(lambda self, y, side: [y.relu(), side.relu()])
-    with pytest.raises(ValueError, match=r"gives 2 outputs in training and 1 in evaluation; say .* classifier=\['"):
+    with pytest.raises(ValueError, match=r"gives 2 maps in training and 1 in evaluation; say .* classifier=\['"):
         gzoo.convert(plain, "p4")
     model = gzoo.convert(plain, "p4", classifier=["b", "c"])
     assert [y.shape[1] for y in model.train()(image().float())] == [7, 7]
@@ -846,6 +891,21 @@ NO_IMAGE = {
         lambda: Network(lambda self, x: self.b(self.a(x)).relu(), a=block(3, 16), b=conv(16, 16, 1)),
         3,
     ),
+    "a dense block": (lambda: nn.Sequential(conv(3, 16), _DenseBlock(2, 16, 2, 8, 0.0)), 3),
+    "a gated convolution": (
+        lambda: Network(
+            lambda self, x: self.b(self.a(x)) * self.c(self.a(x)).sigmoid(),
+            **{"a": block(3, 16), "b": conv(16, 16), "c": conv(16, 16)},
+        ),
+        3,
+    ),
+    "a residual block with a projection": (
+        lambda: Network(
+            lambda self, x: self.c(self.b(y := self.a(x))) + self.shortcut(y),
+            **{"a": block(3, 16), "b": block(16, 16), "c": conv(16, 16), "shortcut": conv(16, 16, 1)},
+        ),
+        3,
+    ),
     "a residual block without norms": (
         lambda: Network(
             lambda self, x: (y := self.a(x)) + self.c(self.b(y)), a=conv(3, 16), b=block(16, 16), c=conv(16, 16)
@@ -853,6 +913,13 @@ NO_IMAGE = {
         3,
     ),
 }
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_050", "tinynet_e", "eca_nfnet_l0", "hrnet_w18_small"])
+def test_no_level_of_timms_pyramids_is_one_of_logits(name):
+    with torch.device("meta"):
+        plain = timm.create_model(name, features_only=True)
+    assert not plan(plain, groups.chain("p4")).classifiers
 
 
 @pytest.mark.parametrize("network", NO_IMAGE)
@@ -1473,6 +1540,17 @@ REFUSED = {
     "shared weight": (
         lambda: Network(lambda self, x: self.b(self.a(x)).mean((2, 3)), **tied()),
         r"^b is a .*Conv2d whose weight is that of a as well, and each would get its own here",
+    ),
+    "lost before it is concatenated": (
+        lambda: Network(
+            lambda self, x: self.c(torch.cat((self.a(x), F.pixel_shuffle(self.b(x), 2)[..., ::2, ::2]), 1)),
+            **{"a": conv(3, 4), "b": conv(3, 16), "c": conv(8, 5)},
+        ),
+        r"^c: its channels come out of the function 'pixel_shuffle'; use the module torch.nn.PixelShuffle",
+    ),
+    "broken behind images made float32": (
+        lambda: Network(lambda self, x: self.a(x.float())[..., 1:, 1:], a=conv(3, 5)),
+        r"^the output of EquivariantNetwork is not equivariant under p4 at 64x64 pixels",
     ),
     "dropout in evaluation": (
         lambda: Network(lambda self, x: F.dropout(self.a(x), training=True).mean((2, 3)), a=conv(3, 16)),

@@ -113,10 +113,11 @@ def test_out_indices_select_features(name, indices):
     assert some.feature_info.channels() == [y.shape[1] for y in features]
 
 
-def test_hooks_give_the_features_that_the_getter_gives():
-    by = {kind: random_model("p4_resnet18", features_only=True, feature_cls=kind) for kind in ("hook", "getter")}
-    by["hook"].body.load_state_dict(by["getter"].model.state_dict())
-    x = random_images(by["getter"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_hooks_give_the_features_that_the_getter_gives(name):
+    by = {kind: random_model(name, features_only=True, feature_cls=kind) for kind in ("hook", "getter")}
+    by["hook"].body.load_state_dict(by["getter"].model.state_dict(), strict=False)  # which keeps a head
+    x = random_images(by["getter"], 64)
     for y, expected in zip(by["hook"](x), by["getter"](x), strict=True):
         torch.testing.assert_close(y, expected)
 
@@ -295,6 +296,37 @@ def test_a_head_that_is_put_in_the_classifiers_place_is_given_invariant_features
     )
     with pytest.raises(ValueError, match=message):
         model(random_images(model))
+
+
+class OwnLinear(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "head"),
+    [
+        ("p4m_resnet20", {"num_classes": 0}, lambda width: nn.Linear(width, 3)),
+        ("p4m_resnet20", {}, lambda width: OwnLinear(width, 3)),
+        (
+            "p4_resnetv2_50",
+            {"layers": (1, 1, 1, 1), "channels": (32, 32, 32, 32)},
+            lambda width: nn.Conv2d(width, 3, 1),
+        ),
+    ],
+)
+def test_any_head_is_given_invariant_features(name, options, head):
+    model = random_model(name, **options)
+    model.set_submodule(model.pretrained_cfg["classifier"], head(model.head_hidden_size).double())
+    assert model(random_images(model)).shape == (1, 3)
+    assert worst_change(model, model) < 1e-12
+
+
+def test_a_parametrized_classifier_stays_the_networks_own():
+    model = random_model("p4_resnet20", num_classes=3, head="pose")
+    x = random_images(model)
+    expected = model(x)
+    torch.nn.utils.parametrizations.weight_norm(model.get_classifier())
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_a_classifier_for_every_pixel_is_invariant_where_it_stands():
