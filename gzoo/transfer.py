@@ -108,8 +108,11 @@ def grow(model: nn.Module, smaller: nn.Module) -> None:
     values, state = smaller.state_dict(), model.state_dict()
     blocks = _further_blocks(model, smaller)
     further = {key for key in state if key.startswith(tuple(f"{path}." for path in blocks))}
-    if other := sorted(values.keys() ^ (state.keys() - further)):
-        raise ValueError(f"the two networks differ in {', '.join(other[:3])}; they must have the same layers")
+    other = values.keys() ^ (state.keys() - further)
+    if not isinstance(model, Equivariant):
+        other |= {key for key in values.keys() & state.keys() if values[key].shape != state[key].shape}
+    if other:
+        raise ValueError(f"the two networks differ in {', '.join(sorted(other)[:3])}; they must have the same layers")
     grown = {SIGNATURE: state.pop(SIGNATURE)} if SIGNATURE in state else {}
     grown |= {key: state.pop(key) for key in further}
     for key, target in state.items():

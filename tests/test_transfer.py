@@ -577,6 +577,8 @@ def test_a_plain_network_grows_deeper_too_and_not_from_one_of_gzoos():
     model, x = timm.create_model("resnet32", num_classes=3).double().eval(), random_image(3, (16, 20))
     gzoo.grow(model, smaller)
     assert model(x).equal(smaller(x))
+    with pytest.raises(ValueError, match=r"the two networks differ in head\.fc\.bias, head\.fc\.weight; they must"):
+        gzoo.grow(timm.create_model("resnet32", num_classes=5), smaller)
     equivariant = timm.create_model("p4_resnet20", num_classes=3)
     for pair in ((equivariant, smaller), (smaller, equivariant)):
         with pytest.raises(ValueError, match="StagedCNN is plain and the other network is not; convert it, too"):
