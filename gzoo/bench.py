@@ -129,7 +129,9 @@ def _to_plain(module: nn.Module, group: Group) -> nn.Module | None:
     if isinstance(module, GroupLinear):
         return nn.Linear(module.in_fields * order, module.out_fields * order, module.bias is not None)
     if isinstance(module, InvariantLinear):
-        return nn.Linear(module.in_features * order, module.out_features, module.bias is not None)
+        linear = nn.Linear(module.in_features * order, module.out_features, module.bias is not None)
+        linear.knows_fibres = True  # type: ignore[assignment]  # it reads all channels, where others are given pooled ones
+        return linear
     return module.pool if isinstance(module, SymmetricPool2d) else None
 
 

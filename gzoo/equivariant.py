@@ -259,6 +259,10 @@ def classifiers(model: Any) -> tuple[nn.Module, ...]:
     """The classifier of a timm model, or the two of one that was distilled; none if it has no classes."""
     if not getattr(model, "num_classes", True):  # then some of timm's get_classifier fail
         return ()
+    return _heads(model)
+
+
+def _heads(model: Any) -> tuple[nn.Module, ...]:
     found = model.get_classifier()
     return found if isinstance(found, tuple) else (found,)
 
@@ -267,7 +271,7 @@ def _foreign_head(model: Any, heads: tuple[nn.Module, ...]) -> nn.Module | None:
     """A classifier that a user put in, which has weights and knows nothing of fibres; None if there is none."""
     if not heads:  # without classes some of timm's get_classifier fail
         with suppress(Exception):
-            heads = (model.get_classifier(),)
+            heads = _heads(model)
     if len(heads) != 1 or getattr(heads[0], "knows_fibres", False) or not any(True for _ in heads[0].parameters()):
         return None
     is_escnns = any(type(part).__module__.startswith("escnn.") for part in heads[0].modules())
