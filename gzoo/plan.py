@@ -526,6 +526,7 @@ _MAKES_LOGITS = nn.Conv2d | nn.ConvTranspose2d | nn.PixelShuffle | nn.Linear
 
 # Functions that leave logits what they are.
 _COPIES = {"interpolate", "__getitem__", "contiguous", "to", "type", "float", "double", "half", "bfloat16"}
+# Functions that add maps up, or put one beside another.
 _SUMS = {"add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__", "__rsub__", "sum", "stack", "cat"}
 _OVER_CHANNELS = {"normalize", "norm", "linalg_vector_norm", "softmax", "log_softmax"}
 
@@ -620,9 +621,8 @@ def _score_maps(
     activated = [any(part.activated for part in parts) for parts in own]
     if all(bent or not score for score, bent in zip(scores, activated, strict=True)):
         return frozenset()
-    names = frozenset(
-        _makers({part for parts, score in zip(own, scores, strict=True) if score for part in parts}, layers, seen)
-    )
+    found = {part for parts, score in zip(own, scores, strict=True) if score for part in parts}
+    names = frozenset(_makers(found, layers, seen))
     if len({y.shape[2:] for y in results}) == 1:
         return names
     are_1x1 = all(getattr(modules[name], "kernel_size", 0) == (1, 1) for name in names)
