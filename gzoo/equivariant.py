@@ -274,8 +274,7 @@ def _foreign_head(model: Any, heads: tuple[nn.Module, ...]) -> nn.Module | None:
             heads = _heads(model)
     if len(heads) != 1 or getattr(heads[0], "knows_fibres", False) or not any(True for _ in heads[0].parameters()):
         return None
-    is_escnns = any(type(part).__module__.startswith("escnn.") for part in heads[0].modules())
-    return None if is_escnns or group_of(heads[0]) is not None else heads[0]
+    return None if group_of(heads[0]) else heads[0]
 
 
 def _own_logits(head: nn.Module, features: Tensor) -> Tensor:

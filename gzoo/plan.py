@@ -370,8 +370,9 @@ def plan(
             f"{seen.over_pixels[0]} is linear over pixels or tokens, each with a weight of its own, which has no "
             f"equivariant counterpart here; use a convolution. {WHOLE_NETWORK}"
         )
-    found = paths if classifier is not None else _classifiers(model, seen)
+    found = paths
     if classifier is None:
+        found = _classifiers(model, seen)
         found |= _more_in_training(model, x, seen, found)
     for segment in (part for path in found for part in flat(seen.outputs.get(path, ()))):
         segment.image = True  # logits have no fibre, wherever they go
@@ -604,15 +605,15 @@ def _score_maps(
     learned = [name for name, module in modules.items() if any(True for _ in module.parameters(recurse=False))]
     read = {part for name in layers for part in flat(seen.inputs.get(name, ()))}
     joined = [flat(given) for name, given in seen.functions if name not in _SUMS]
+    makers = {part: _makers({part}, layers, seen) for parts in own for part in parts}
 
     def is_score(part: Segment) -> bool:
-        makers = _makers({part}, layers, seen)
-        sizes = {getattr(modules[name], "kernel_size", None) for name in makers}
-        is_sum = len(makers) > 1
+        sizes = {getattr(modules[name], "kernel_size", None) for name in makers[part]}
+        is_sum = len(makers[part]) > 1
         return (
-            bool(makers)
-            and not any(isinstance(modules[name], nn.Linear) for name in makers)
-            and set(makers).issuperset(_makers({part}, learned, seen))  # else a norm
+            bool(makers[part])
+            and not any(isinstance(modules[name], nn.Linear) for name in makers[part])
+            and set(makers[part]).issuperset(_makers({part}, learned, seen))  # else a norm
             and not (part in read and (is_sum or part.activated))
             and not (is_sum and (len(sizes) > 1 or any(given.count(part) > 1 for given in joined)))
         )
@@ -621,12 +622,13 @@ def _score_maps(
     activated = [any(part.activated for part in parts) for parts in own]
     if all(bent or not score for score, bent in zip(scores, activated, strict=True)):
         return frozenset()
-    found = {part for parts, score in zip(own, scores, strict=True) if score for part in parts}
-    names = frozenset(_makers(found, layers, seen))
+    names = frozenset(
+        name for parts, score in zip(own, scores, strict=True) if score for part in parts for name in makers[part]
+    )
     if len({y.shape[2:] for y in results}) == 1:
         return names
     are_1x1 = all(getattr(modules[name], "kernel_size", 0) == (1, 1) for name in names)
-    single = all(len(_makers({part}, layers, seen)) == 1 and not part.activated for parts in own for part in parts)
+    single = all(len(found) == 1 and not part.activated for part, found in makers.items())
     return names if are_1x1 and single and all(scores) else frozenset()
 
 
@@ -636,14 +638,16 @@ def _more_in_training(model: nn.Module, x: Tensor, seen: Trace, logits: frozense
         return frozenset()
     try:
         training = trace(model, x, training=True)
-        counts = [sum(y.ndim > 2 for y in tensors_in(run.result)) for run in (training, seen)]
-        found = _classifiers(model, training) if counts[0] > counts[1] else frozenset()
+        more, maps = (sum(y.ndim > 2 for y in tensors_in(run.result)) for run in (training, seen))
+        if more <= maps:
+            return frozenset()
+        found = _classifiers(model, training)
     except ValueError:  # it wants labels then, or gives a vector, too, say
         return frozenset()
-    if counts[0] > counts[1] and logits and not found:
+    if logits and not found:
         raise ValueError(
-            f"{type(model).__name__} gives {counts[0]} maps in training and {counts[1]} in evaluation; say which "
-            "layers make logits, as in classifier=['head', 'side']"
+            f"{type(model).__name__} gives {more} maps in training and {maps} in evaluation; say which layers make "
+            "logits, as in classifier=['head', 'side']"
         )
     return found
 

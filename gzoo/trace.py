@@ -389,11 +389,11 @@ class _Follow(TorchFunctionMode):
     def _inherit(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         """Results with as many channels at the same place have those of the arguments."""
         found = False
-        known = [(x.ndim, channels[:2]) for x in inputs if (channels := _channels(x)) and not channels.spread]
-        known = known or [(x.ndim, channels[:2]) for x in inputs if (channels := _channels(x))]
+        known = [(x.ndim, channels) for x in inputs if (channels := _channels(x))]
+        known = [(ndim, channels) for ndim, channels in known if not channels.spread] or known
         for out in outputs:
             mine, single = None, []
-            for ndim, (dim, segments) in known:
+            for ndim, (dim, segments, _) in known:
                 place = dim - ndim  # from the right, as broadcasting aligns
                 if -place > out.ndim or out.shape[place] != _total(segments):
                     if -place <= out.ndim and _total(segments) == 1:
@@ -646,13 +646,13 @@ _REDUCTIONS = (
     *("std_mean", "var_mean"),
 )
 _SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split", "narrow", "__getitem__")
-
 # Of hidden layers; what makes probabilities or bounded numbers of logits is none.
 _ACTIVATIONS = {
     *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "rrelu_", "threshold", "threshold_"),
     *("elu", "elu_", "selu", "selu_", "celu", "celu_", "gelu", "silu", "mish", "hardswish", "hardtanh", "hardtanh_"),
     *("hardshrink", "softshrink", "tanhshrink", "softsign"),
 }
+
 _FOLLOWED: dict[str, Callable[..., bool]] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), _Follow._cat),
     "stack": _Follow._stack,
