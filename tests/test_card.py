@@ -59,6 +59,37 @@ def test_a_card_is_made_from_a_finished_run(run, tmp_path):
     assert "`p4_cnn7.rotmnist`" in card.leaderboard(tmp_path)
 
 
+def test_a_card_has_kernels_in_half_precision_and_measures_those(run, tmp_path, monkeypatch):
+    measured = []
+
+    def evaluate(model, *args, **kwargs):
+        measured.append({key: value.clone() for key, value in model.state_dict().items()})
+        return evaluated(model, *args, **kwargs)
+
+    evaluated = card.evaluate
+    monkeypatch.setattr(card, "evaluate", evaluate)
+    made = card.make_card(str(run / "out"), str(run / "rotmnist"), tmp_path)
+    trained, stored = load_file(run / "out" / "model" / "model.safetensors"), load_file(made / "model.safetensors")
+    assert {key for key in stored if stored[key].dtype == torch.float16} == {
+        key for key in stored if key.endswith("weight") and stored[key].ndim > 1
+    }
+    assert all(torch.equal(stored[key], trained[key].to(stored[key])) for key in stored)
+    before, after = measured
+    assert all(torch.equal(before[key], trained[key]) for key in stored if key != SIGNATURE)
+    assert all(torch.equal(after[key], stored[key].to(after[key])) for key in stored if key != SIGNATURE)
+    assert "kernels stored in | float16; trained in float32, " in (made / "README.md").read_text()
+
+
+def test_a_card_keeps_float32_where_half_precision_costs_accuracy(run, tmp_path, monkeypatch):
+    measured = iter((90.0, 89.9, 90.0))
+    evaluated = card.evaluate
+    monkeypatch.setattr(card, "evaluate", lambda *a, **kw: evaluated(*a, **kw) | {"top1": next(measured)})
+    made = card.make_card(str(run / "out"), str(run / "rotmnist"), tmp_path)
+    trained, stored = load_file(run / "out" / "model" / "model.safetensors"), load_file(made / "model.safetensors")
+    assert all(torch.equal(stored[key], trained[key]) and stored[key].dtype == trained[key].dtype for key in trained)
+    assert json.loads((made / "results.json").read_text())["test"]["top1"] == 90.0
+
+
 def test_a_card_is_made_from_a_network_that_grew_and_was_not_trained_since(run, tmp_path):
     config = TrainConfig(
         "p4_cnn7",
@@ -110,7 +141,7 @@ def test_card_registry_recipe_and_weights_agree(folder):
     assert results["parameters"] == sum(p.numel() for p in timm.create_model(config["architecture"]).parameters())
     loaded = timm.create_model(folder.name, pretrained=True).state_dict()
     stored = load_file(folder / "model.safetensors")
-    assert all(torch.equal(loaded[key], stored[key]) for key in stored if key != SIGNATURE)
+    assert all(torch.equal(loaded[key], stored[key].to(loaded[key])) for key in stored if key != SIGNATURE)
     assert pins()[folder.name].sha256 == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
