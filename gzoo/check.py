@@ -29,6 +29,7 @@ from gzoo.nn import (
     QuotientNorm,
     QuotientPool,
     Restriction,
+    VectorPool,
 )
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.merged import MergedConv2d
@@ -106,8 +107,9 @@ def check(
     Vectors are held to be invariant, and pose logits (B, classes, |G|) to be regular fields. Feature maps are regular
     fields, or plain channels where the model is a plain network; of a partial network, what a layer drops is zero. A
     map of logits, which the model pooled over the group, is trivial fields: it is held to move like an image. So may
-    each map of a network with several outputs, if it pools at all. The model is copied, so its weights, mode and dtype
-    stay as they are.
+    each map of a network with several outputs, if it pools at all. Where some of them are vectors, channels may be
+    exchanged and change their sign, as the two of a vector do on the grid. The model is copied, so its weights, mode
+    and dtype stay as they are.
 
     Args:
         model: a classifier (B, C, H, W) -> (B, classes), or of each pixel -> (B, classes, H, W) or (B, H, W); with
@@ -146,6 +148,7 @@ def check(
         expected = _outputs(model, x)
     pooled = around or _is_pooled(ran, expected)
     mixture = _mixture(ran)
+    has_vectors = _has_vectors(model)
     levels = dict(zip(expected, level_groups(model), strict=False))
     errors: dict[str, dict[int, float]] = {name: {} for name in expected}
     given_up: dict[int, float] = {}
@@ -154,11 +157,13 @@ def check(
     for g in group.grid_elements:
         for name, value in _outputs(model, group.transform_image(x, g)).items():
             moved, law = expected[name], levels.get(name, own_group) or group
-            as_image = None  # of several outputs each may be logits or fields
+            others = []  # of several outputs each may be logits, fields or vectors
             one_of_several = moved.ndim == 4 and "logits" not in expected
             squeezed = moved.ndim == 3 and own_group is not None and not around  # a map of one channel, or a table
             if pooled and (one_of_several or squeezed):
-                as_image = group.transform_image(moved, g)
+                others.append(group.transform_image(moved, g))
+            if has_vectors and moved.ndim in (2, 4):
+                others.append(_nearest(group.transform_image(moved, g) if moved.ndim > 2 else moved, value, True))
             own_g, row = law.element(g, group), errors[name]
             follows = own_g is not None and (kept is None or own_g in kept)
             if not follows and asked is not None:  # held to what was asked for
@@ -178,7 +183,7 @@ def check(
                     moved = law.transform_features(moved, own_g)
             elif own_group is not None and own_g is not None and _is_pose(moved, law):
                 moved = _move_pose(law, moved, own_g)
-            row[g] = min(relative_error(value, y) for y in (moved, as_image) if y is not None)
+            row[g] = min(relative_error(value, y) for y in (moved, *others))
     return Report(group, (height, width), dtype, errors, given_up)
 
 
@@ -266,6 +271,11 @@ def _is_pooled(ran: list[nn.Module], outputs: dict[str, Tensor]) -> bool:
     return last is None or isinstance(last, GroupPool | QuotientPool)
 
 
+def _has_vectors(model: nn.Module) -> bool:
+    """Whether some of the channels that the network gives are directions, which turn with the image."""
+    return any(isinstance(module, VectorPool) or getattr(module, "vectors", ()) for module in model.modules())
+
+
 def _mixture(ran: list[nn.Module]) -> "FieldType | None":
     """The type of what the last layer that knows about fibres gives, if they are not regular ones alone."""
     last = ran[-1] if ran else None
@@ -330,14 +340,15 @@ def first_broken_layer(
         elements: which elements; by default all that are exact on the grid.
         stage: the leaves that run first and next after the ones looked at; None for all from the start, or to the end.
     """
-    expected = _recorded_outputs(model, x)
+    expected, signed = _recorded_outputs(model, x), _has_vectors(model)
     ran, paths = list(expected), {module: name for name, module in model.named_modules()}
     first, end = (None if leaf is None else ran.index(paths[leaf]) for leaf in stage)
     for g in group.grid_elements if elements is None else elements:
         outputs = _recorded_outputs(model, group.transform_image(x, g))
         for name in ran[first:end]:
             found = outputs[name]
-            if min(relative_error(found, moved) for moved in _possible(group, expected[name], g, found)) > tolerance:
+            laws = _possible(group, expected[name], g, found, signed)
+            if min(relative_error(found, moved) for moved in laws) > tolerance:
                 return name
     return None
 
@@ -352,10 +363,12 @@ def _recorded_outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return outputs | {f"[{i}]": y for i, y in enumerate(tensors_in(output))}
 
 
-def _possible(group: Group, y: Tensor, g: int, found: Tensor) -> Iterator[Tensor]:
+def _possible(group: Group, y: Tensor, g: int, found: Tensor, signed: bool) -> Iterator[Tensor]:
     """y transformed by g under every law that its shape allows; of maps also by the channels' permutation that is
-    nearest to ``found``."""
+    nearest to ``found``, and if it is ``signed`` with other signs, of vectors, too."""
     yield y
+    if signed and y.ndim == 2:
+        yield _nearest(y, found, signed)
     if _is_pose(y, group):
         yield _move_pose(group, y, g)
     regular_first = y.ndim > 1 and y.shape[1] % group.order == 0
@@ -377,27 +390,35 @@ def _possible(group: Group, y: Tensor, g: int, found: Tensor) -> Iterator[Tensor
     if y.ndim == 4 and y.shape[2] % group.order == y.shape[3] % group.order == 0:  # what channels attend to which
         yield _move_fibres(group, _move_fibres(group, y, g).mT, g).mT
     if y.ndim == 4:
-        yield from _possible_maps(group, y, g, found)
+        yield from _possible_maps(group, y, g, found, signed)
         last = y.permute(0, 3, 1, 2)  # channels last
         yield group.transform_image(last, g).permute(0, 2, 3, 1)
         if y.shape[-1] % group.order == 0:
             yield group.transform_features(last, g).permute(0, 2, 3, 1)
     if y.ndim == 4 and _is_square(y.shape[2]) and _is_square(y.shape[3]):  # in a patch, and of which patch
         inside = math.isqrt(y.shape[2])
-        for moved in _possible_maps(group, _folded(y, inside), g, _folded(found, inside)):
+        for moved in _possible_maps(group, _folded(y, inside), g, _folded(found, inside), signed):
             yield _unfolded(moved, inside)
 
 
-def _possible_maps(group: Group, y: Tensor, g: int, found: Tensor) -> Iterator[Tensor]:
+def _possible_maps(group: Group, y: Tensor, g: int, found: Tensor, signed: bool) -> Iterator[Tensor]:
     """`_possible` for a map (B, C, H, W)."""
     moved = group.transform_image(y, g)
     yield moved
     if y.shape[1] % group.order == 0:
         yield group.transform_features(y, g)
     if moved.shape == found.shape:
-        weights = torch.rand(y.shape[2:], generator=torch.Generator().manual_seed(0)).to(y)
-        old, new = ((x * weights).sum((0, 2, 3)).argsort() for x in (moved, found))  # alike in their order
-        yield moved[:, old[new.argsort()]]
+        yield _nearest(moved, found, signed)
+
+
+def _nearest(moved: Tensor, found: Tensor, signed: bool) -> Tensor:
+    """``moved`` (B, C, ...) with its channels in the order of ``found``, and if ``signed`` with their signs."""
+    weights = torch.rand(moved.shape[2:], generator=torch.Generator().manual_seed(0)).to(moved)
+    sums = [(x * weights).transpose(0, 1).flatten(1).sum(1) for x in (moved, found)]  # of each channel
+    old, new = ((x.abs() if signed else x).argsort() for x in sums)  # alike in their order
+    source = old[new.argsort()]
+    signs = (sums[0][source].sign() * sums[1].sign()).view(-1, *(1,) * (moved.ndim - 2))
+    return moved[:, source] * signs if signed else moved[:, source]
 
 
 def _folded(y: Tensor, inside: int) -> Tensor:

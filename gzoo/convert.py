@@ -32,7 +32,7 @@ from gzoo.nn import PoseConv2d, PoseLinear, Restriction, restrict_output
 from gzoo.nn.linear import Head, Pooling
 from gzoo.nn.resample import Window
 from gzoo.partial import make_partial
-from gzoo.plan import WHOLE_NETWORK, Fit, Match, Plan, bent_logits, example, plan
+from gzoo.plan import WHOLE_NETWORK, Fit, Match, Plan, Vectors, bent_logits, example, plan
 from gzoo.rules import ON_IMAGE, RULES, WHOLE, Recipe, rule
 from gzoo.soft import make_soft, residuals
 from gzoo.trace import Segments, flat
@@ -55,6 +55,7 @@ def convert(
     head: Head = "invariant",
     partial: bool = False,
     soft: bool = False,
+    vectors: Vectors | None = None,
 ) -> nn.Module:
     """The equivariant counterpart of a plain CNN; ``model`` itself stays as it is.
 
@@ -108,6 +109,10 @@ def convert(
             f(0) != 0.
         soft: whether each convolution gets a plain one beside it, which starts at zero and which `gzoo.soft.penalty`
             holds there: see `gzoo.soft`. Not with ``partial``.
+        vectors: where numbers are directions, such as a flow: the pairs of channels (right, down) that are vectors, by
+            the path of the convolution or linear layer that makes them, as in {"flow": [(0, 1)]}. They turn with the
+            image; the layer's other channels are logits. For numbers up, give the negative to the loss. Not with
+            ``partial``, ``head="pose"`` and "project".
 
     Returns:
         The network; ``model.group`` is its group, the last one of several. Feature maps are (B, fields * |G|, H, W).
@@ -124,11 +129,11 @@ def convert(
     copied = copy.deepcopy(model)
     with torch.device("cpu"):  # new layers move to the model's device; a default device of "meta" would empty them
         converted = convert_in_place(
-            copied, group, match, widths, group_pool, basis, classifier, weights, head=head, partial=partial, soft=soft
+            copied, group, match, widths, group_pool, basis, classifier, weights, None, head, partial, soft, vectors
         )
         check_itself(converted)
         if weights == "transfer":
-            _check_mean(model, converted, bent_logits(model, classifier))
+            _check_mean(model, converted, bent_logits(model, classifier, vectors), vectors or {})
     return converted
 
 
@@ -206,6 +211,7 @@ def convert_in_place(
     head: Head = "invariant",
     partial: bool = False,
     soft: bool = False,
+    vectors: Vectors | None = None,
 ) -> nn.Module:
     """`convert`, but uses up ``model`` and does not check the result; for networks that a test checks.
 
@@ -216,7 +222,11 @@ def convert_in_place(
         _require_agreement(weights, chain, match, widths, group_pool, basis)
     if head not in ("invariant", "pose") or (head == "pose" and weights is not None):
         raise ValueError(f"head is {head!r} with weights={weights!r}; accepted are 'invariant', and 'pose' without")
-    planned = plan(model, chain, match or _MATCH[weights], widths, fitted, basis, classifier, fit=weights is None)
+    if vectors and (partial or head == "pose" or weights == "project"):
+        raise ValueError(
+            f"vectors={vectors!r:.60} does not go with partial=True, head='pose' and weights='project'; leave those out"
+        )
+    planned = plan(model, chain, match or _MATCH[weights], widths, fitted, basis, classifier, weights is None, vectors)
     for path, module in _coupling(model, planned):
         if weights == "transfer":
             raise ValueError(
@@ -463,7 +473,7 @@ def randomized(model: nn.Module) -> tuple[nn.Module, Tensor]:
 
 
 @torch.no_grad()
-def _check_mean(plain: nn.Module, converted: nn.Module, logits: Collection[str]) -> None:
+def _check_mean(plain: nn.Module, converted: nn.Module, logits: Collection[str], vectors: Vectors) -> None:
     """Raises ValueError unless the outputs of ``converted``, filled from ``plain``, are the mean of its over all poses.
 
     Those of the network, or of the layers ``logits``, if there are any, where it bends those (to probabilities). Both
@@ -485,10 +495,13 @@ def _check_mean(plain: nn.Module, converted: nn.Module, logits: Collection[str])
             continue
         with KeepDouble():
             poses = [_outputs(probe, group.transform_image(x, group.inverse(g)), logits) for g in range(group.order)]
-        for y, *turned in zip(found, *poses, strict=True):
+        for (path, y), *rest in zip(found, *poses, strict=True):
+            turned, pairs = [z for _, z in rest], vectors.get(path)
             # Three dimensions are a map of one channel, or a table of numbers.
             ways = [turned] if y.ndim < 4 else []
             ways += [[group.transform_image(z, g) for g, z in enumerate(turned)]] if y.ndim > 2 else []
+            if pairs:
+                ways = [[group.transform_vectors(z, g, pairs) for g, z in enumerate(turned)]]
             means = [torch.stack(way).mean(0) for way in ways if len({z.shape for z in way}) == 1]
             if means and y.shape[1] == means[0].shape[1] * group.order:
                 y = y.unflatten(1, (-1, group.order)).mean(2)
@@ -501,16 +514,17 @@ def _check_mean(plain: nn.Module, converted: nn.Module, logits: Collection[str])
         return
 
 
-def _outputs(network: nn.Module, x: Tensor, paths: Collection[str]) -> list[Tensor]:
-    """What the network gives for x, or, if there are any ``paths``, what the modules there give."""
-    given: list[Tensor] = []
+def _outputs(network: nn.Module, x: Tensor, paths: Collection[str]) -> list[tuple[str, Tensor]]:
+    """What the network gives for x, or, if there are any ``paths``, what the modules there give, and which."""
+    given: list[tuple[str, Tensor]] = []
 
-    def record(module: nn.Module, inputs: Any, y: Tensor) -> None:
-        given.append(y.clone())  # an activation in place may follow
+    def record(module: nn.Module, inputs: Any, y: Tensor, path: str) -> None:
+        given.append((path, y.clone()))  # an activation in place may follow
 
-    with removing([network.get_submodule(path).register_forward_hook(record) for path in paths]):
+    hooks = [(network.get_submodule(path), functools.partial(record, path=path)) for path in paths]
+    with removing([module.register_forward_hook(hook) for module, hook in hooks]):
         y = network(x)
-    return given or tensors_in(y)
+    return given or [("", tensor) for tensor in tensors_in(y)]
 
 
 @contextmanager

@@ -5,7 +5,7 @@ The network itself may be anything: neither looks at its layers.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ def equivarify(
     pool: Pooling | nn.Module = "mean",
     batched: bool = True,
     mode: Mode = "whole",
+    vectors: Sequence[tuple[int, int]] = (),
 ) -> "Equivarified":
     """The G-product of any network on images: out(x)[g] = net(g^-1 x). Exact for every net, at |G| times its cost.
 
@@ -45,6 +46,8 @@ def equivarify(
             batch norm takes its statistics over all poses of a batch, or over one.
         mode: "layerwise" applies each layer of an nn.Sequential to all poses before the next, "whole" the network; the
             result is the same.
+        vectors: the pairs of channels of the result that are vectors (right, down), such as a flow: they are turned
+            back like the map, as in [(0, 1)].
 
     Raises:
         ValueError: an option is unknown; elements of the group turn pixels between pixels; the net is no nn.Sequential.
@@ -66,7 +69,9 @@ def equivarify(
             f"mode='layerwise' needs an nn.Sequential, not a {type(net).__name__}, and no forward of its own; take "
             "mode='whole'"
         )
-    return Equivarified(net, _grid_group(group), head, pool, batched, mode)
+    if vectors and (head == "pose" or pool == "max"):
+        raise ValueError(f"vectors={vectors!r} are turned back and averaged; leave head='pose' and pool='max' out")
+    return Equivarified(net, _grid_group(group), head, pool, batched, mode, vectors)
 
 
 class _AroundNet(nn.Module):
@@ -96,15 +101,23 @@ class Equivarified(_AroundNet):
 
     Raises:
         ValueError: images or maps are not square, but turned by 90 degrees; the net's output is neither vectors nor
-            maps, or not of the batch; the pool does not give one score an image.
+            maps, or not of the batch, or without the channels that ``vectors`` names; the pool does not give one score
+            an image.
     """
 
     def __init__(
-        self, net: nn.Module, group: Group, head: Head, pool: Pooling | nn.Module, batched: bool, mode: Mode
+        self,
+        net: nn.Module,
+        group: Group,
+        head: Head,
+        pool: Pooling | nn.Module,
+        batched: bool,
+        mode: Mode,
+        vectors: Sequence[tuple[int, int]],
     ) -> None:
         super().__init__()
         self.net, self.group, self.head, self.pool = net, group, head, pool
-        self.batched, self.mode = batched, mode
+        self.batched, self.mode, self.vectors = batched, mode, vectors
 
     def forward(self, x: Tensor) -> Tensor:
         views = poses(self.group, x)
@@ -114,8 +127,8 @@ class Equivarified(_AroundNet):
         for layer in layers if self.mode == "layerwise" else (self.net,):
             values = self._each(layer, values)
         _require_output(self.group, values[0])
-        if values.ndim == 5:
-            values = torch.stack([self.group.transform_image(y, g) for g, y in enumerate(values)])
+        if values.ndim == 5 or self.vectors:
+            values = torch.stack([self.group.transform_vectors(y, g, self.vectors) for g, y in enumerate(values)])
         if self.head == "pose":
             return values.movedim(0, 2)
         if scores is not None:
@@ -135,7 +148,9 @@ class Equivarified(_AroundNet):
         return torch.stack([_on_batch(layer, value) for value in values])
 
 
-def canonicalize(net: nn.Module, group: str | Group, canonizer: nn.Module) -> "Canonicalized":
+def canonicalize(
+    net: nn.Module, group: str | Group, canonizer: nn.Module, vectors: Sequence[tuple[int, int]] = ()
+) -> "Canonicalized":
     """A network on the one pose that ``canonizer`` chooses: invariant at about the cost of ``net``.
 
     Args:
@@ -143,6 +158,7 @@ def canonicalize(net: nn.Module, group: str | Group, canonizer: nn.Module) -> "C
         group: as `equivarify`.
         canonizer: an equivariant network (B, C, H, W) -> (B, 1, |G|): one of the zoo with ``head="pose"`` and
             ``num_classes=1``, or what `equivarify` makes with ``head="pose"``.
+        vectors: as `equivarify`.
 
     Raises:
         ValueError: elements of the group turn pixels between pixels; the canonizer says that it is over another group.
@@ -157,7 +173,7 @@ def canonicalize(net: nn.Module, group: str | Group, canonizer: nn.Module) -> "C
             f"the canonizer is over {own.name}, not {group.name}; make it over {group.name}, or, if the scores that it "
             f"gives are of {group.name} after all, say so: canonizer.group = gzoo.groups.get({group.name!r})"
         )
-    return Canonicalized(net, group, canonizer)
+    return Canonicalized(net, group, canonizer, vectors)
 
 
 class Canonicalized(_AroundNet):
@@ -178,9 +194,9 @@ class Canonicalized(_AroundNet):
         ValueError: as `Equivarified`; or the canonizer's output is not (B, 1, |G|).
     """
 
-    def __init__(self, net: nn.Module, group: Group, canonizer: nn.Module) -> None:
+    def __init__(self, net: nn.Module, group: Group, canonizer: nn.Module, vectors: Sequence[tuple[int, int]]) -> None:
         super().__init__()
-        self.net, self.group, self.canonizer = net, group, canonizer
+        self.net, self.group, self.canonizer, self.vectors = net, group, canonizer, vectors
 
     def forward(self, x: Tensor) -> Tensor:
         scores = self.canonizer(x)
@@ -196,7 +212,7 @@ class Canonicalized(_AroundNet):
         choice = _one_hot(scores[:, 0])
         y = _on_batch(self.net, _chosen(choice, views))
         _require_output(self.group, y)
-        return y if y.ndim == 2 else _chosen(choice, self._moved(y))
+        return y if y.ndim == 2 and not self.vectors else _chosen(choice, self._moved(y))
 
     def _mean_of_best(self, scores: Tensor, views: Tensor) -> Tensor:
         tolerance = torch.finfo(scores.dtype).eps ** 0.5 * scores.nan_to_num(0, 0, 0).abs().amax(1, keepdim=True)
@@ -204,7 +220,7 @@ class Canonicalized(_AroundNet):
         image, g = best.nonzero(as_tuple=True)  # one row for each image, and more where scores tie
         y = _on_batch(self.net, views[g, image])
         _require_output(self.group, y)
-        if y.ndim == 4:
+        if y.ndim == 4 or self.vectors:
             y = self._moved(y)[g, torch.arange(len(g), device=y.device)]
         y = y / best.sum(1)[image].view(-1, *(1,) * (y.ndim - 1)).to(y.dtype)
         mean = y.new_zeros(len(scores), *y.shape[1:]).index_add(0, image, y)
@@ -212,8 +228,8 @@ class Canonicalized(_AroundNet):
         return mean.masked_fill(unsure, math.nan)
 
     def _moved(self, y: Tensor) -> Tensor:
-        """g.y for every g: (|G|, B, C, H, W)."""
-        return torch.stack([self.group.transform_image(y, g) for g in range(self.group.order)])
+        """g.y for every g: (|G|, B, C, H, W), or (|G|, B, C) without pixels."""
+        return torch.stack([self.group.transform_vectors(y, g, self.vectors) for g in range(self.group.order)])
 
 
 def pose_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -260,10 +276,10 @@ def _one_hot(scores: Tensor) -> Tensor:
 
 
 def _chosen(choice: Tensor, values: Tensor) -> Tensor:
-    """(|G|, B, C, H, W) to (B, C, H, W) by a one-hot ``choice`` (B, |G|)."""
+    """(|G|, B, C, ...) to (B, C, ...) by a one-hot ``choice`` (B, |G|)."""
     if not choice.requires_grad:  # picked, as zero times a masked logit of -inf is no number
         return values[choice.argmax(1), torch.arange(len(choice), device=values.device)]
-    return (choice.T[..., None, None, None].to(values.dtype) * values).sum(0)
+    return (choice.T.view(*choice.T.shape, *(1,) * (values.ndim - 2)).to(values.dtype) * values).sum(0)
 
 
 def _grid_group(group: str | Group) -> Group:

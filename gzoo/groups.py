@@ -5,13 +5,14 @@ reflections, g = N + r: reflect the width axis, then rotate by r. A rotation by 
 degrees. The tests compare order, products and action with escnn's.
 """
 
+import math
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -128,6 +129,35 @@ class Group:
         y = x.unflatten(1, (-1, self.order)).index_select(2, source).flatten(1, 2)
         return self.transform_image(y, g) if x.ndim > 2 else y
 
+    def transform_vectors(self, x: Tensor, g: int, pairs: Sequence[tuple[int, int]] = ((0, 1),)) -> Tensor:
+        """g.x for maps of vectors, such as a flow: moves pixels, and turns the vectors with them.
+
+        Args:
+            x: (B, C, H, W); or (B, C) without pixels.
+            g: an element of `grid_elements`; without pixels any element.
+            pairs: the channels of each vector: how far to the right, and how far down (as rows count). The other
+                channels are numbers, which only move.
+
+        Raises:
+            ValueError: as `transform_image`, or a pair is none of two channels of x.
+        """
+        self.require_element(g)
+        require_pairs(pairs, x.shape[1])
+        (a, b), (c, d) = self.matrix(g)
+        channels = list(x.unbind(1))
+        for right, down in pairs:
+            u, v = x[:, right], x[:, down]
+            channels[right], channels[down] = a * u + b * v, c * u + d * v
+        y = torch.stack(channels, 1)
+        return self.transform_image(y, g) if x.ndim > 2 else y
+
+    def matrix(self, g: int) -> tuple[tuple[float, float], tuple[float, float]]:
+        """What g does to a vector (right, down): exact numbers for multiples of 90 degrees."""
+        angle = 2 * math.pi * (g % self.rotations) / self.rotations
+        cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+        side = -1.0 if g >= self.rotations else 1.0  # a reflection acts first
+        return (side * cos, sin), (-side * sin, cos)
+
     def element(self, g: int, other: "Group") -> int | None:
         """Element g of another group as one of this group, with the same mirror axis; None if it is not in it."""
         turn, between = divmod(g % other.rotations * self.rotations, other.rotations)
@@ -236,6 +266,19 @@ def _gspace(group: Group) -> "GSpace":
     if group.reflections:
         return gspaces.flipRot2dOnR2(group.rotations) if group.rotations > 1 else gspaces.flip2dOnR2()
     return gspaces.rot2dOnR2(group.rotations) if group.rotations > 1 else gspaces.trivialOnR2()
+
+
+def require_pairs(pairs: Any, channels: int) -> None:
+    """Raises ValueError unless each of ``pairs`` is two of so many channels, and no channel is in two of them."""
+    try:
+        flat = [channel for right, down in pairs for channel in (right, down)]
+    except (TypeError, ValueError):
+        flat = [None]
+    if not all(type(channel) is int and 0 <= channel < channels for channel in flat) or len(set(flat)) < len(flat):
+        raise ValueError(
+            f"the pairs of channels that are vectors are {pairs!r}; accepted are pairs (right, down) of two of the "
+            f"{channels} channels, each channel in one pair at most, as in [(0, 1)]"
+        )
 
 
 def get(name: str) -> Group:

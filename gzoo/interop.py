@@ -161,7 +161,7 @@ def to_escnn(model: nn.Module) -> nn.Module:
         field_type = types.get(path)
         if isinstance(module, SymmetricPool2d) and field_type:
             return _pointwise_pool(module, field_type)
-        if isinstance(module, GroupPool) and module.pool == "max" and field_type:
+        if type(module) is GroupPool and module.pool == "max" and field_type:
             return EscnnLayer(_escnn.load().nn.GroupPooling(field_type))
         return None
 

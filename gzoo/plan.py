@@ -9,7 +9,7 @@ narrow network over a large group may miss it all the same, as no width is less 
 import difflib
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain as flatten
@@ -34,6 +34,8 @@ SCALE: dict[Match, Callable[[int], float]] = {
     "flops": lambda order: 1 / order,
     "width": lambda order: 1.0,
 }
+
+Vectors = Mapping[str, Sequence[tuple[int, int]]]
 
 WHOLE_NETWORK = "gzoo.equivarify and gzoo.canonicalize take any network that gives one vector or map, as it is"
 
@@ -82,6 +84,7 @@ class Plan:
         match: what of the plain network to keep.
         trace: what a run of the plain network showed.
         classifiers: paths of the layers that make logits, which stay as many as they are.
+        vectors: pairs of channels, by path, of those of them that make vectors.
         widths: plain channels -> fields, where they are given.
         basis: of the kernels, as `gzoo.nn.GroupConv2d` takes it.
         scale: fields for each plain channel in the first stage; in the others as ``match`` has it for their group.
@@ -100,6 +103,7 @@ class Plan:
     scale: float
     fit: bool = True
     steps: dict[int, tuple[int, int]] = field(default_factory=dict)
+    vectors: Vectors = field(default_factory=dict)
     _known: dict[Segment, int] = field(default_factory=dict)
 
     @property
@@ -250,7 +254,7 @@ class Plan:
         plain_in, plain_out = (sum(segment.size for segment in segments) for segments in (inputs, outputs))
         fields_in, fields_out = self.fields(inputs, name), self.fields(outputs, name)
         is_linear = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
-        if name in self.classifiers and is_linear:  # on pooled fibres
+        if name in self.classifiers and is_linear and name not in self.vectors:  # on pooled fibres
             weights = module.weight.numel() / plain_in
             pixels = self.trace.pixels[name]
             return Row(
@@ -330,6 +334,7 @@ def plan(
     basis: BasisName | None = None,
     classifier: str | Sequence[str] | None = None,
     fit: bool = True,
+    vectors: Vectors | None = None,
 ) -> Plan:
     """Plans the conversion of a plain network.
 
@@ -344,10 +349,11 @@ def plan(
             `gzoo.convert` says.
         fit: whether widths may give way, to keep what ``match`` says of the whole network; else ``match`` holds for
             each width, and where C / |G| is no whole number, `Plan.fields` is an error.
+        vectors: pairs of channels that are vectors, by the path of the layer that makes them.
 
     Raises:
         ValueError: the network is equivariant already, has no convolution or a linear layer over pixels, does not run,
-            or has fewer stages than groups; ``match`` or ``classifier`` is unknown.
+            or has fewer stages than groups; ``match``, ``classifier`` or ``vectors`` is unknown.
     """
     if match not in SCALE:
         raise ValueError(f"match is {match!r}; accepted are {', '.join(map(repr, SCALE))}")
@@ -370,10 +376,14 @@ def plan(
             f"{seen.over_pixels[0]} is linear over pixels or tokens, each with a weight of its own, which has no "
             f"equivariant counterpart here; use a convolution. {WHOLE_NETWORK}"
         )
+    vectors = vectors or {}
+    _require_vectors(model, vectors)
     found = paths
     if classifier is None:
-        found = _classifiers(model, seen)
+        found = _classifiers(model, seen, vectors)
         found |= _more_in_training(model, x, seen, found)
+    found |= vectors.keys()
+    _require_last(vectors, seen)
     for segment in (part for path in found for part in flat(seen.outputs.get(path, ()))):
         segment.image = True  # logits have no fibre, wherever they go
     sizes = {part.size for segments in seen.outputs.values() for part in flat(segments) if not part.image}
@@ -383,7 +393,7 @@ def plan(
         if not isinstance(fields, int) or fields < 1:
             raise ValueError(f"widths gives {channels} channels {fields!r} fields; the least is 1, and they are whole")
     scale = fitted.scale if fitted else SCALE[match](chain[0].order)
-    made = Plan(model, chain, match, seen, found, widths or {}, basis, scale, fit)
+    made = Plan(model, chain, match, seen, found, widths or {}, basis, scale, fit, vectors=vectors)
     if not seen.inputs.keys() & seen.outputs.keys() & {name for name, _ in _layers(model)}:
         lost = next(
             (f"{name}: {made.why_lost(name)}" for name in seen.lost), "no layer with parameters runs on an image"
@@ -411,6 +421,38 @@ def _require_convolution(model: nn.Module) -> None:
             raise ValueError(f"{text}; {name or 'it'} is a {type(layer).__name__}")
     held = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers.values())) or "none"
     raise ValueError(f"{text}; its layers with parameters are: {held}. {WHOLE_NETWORK}")
+
+
+def _require_vectors(model: nn.Module, vectors: Any) -> None:
+    """Raises ValueError unless ``vectors`` has pairs of channels by the path of a layer that can make vectors."""
+    layers = dict(model.named_modules())
+    if not isinstance(vectors, Mapping):
+        raise ValueError(f"vectors is {vectors!r:.60}; it takes pairs of channels by path, as in {{'flow': [(0, 1)]}}")
+    for path, pairs in vectors.items():
+        layer: Any = layers.get(path)
+        if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) or not pairs:
+            raise ValueError(
+                f"vectors has {path!r}: {pairs!r:.60}; it takes the path of a convolution or Linear of "
+                f"{type(model).__name__} that makes vectors, as named_modules() spells it, and its pairs of channels"
+            )
+        channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        try:
+            groups.require_pairs(pairs, channels)
+        except ValueError as error:
+            raise ValueError(f"vectors of {path}: {error}") from error
+
+
+def _require_last(vectors: Vectors, seen: Trace) -> None:
+    """Raises ValueError where a layer reads vectors, each of their channels by itself, as if they were numbers."""
+    for path in vectors:
+        own = set(flat(seen.outputs.get(path, ())))
+        readers = [name for name, given in seen.inputs.items() if not own.isdisjoint(flat(given))]
+        readers = [name for name in readers if name in seen.outputs and seen.outputs[name] != seen.outputs[path]]
+        if readers:
+            raise ValueError(
+                f"vectors has {path!r}, whose channels {readers[0]!r} reads, which would take each for a number; name "
+                "the layer that makes the output"
+            )
 
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -532,13 +574,14 @@ _SUMS = {"add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__", "__
 _OVER_CHANNELS = {"normalize", "norm", "linalg_vector_norm", "softmax", "log_softmax"}
 
 
-def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
+def _classifiers(model: Any, seen: Trace, vectors: Collection[str] = ()) -> frozenset[str]:
     """The layers that make logits: timm's classifier, or those in it (two where a network was distilled).
 
     Else the convolutions whose maps are the output (see `_score_maps`). Else the last layer that the output has its
     channels from, if it is linear, or a convolution whose map is pooled to a vector (activations and dropout may
     follow), or one whose map is the output and has as many channels as the image, or a few (anything may follow), as
-    that of an autoencoder. A convolution whose map is added to the image is one, too.
+    that of an autoencoder. A convolution whose map is added to the image is one, too. What the layers ``vectors`` make
+    is known, and says nothing of the other outputs.
     """
     modules = dict(model.named_modules())
     if hasattr(model, "get_classifier"):
@@ -553,6 +596,8 @@ def _classifiers(model: Any, seen: Trace) -> frozenset[str]:
     if not layers:
         return frozenset()
     results = [y for y in tensors_in(seen.result) if y.ndim > 1]  # single numbers are parts
+    known = {part for path in vectors for part in flat(seen.outputs.get(path, ()))}
+    results = [y for y in results if not known or not known.issuperset(channels_of(y))]
     makers = [_makers(set(channels_of(y)), layers, seen) for y in results]
     linear = [[name for name in names if isinstance(modules[name], nn.Linear)] for names in makers]
     if len(results) > 1 and any(y.ndim == 2 for y in results):
@@ -652,10 +697,17 @@ def _more_in_training(model: nn.Module, x: Tensor, seen: Trace, logits: frozense
     return found
 
 
-def bent_logits(model: nn.Module, classifier: str | Sequence[str] | None) -> frozenset[str]:
-    """The layers that make logits if the network goes on with functions of them, such as probabilities; else none."""
+def bent_logits(
+    model: nn.Module, classifier: str | Sequence[str] | None, vectors: Vectors | None = None
+) -> frozenset[str]:
+    """The layers that make logits if the network goes on with functions of them, such as probabilities; else none.
+
+    Also if some of them are vectors, which the network's outputs do not tell.
+    """
     seen = trace(model, example(model))
-    found = _named(classifier) if classifier is not None else _classifiers(model, seen)
+    found = _named(classifier) if classifier is not None else _classifiers(model, seen, vectors or ())
+    if vectors:
+        return found | vectors.keys()
     logits = {part for path in found for part in flat(seen.outputs.get(path, ()))}
     bent = (name for name, given in seen.functions if not logits.isdisjoint(flat(given)))
     return frozenset() if _COPIES.issuperset(bent) else found

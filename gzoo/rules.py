@@ -6,9 +6,9 @@ passes unchanged. What no rule knows is an error of `gzoo.convert`.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import timm.layers as tl
 import torch
@@ -60,6 +60,7 @@ from gzoo.nn import (
     PoseLinear,
     RepeatAlongFibre,
     SymmetricPool2d,
+    VectorPool,
     WeightStandardization,
 )
 from gzoo.nn.expand import ExpandedLayer
@@ -135,6 +136,11 @@ class Recipe:
         return max(segment.folded for segment in self._seen(self.plan.trace.inputs))
 
     @property
+    def vectors(self) -> Sequence[tuple[int, int]]:
+        """The pairs of channels that the module makes as vectors."""
+        return self.plan.vectors.get(self.path, ())
+
+    @property
     def is_classifier(self) -> bool:
         """Whether the module makes logits."""
         return self.path in self.plan.classifiers
@@ -187,7 +193,7 @@ def _conv(plain: nn.Conv2d, recipe: Recipe) -> nn.Module:
     is_linear = (
         plain.kernel_size == plain.stride == (1, 1) and plain.groups == 1 and plain.padding in (0, (0, 0), "same")
     )
-    if recipe.is_classifier and is_linear and not (mixed or recipe.lifts):
+    if recipe.is_classifier and is_linear and not (mixed or recipe.lifts or recipe.vectors):
         bias = plain.bias is not None
         if recipe.head == "pose":
             pose = PoseConv2d(recipe.group, recipe.in_fields, plain.out_channels, bias)
@@ -223,8 +229,15 @@ def _with_pools(layers: list[nn.Module], gives: list[Run], recipe: Recipe) -> nn
     if not all(run.regular for run in gives):
         layers = [*layers, PoolSomeFibres(order, gives)]
     if recipe.is_classifier:
-        layers = [*layers, GroupPool(order, recipe.group_pool)]
+        layers = [*layers, _last_pool(recipe)]
     return nn.Sequential(*layers) if len(layers) > 1 else layers[0]
+
+
+def _last_pool(recipe: Recipe, dim: Literal[1, -1] = 1) -> GroupPool:
+    """What pools the fibres of a layer that makes logits, some of them vectors perhaps."""
+    if recipe.vectors:
+        return VectorPool(recipe.group, recipe.vectors, recipe.group_pool, dim)
+    return GroupPool(recipe.group.order, recipe.group_pool, dim)
 
 
 def _window_options(plain: Any) -> dict[str, Any]:
@@ -312,11 +325,17 @@ def _transposed_conv(plain: nn.ConvTranspose2d, recipe: Recipe) -> nn.Module:
 
 @rule(nn.Linear, tl.Linear)
 def _linear(plain: nn.Linear, recipe: Recipe) -> nn.Module:
+    if recipe.lifts and recipe.vectors:
+        raise ValueError(f"it makes vectors of {_WITHOUT_FIBRE}, which have no direction; make them of feature maps")
     if recipe.lifts and recipe.head == "invariant" and not any(run.regular for run in recipe.out_runs):
         return plain  # of what has no fibre, such as other logits
     if recipe.lifts:
         raise ValueError("it is linear in the channels of the image; use a 1x1 convolution, which lifts them")
     in_fields, bias = recipe.in_fields, plain.bias is not None
+    if recipe.vectors:
+        fields = GroupLinear(recipe.group, in_fields, plain.out_features, bias)
+        _initialize_like(fields, plain, plain.in_features, fields.fan_in)
+        return nn.Sequential(fields, _last_pool(recipe, dim=-1))
     new: GroupLinear | InvariantLinear
     pools = not (recipe.is_classifier or any(run.regular for run in recipe.out_runs))
     if pools and recipe.per_element:

@@ -196,7 +196,7 @@ def _fill(new: Any, plain: Any, group: Group, weights: Weights, folding: Any) ->
         new = new.norm
     elif isinstance(new, GroupEca):
         plain = plain.conv
-    elif isinstance(new, nn.Sequential) and isinstance(plain, nn.Conv2d | nn.ConvTranspose2d):
+    elif isinstance(new, nn.Sequential) and isinstance(plain, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
         new, pooled = new[0], True  # behind it comes a group pooling
     elif new is None:  # inside of what was replaced as a whole
         return

@@ -61,13 +61,15 @@ def random_image(channels: int, size: tuple[int, int] = (5, 5), batch: int = 2) 
 
 
 def act(group: Group, law: "str | FieldType", x: Tensor, g: int) -> Tensor:
-    """g.x for an "image", for regular "fields", for "channels last" fields, for what is "invariant", or of a type."""
+    """g.x for an "image", regular "fields", "channels last" fields, "vectors", what is "invariant", or of a type."""
     if not isinstance(law, str):
         return transform_features(x, g, law)
     if law == "image":
         return group.transform_image(x, g)
     if law == "fields":
         return group.transform_features(x, g)
+    if law == "vectors":
+        return group.transform_vectors(x, g)
     if law == "channels last":
         return group.transform_features(x.movedim(-1, 1), g).movedim(1, -1)
     assert law == "invariant"

@@ -60,6 +60,40 @@ def test_equivarified_networks_follow_the_group_in_value_and_gradient(group, mak
     assert_follows(gzoo.equivarify(make(), group, head), group)
 
 
+@pytest.mark.parametrize("make", [vector_net, map_net])
+@pytest.mark.parametrize("group", GRID_GROUPS)
+def test_vectors_are_turned_back_in_value_and_gradient(group, make):
+    G, pairs = groups.get(group), [(2, 0)]
+    canonizer = gzoo.equivarify(nn.Sequential(*vector_net()[:-1], nn.Linear(16, 1)).double(), group, "pose")
+    for model in (
+        gzoo.equivarify(make(), group, vectors=pairs),
+        gzoo.equivarify(make(), group, pool=canonizer.net, vectors=pairs),
+        gzoo.canonicalize(make(), group, canonizer, pairs).eval(),
+        gzoo.canonicalize(make(), group, canonizer, pairs).train(),
+    ):
+        for size in sizes(group):
+            x = random_image(2, size).requires_grad_()
+            y = model(x)
+            weight = torch.randn_like(y)
+            (gradient,) = torch.autograd.grad((y * weight).sum(), x)
+            for g in elements(group):
+                moved = G.transform_image(x, g).detach().requires_grad_()
+                z = model(moved)
+                turned = G.transform_vectors(weight, g, pairs)
+                (moved_gradient,) = torch.autograd.grad((z * turned).sum(), moved)
+                assert relative_error(z, G.transform_vectors(y, g, pairs)) < 1e-12
+                assert relative_error(moved_gradient, G.transform_image(gradient, g)) < 1e-12
+        assert gzoo.check(model, 9).worst < 1e-12
+
+
+def test_vectors_that_are_no_channels_or_are_not_averaged_are_refused():
+    with pytest.raises(ValueError, match="of two of the 3 channels"):
+        gzoo.equivarify(map_net(), "p4", vectors=[(0, 3)])(random_image(2, (8, 8)))
+    for options in ({"head": "pose"}, {"pool": "max"}):
+        with pytest.raises(ValueError, match="turned back and averaged; leave head='pose' and pool='max' out"):
+            gzoo.equivarify(map_net(), "p4", vectors=[(0, 1)], **options)
+
+
 def test_a_plain_network_does_not_follow_the_group():
     net, G, x = vector_net(), groups.get("p4"), random_image(2, (8, 8))
     assert relative_error(net(G.transform_image(x, 1)), net(x)) > 1e-3

@@ -76,6 +76,35 @@ def test_the_conventions_of_the_first_turn_and_the_reflection_hold():
     assert groups.get("p4m").transform_image(x, 4).equal(x.flip(3))
 
 
+@pytest.mark.parametrize("group", GRID_GROUPS)
+@pytest.mark.parametrize("size", [(4, 4), (5, 5), (4, 7)])
+def test_vectors_turn_as_the_slope_of_a_turned_image(group, size):
+    def slope(x):  # to the right, and down
+        return torch.stack([x.roll(-1, axis) - x.roll(1, axis) for axis in (2, 1)], 1)
+
+    G, x = groups.get(group), random_image(1, size)[:, 0]
+    for g in elements(group):
+        assert slope(G.transform_image(x, g)).equal(G.transform_vectors(slope(x), g))
+
+
+@pytest.mark.parametrize("group", ["p4m", "d1", "c3", "d5", "c8"])
+def test_without_pixels_vectors_turn_as_the_product_of_elements(group):
+    G, x = groups.get(group), torch.randn(2, 5, dtype=torch.float64)
+    pairs = [(4, 1), (0, 2)]
+    for g in elements(group):
+        turned = G.transform_vectors(x, g, pairs)
+        assert turned[:, 3].equal(x[:, 3])
+        assert turned[:, [4, 1]].norm(dim=1).allclose(x[:, [4, 1]].norm(dim=1))
+        for h in elements(group):
+            assert G.transform_vectors(turned, h, pairs).allclose(G.transform_vectors(x, G.multiply(h, g), pairs))
+
+
+@pytest.mark.parametrize("pairs", [[(0, 2)], [(0, 0)], [(0, 1), (1, 0)], [0, 1], [(0, 1, 1)], [(-1, 0)], [(0.0, 1)], 3])
+def test_pairs_that_are_no_two_channels_are_refused(pairs):
+    with pytest.raises(ValueError, match=r"accepted are pairs \(right, down\) of two of the 2 channels"):
+        groups.get("p4").transform_vectors(random_image(2), 1, pairs)
+
+
 @pytest.mark.parametrize(("alias", "name"), [("c4", "p4"), ("d4", "p4m")])
 def test_aliases_name_the_same_group(alias, name):
     assert groups.get(alias) == groups.get(name)

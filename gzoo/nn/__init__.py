@@ -7,7 +7,15 @@ from gzoo.nn.continuous import Arc
 from gzoo.nn.conv import GroupConv2d, LiftingConv2d
 from gzoo.nn.eca import GroupEca
 from gzoo.nn.element import PerElement
-from gzoo.nn.linear import GroupLinear, GroupPool, InvariantConv2d, InvariantLinear, PoseConv2d, PoseLinear
+from gzoo.nn.linear import (
+    GroupLinear,
+    GroupPool,
+    InvariantConv2d,
+    InvariantLinear,
+    PoseConv2d,
+    PoseLinear,
+    VectorPool,
+)
 from gzoo.nn.mixed import PoolSomeFibres, RepeatAlongFibre
 from gzoo.nn.norm import FibreNorm
 from gzoo.nn.position import FourierPosition
@@ -46,6 +54,7 @@ __all__ = [
     "Subset",
     "SymmetricBlur2d",
     "SymmetricPool2d",
+    "VectorPool",
     "WeightStandardization",
     "keep_original_strides",
     "restrict_output",

@@ -1,7 +1,8 @@
 """Linear maps on fibres: equivariant inside a network, invariant at its end."""
 
 import math
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from gzoo.bases import regular_basis
 from gzoo.groups import Group
+from gzoo.nn.constant import Constants, on_default_device
 from gzoo.nn.conv import require_fields
 from gzoo.nn.expand import ExpandedLayer, along_fibre
 
@@ -132,6 +134,48 @@ class GroupPool(nn.Module):
 
     def extra_repr(self) -> str:
         return f"group_order={self.group_order}, pool={self.pool!r}"
+
+
+class VectorPool(Constants, GroupPool):
+    """Group pooling to vectors: pairs of regular fields become vectors that turn with the image. Exact for every group.
+
+    With f the two fields of a pair and rho(g) the matrix of g, the vector is the mean over g of rho(g) f(g).
+
+    Args:
+        group: any point group.
+        pairs: the fields of each vector: how far to the right, and how far down. Other fields are pooled.
+        pool: group pooling of those, "mean" or "max".
+        dim: where the channels are, 1 or -1.
+
+    Shape:
+        x: (B, fields * |G|, ...); result: (B, fields, ...). Or (B, ..., fields * |G|) and (B, ..., fields).
+
+    Source: regular fields to irreps of frequency 1, Weiler & Cesa 2019, arXiv:1911.08251, section 2.6.
+    """
+
+    constants: ClassVar[tuple[str, ...]] = ("turns",)
+
+    def __init__(
+        self, group: Group, pairs: Sequence[tuple[int, int]], pool: Pooling = "mean", dim: Literal[1, -1] = 1
+    ) -> None:
+        super().__init__(group.order, pool, dim)
+        self.group, self.pairs = group, tuple((right, down) for right, down in pairs)
+        turns = torch.tensor([group.matrix(g) for g in range(group.order)], device="cpu")  # (|G|, 2, 2)
+        self.register_buffer("turns", on_default_device(turns), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fibres = x.movedim(self.dim, -1).unflatten(-1, (-1, self.group_order))  # (B, ..., fields, |G|)
+        right, down = zip(*self.pairs, strict=True)
+        pairs = torch.stack((fibres[..., right, :], fibres[..., down, :]), -1)  # (B, ..., vectors, |G|, 2)
+        vectors = torch.einsum("...gi,gji->...j", pairs, self.turns.to(x.dtype)) / self.group_order
+        numbers = fibres.amax(-1) if self.pool == "max" else fibres.mean(-1)
+        places = list(range(fibres.shape[-2]))
+        for vector, (first, second) in enumerate(self.pairs):
+            places[first], places[second] = (len(places) + 2 * vector + i for i in range(2))
+        return torch.cat((numbers, vectors.flatten(-2)), -1)[..., places].movedim(-1, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.group.name}, pairs={self.pairs}, pool={self.pool!r}"
 
 
 class InvariantLinear(nn.Linear):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gzoo import _escnn, groups
-from gzoo.nn import GroupConv2d, GroupLinear, GroupPool, InvariantLinear
+from gzoo.nn import GroupConv2d, GroupLinear, GroupPool, InvariantLinear, VectorPool
 from tests.conftest import GRID_GROUPS, random_fields, with_random_statistics, worst_error
 
 GROUPS = [*GRID_GROUPS, "c3", "c8", "d5", "d8"]
@@ -39,6 +39,33 @@ def test_invariant_linear_gives_the_same_logits_and_gradients_in_every_pose(grou
 def test_group_pooling_gives_a_trivial_field(group, pool, size):
     layer = GroupPool(groups.get(group).order, pool)
     assert worst_error(layer, group, random_fields(group, 3, size), "fields", "image") < 1e-12
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_vector_pooling_gives_vectors_that_turn_with_the_fibre(group):
+    layer = VectorPool(groups.get(group), [(0, 1)]).double()
+    assert worst_error(layer, group, random_fields(group, 2, ()), "fields", "vectors", range(layer.group_order)) < 1e-7
+
+
+@pytest.mark.parametrize("group", [*GRID_GROUPS, "c8", "d8", "c12"])
+@pytest.mark.parametrize("size", [(4, 4), (5, 5), (4, 7)])
+def test_vector_pooling_gives_vectors_that_turn_with_the_map(group, size):
+    layer = VectorPool(groups.get(group), [(0, 1)]).double()
+    assert worst_error(layer, group, random_fields(group, 2, size), "fields", "vectors") < 1e-12
+
+
+@pytest.mark.parametrize("pool", ["mean", "max"])
+@pytest.mark.parametrize("dim", [1, -1])
+def test_vector_pooling_leaves_the_other_channels_numbers(pool, dim):
+    group = groups.get("p4m")
+    x = random_fields("p4m", 5, (4, 6))
+    y = VectorPool(group, [(3, 1), (0, 4)], pool, dim).double()(x.movedim(1, dim)).movedim(dim, 1)
+    fibres = x.unflatten(1, (5, 8))
+    assert torch.allclose(y[:, 2], GroupPool(8, pool)(x)[:, 2])
+    for right, down in ((3, 1), (0, 4)):
+        pairs = fibres[:, [right, down]]  # (B, 2, |G|, H, W)
+        turned = torch.stack([torch.tensor(group.matrix(g)).double() for g in range(8)])
+        assert torch.allclose(y[:, [right, down]], torch.einsum("gij,bjghw->bihw", turned, pairs) / 8)
 
 
 @pytest.mark.parametrize("group", ["p4", "p4m", "c8"])
