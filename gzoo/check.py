@@ -273,7 +273,8 @@ def _is_pooled(ran: list[nn.Module], outputs: dict[str, Tensor]) -> bool:
 
 def _has_vectors(model: nn.Module) -> bool:
     """Whether some of the channels that the network gives are directions, which turn with the image."""
-    return any(isinstance(module, VectorPool) or getattr(module, "vectors", ()) for module in model.modules())
+    around = [module for module in model.modules() if isinstance(module, Equivarified | Canonicalized)]
+    return any(module.vectors for module in around) or any(isinstance(m, VectorPool) for m in model.modules())
 
 
 def _mixture(ran: list[nn.Module]) -> "FieldType | None":

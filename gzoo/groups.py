@@ -144,12 +144,13 @@ class Group:
         self.require_element(g)
         require_pairs(pairs, x.shape[1])
         (a, b), (c, d) = self.matrix(g)
-        channels = list(x.unbind(1))
-        for right, down in pairs:
-            u, v = x[:, right], x[:, down]
-            channels[right], channels[down] = a * u + b * v, c * u + d * v
-        y = torch.stack(channels, 1)
-        return self.transform_image(y, g) if x.ndim > 2 else y
+        if pairs:
+            channels = list(x.unbind(1))
+            for right, down in pairs:
+                u, v = x[:, right], x[:, down]
+                channels[right], channels[down] = a * u + b * v, c * u + d * v
+            x = torch.stack(channels, 1)
+        return self.transform_image(x, g) if x.ndim > 2 else x
 
     def matrix(self, g: int) -> tuple[tuple[float, float], tuple[float, float]]:
         """What g does to a vector (right, down): exact numbers for multiples of 90 degrees."""
