@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gzoo import groups
 from gzoo.equivariant import group_of, require_network
@@ -34,7 +35,8 @@ def equivarify(
     The parameters are those of ``net``, which is used and not copied; a ``pool`` that is a network adds its own.
 
     Args:
-        net: any network of images (B, C, H, W), to vectors (B, D) or maps (B, D, H', W').
+        net: any network of images (B, C, H, W), to vectors (B, D) or maps (B, D, H', W'), one or several in tuples and
+            dictionaries, such as those of torchvision.
         group: a group on the pixel grid, or its name: p4, p4m, c1, c2, d1, d2.
         head: "invariant": the poses are pooled; a map moves with the image. "pose": a value for each element
             of the group, so logits say the class and the pose.
@@ -97,7 +99,8 @@ class Equivarified(_AroundNet):
 
     Shape:
         x: (B, C, H, W), square if the group has quarter turns. "invariant": (B, D) or (B, D, H', W'), as the network's
-        own; "pose": (B, D, |G|) or (B, D, |G|, H', W'), of which ``flatten(1, 2)`` are regular fields.
+        own, in the same tuples and dictionaries; "pose": (B, D, |G|) or (B, D, |G|, H', W'), of which
+        ``flatten(1, 2)`` are regular fields.
 
     Raises:
         ValueError: images or maps are not square, but turned by 90 degrees; the net's output is neither vectors nor
@@ -119,33 +122,46 @@ class Equivarified(_AroundNet):
         self.net, self.group, self.head, self.pool = net, group, head, pool
         self.batched, self.mode, self.vectors = batched, mode, vectors
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         views = poses(self.group, x)
-        scores = self._each(self.pool, views) if isinstance(self.pool, nn.Module) else None
-        values = views  # after the scores, as a layer in place may change them
+        weights = self._weights(self.pool, views) if isinstance(self.pool, nn.Module) else None
+        values: Any = views  # after the weights, as a layer in place may change them
         layers: Iterable[nn.Module] = self.net if isinstance(self.net, nn.Sequential) else (self.net,)
         for layer in layers if self.mode == "layerwise" else (self.net,):
             values = self._each(layer, values)
+        _require_one(values, self.vectors)
+        return tree_map(lambda each: self._pooled(each, weights), values)
+
+    def _weights(self, pool: nn.Module, views: Tensor) -> Tensor:
+        """(|G|, B): what the pool weighs the poses by."""
+        scores = self._each(pool, views)
+        if not isinstance(scores, Tensor) or scores[0].numel() != views.shape[1]:
+            given = tuple(scores.shape[1:]) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            raise ValueError(
+                f"the pool gives {given} for {views.shape[1]} images; accepted is one score an image, "
+                f"{(views.shape[1], 1)}; give it a last layer with one output"
+            )
+        return scores.flatten(1).softmax(0)
+
+    def _pooled(self, values: Tensor, weights: Tensor | None) -> Tensor:
+        """(|G|, B, ...), one of the network's outputs for every pose, turned back and pooled."""
         _require_output(self.group, values[0])
         if values.ndim == 5 or self.vectors:
             values = torch.stack([self.group.transform_vectors(y, g, self.vectors) for g, y in enumerate(values)])
         if self.head == "pose":
             return values.movedim(0, 2)
-        if scores is not None:
-            if scores[0].numel() != len(x):
-                raise ValueError(
-                    f"the pool gives {tuple(scores.shape[1:])} for {len(x)} images; accepted is one score an image, "
-                    f"{(len(x), 1)}; give it a last layer with one output"
-                )
-            weights = scores.flatten(1).softmax(0)  # (|G|, B)
+        if weights is not None:
             return (weights.view(*weights.shape, *(1,) * (values.ndim - 2)) * values).sum(0)
         return values.amax(0) if self.pool == "max" else values.mean(0)
 
-    def _each(self, layer: nn.Module, values: Tensor) -> Tensor:
+    def _each(self, layer: nn.Module, values: Any) -> Any:
         """``layer`` on (|G|, B, ...), for every element of the group."""
+        if not isinstance(values, Tensor):
+            raise ValueError(f"{type(layer).__name__} is given a {type(values).__name__}; take mode='whole'")
         if self.batched:
-            return _on_batch(layer, values.flatten(0, 1)).unflatten(0, values.shape[:2])
-        return torch.stack([_on_batch(layer, value) for value in values])
+            given = _on_batch(layer, values.flatten(0, 1))
+            return tree_map(lambda y: y.unflatten(0, values.shape[:2]), given)
+        return tree_map(lambda *each: torch.stack(each), *(_on_batch(layer, value) for value in values))
 
 
 def canonicalize(
@@ -198,7 +214,7 @@ class Canonicalized(_AroundNet):
         super().__init__()
         self.net, self.group, self.canonizer, self.vectors = net, group, canonizer, vectors
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         scores = self.canonizer(x)
         given = tuple(scores.shape) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
         if given != (len(x), 1, self.group.order):
@@ -210,22 +226,30 @@ class Canonicalized(_AroundNet):
         if not self.training:
             return self._mean_of_best(scores[:, 0], views)
         choice = _one_hot(scores[:, 0])
-        y = _on_batch(self.net, _chosen(choice, views))
-        _require_output(self.group, y)
-        return y if y.ndim == 2 and not self.vectors else _chosen(choice, self._moved(y))
+        given = _on_batch(self.net, _chosen(choice, views))
+        _require_one(given, self.vectors)
+        return tree_map(lambda y: _chosen(choice, self._moved(y)) if self._moves(y) else y, given)
 
-    def _mean_of_best(self, scores: Tensor, views: Tensor) -> Tensor:
+    def _moves(self, y: Tensor) -> bool:
+        """Whether one of the network's outputs is turned back."""
+        _require_output(self.group, y)
+        return y.ndim == 4 or bool(self.vectors)
+
+    def _mean_of_best(self, scores: Tensor, views: Tensor) -> Any:
         tolerance = torch.finfo(scores.dtype).eps ** 0.5 * scores.nan_to_num(0, 0, 0).abs().amax(1, keepdim=True)
         best = scores >= scores.amax(1, keepdim=True) - tolerance  # (B, |G|)
         image, g = best.nonzero(as_tuple=True)  # one row for each image, and more where scores tie
-        y = _on_batch(self.net, views[g, image])
-        _require_output(self.group, y)
-        if y.ndim == 4 or self.vectors:
-            y = self._moved(y)[g, torch.arange(len(g), device=y.device)]
-        y = y / best.sum(1)[image].view(-1, *(1,) * (y.ndim - 1)).to(y.dtype)
-        mean = y.new_zeros(len(scores), *y.shape[1:]).index_add(0, image, y)
-        unsure = ~best.any(1).view(-1, *(1,) * (y.ndim - 1))  # no score is the best of some that are no numbers
-        return mean.masked_fill(unsure, math.nan)
+        given = _on_batch(self.net, views[g, image])
+        _require_one(given, self.vectors)
+
+        def mean(y: Tensor) -> Tensor:
+            if self._moves(y):
+                y = self._moved(y)[g, torch.arange(len(g), device=y.device)]
+            y = y / best.sum(1)[image].view(-1, *(1,) * (y.ndim - 1)).to(y.dtype)
+            unsure = ~best.any(1).view(-1, *(1,) * (y.ndim - 1))  # no score is the best of some that are no numbers
+            return y.new_zeros(len(scores), *y.shape[1:]).index_add(0, image, y).masked_fill(unsure, math.nan)
+
+        return tree_map(mean, given)
 
     def _moved(self, y: Tensor) -> Tensor:
         """g.y for every g: (|G|, B, C, H, W), or (|G|, B, C) without pixels."""
@@ -294,13 +318,23 @@ def _grid_group(group: str | Group) -> Group:
     return group
 
 
-def _on_batch(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``; raises ValueError unless it is a tensor of the same batch."""
+def _on_batch(layer: nn.Module, x: Tensor) -> Any:
+    """``layer(x)``; raises ValueError unless it is tensors of the same batch: one, or several in a nest."""
     y = layer(x)
-    if isinstance(y, Tensor) and y.shape[:1] == x.shape[:1]:
-        return y
-    given = tuple(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
-    raise ValueError(f"{type(layer).__name__} gives {given} for a batch of {len(x)}; accepted are {_ACCEPTED}")
+    for leaf in tree_leaves(y) or [y]:
+        if not isinstance(leaf, Tensor) or leaf.shape[:1] != x.shape[:1]:
+            given = tuple(leaf.shape) if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
+            raise ValueError(f"{type(layer).__name__} gives {given} for a batch of {len(x)}; accepted are {_ACCEPTED}")
+    return y
+
+
+def _require_one(output: Any, vectors: Sequence[tuple[int, int]]) -> None:
+    """Raises ValueError for several outputs, of which ``vectors`` would not say whose channels it has."""
+    if vectors and not isinstance(output, Tensor):
+        raise ValueError(
+            f"vectors={vectors!r} are channels of one output, and the network gives a {type(output).__name__}; wrap it "
+            "in a module that gives one tensor"
+        )
 
 
 def _require_output(group: Group, y: Tensor) -> None:
@@ -321,4 +355,6 @@ def _require_square(group: Group, what: str, x: Tensor) -> None:
         )
 
 
-_ACCEPTED = "vectors (B, D) or maps (B, D, H, W); wrap it in a module that gives one of them"
+_ACCEPTED = (
+    "vectors (B, D) or maps (B, D, H, W), or several in tuples and dictionaries; wrap it in a module that gives such"
+)

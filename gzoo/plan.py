@@ -37,7 +37,7 @@ SCALE: dict[Match, Callable[[int], float]] = {
 
 Vectors = Mapping[str, Sequence[tuple[int, int]]]
 
-WHOLE_NETWORK = "gzoo.equivarify and gzoo.canonicalize take any network that gives one vector or map, as it is"
+WHOLE_NETWORK = "gzoo.equivarify and gzoo.canonicalize take any network that gives vectors or maps, as it is"
 
 _TOLERANCE = 0.1  # of the plain network's parameters or multiply-adds
 

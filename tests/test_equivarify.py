@@ -384,6 +384,17 @@ class Pair(nn.Module):
         return x, x
 
 
+class Nested(nn.Module):
+    """A map and vectors in a dictionary, as torchvision's networks for segmentation give them."""
+
+    def __init__(self):
+        super().__init__()
+        self.map, self.vector = map_net(), vector_net()
+
+    def forward(self, x):
+        return {"out": self.map(x), "aux": (self.vector(x), [self.map(x).tanh()])}
+
+
 class OwnForward(nn.Sequential):
     def forward(self, x):
         return x
@@ -425,7 +436,19 @@ def scores(number: int) -> nn.Sequential:
         (lambda: gzoo.equivarify(vector_net(), "p4", mode="lazy"), "mode is 'lazy'"),
         (lambda: gzoo.equivarify(Tokens(), "p4", mode="layerwise"), "needs an nn.Sequential, not a Tokens"),
         (lambda: gzoo.equivarify(Tokens(), "p4")(random_image(2)), "output is .*accepted are vectors"),
-        (lambda: gzoo.equivarify(Pair(), "p4")(random_image(2)), "Pair gives a tuple for a batch of 8; accepted are"),
+        (
+            lambda: gzoo.equivarify(nn.Sequential(Pair(), nn.ReLU()), "p4", mode="layerwise")(random_image(2)),
+            "ReLU is given a tuple; take mode='whole'",
+        ),
+        (
+            lambda: gzoo.equivarify(Pair(), "p4", vectors=[(0, 1)])(random_image(2)),
+            "channels of one output, and the ne",
+        ),
+        (
+            lambda: gzoo.canonicalize(Pair(), "p4", canonizer("p4"), [(0, 1)])(random_image(2, (8, 8))),
+            "channels of one output, and the network gives a tuple",
+        ),
+        (lambda: gzoo.equivarify(vector_net(), "p4", pool=Pair())(random_image(2)), "the pool gives a tuple for 2 im"),
         (lambda: gzoo.equivarify(Total(), "p4")(random_image(2)), r"Total gives \(\) for a batch of 8; accepted are"),
         (lambda: gzoo.equivarify(one_row(), "p4")(random_image(2)), r"gives \(1, 400\) for a batch of 8"),
         (
@@ -465,6 +488,25 @@ def scores(number: int) -> nn.Sequential:
 def test_what_cannot_be_done_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("options", [{}, {"pool": "max"}, {"head": "pose"}, {"batched": False}])
+def test_several_outputs_are_each_what_they_are_alone(options):
+    net, x = Nested(), random_image(2, (8, 8))
+    y = gzoo.equivarify(net, "p4", **options)(x)
+    assert y["out"].equal(gzoo.equivarify(net.map, "p4", **options)(x))
+    assert y["aux"][0].equal(gzoo.equivarify(net.vector, "p4", **options)(x))
+    model = gzoo.equivarify(net, "p4m", **options)
+    assert gzoo.check(model, 9).worst < 1e-12
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_several_outputs_are_each_canonicalized(training):
+    net, chooser, x = Nested(), canonizer("p4"), random_image(2, (8, 8))
+    y = gzoo.canonicalize(net, "p4", chooser).train(training)(x)
+    assert y["out"].equal(gzoo.canonicalize(net.map, "p4", chooser).train(training)(x))
+    assert y["aux"][0].equal(gzoo.canonicalize(net.vector, "p4", chooser).train(training)(x))
+    assert gzoo.check(gzoo.canonicalize(net, "p4", chooser), 8).worst < 1e-12
 
 
 def test_equivarified_networks_can_be_copied_and_their_state_reloaded():
