@@ -28,7 +28,8 @@ from gzoo.bases import BasisName
 from gzoo.check import KeepDouble, first_broken_layer, relative_error
 from gzoo.equivariant import EquivariantClassifier, group_of, make_equivariant, removing, tensors_in
 from gzoo.groups import Group
-from gzoo.nn import PoseConv2d, PoseLinear, Restriction, restrict_output
+from gzoo.nn import FibreNorm, PoseConv2d, PoseLinear, Restriction, restrict_output
+from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.linear import Head, Pooling
 from gzoo.nn.resample import Window
 from gzoo.partial import make_partial
@@ -39,6 +40,9 @@ from gzoo.trace import Segments, flat
 from gzoo.transfer import Weights, fill
 
 __all__ = ["convert", "rule"]
+
+# Modules with others in them whose own forward is another in training.
+_KNOWN_IN_TRAINING = (ExpandedLayer, FibreNorm, nn.modules.batchnorm._BatchNorm)
 
 _CHECKED_SIZES = (64, 128, None)  # pixels; the first that is large enough, else the network's own input size
 
@@ -440,14 +444,27 @@ def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
     group = group_of(model)
     assert group is not None
     probe, x = randomized(model)
+    modes = (False, True) if _has_idle_layers(probe, x) else (False,)
     restrictions = [module for module in probe.modules() if isinstance(module, Restriction)]
     stages = [
         (group if after is None else after.before, (before, after))
         for before, after in pairwise((None, *restrictions, None))
     ]
-    for image in flatten([x], odd_images(probe, x)):
-        for own, stage in stages:
-            _check_poses(probe, image, own, tolerance, own.grid_generators, stage)
+    for training in modes:
+        for module in probe.modules():
+            if any(True for _ in module.children()) and not isinstance(module, _KNOWN_IN_TRAINING):
+                module.training = training  # which its own forward asks for; dropouts and norms stay as they are
+        for image in flatten([x], odd_images(probe, x)):
+            for own, stage in stages:
+                _check_poses(probe, image, own, tolerance, own.grid_generators, stage)
+
+
+def _has_idle_layers(probe: nn.Module, x: Tensor) -> bool:
+    """Whether some layers do not run in evaluation, such as auxiliary heads."""
+    idle = {module for module in probe.modules() if isinstance(module, ExpandedLayer)}
+    with removing([m.register_forward_hook(lambda m, inputs, y: idle.discard(m)) for m in set(idle)]), KeepDouble():
+        probe(x)
+    return bool(idle)
 
 
 @torch.no_grad()

@@ -370,7 +370,8 @@ def plan(
                 "path of a layer that makes logits, as named_modules() spells it, a list of several, or '' if none"
             )
     x = example(model)
-    seen = trace(model, x)
+    evaluation, training = trace(model, x), _training(model, x)
+    seen = training if training and _has_more_layers(training, evaluation) else evaluation
     if seen.over_pixels:
         raise ValueError(
             f"{seen.over_pixels[0]} is linear over pixels or tokens, each with a weight of its own, which has no "
@@ -380,8 +381,8 @@ def plan(
     _require_vectors(model, vectors)
     found = paths
     if classifier is None:
-        found = _classifiers(model, seen, vectors)
-        found |= _more_in_training(model, x, seen, found)
+        found = _classifiers(model, evaluation, vectors)
+        found |= _more_in_training(model, evaluation, training, found, vectors)
     found |= vectors.keys()
     _require_last(vectors, seen)
     for segment in (part for path in found for part in flat(seen.outputs.get(path, ()))):
@@ -677,24 +678,48 @@ def _score_maps(
     return names if are_1x1 and single and all(scores) else frozenset()
 
 
-def _more_in_training(model: nn.Module, x: Tensor, seen: Trace, logits: frozenset[str]) -> frozenset[str]:
-    """The layers that make maps of logits that a network gives in training beside those of the layers ``logits``."""
+def _training(model: nn.Module, x: Tensor) -> Trace | None:
+    """What a run as in training shows; None if it wants more than images then, labels say.
+
+    Also of timm's networks: what they give in training is known to timm's code alone.
+    """
     if hasattr(model, "get_classifier"):
+        return None
+    try:
+        return trace(model, x, training=True)
+    except ValueError:
+        return None
+
+
+def _more_in_training(
+    model: nn.Module, evaluation: Trace, training: Trace | None, logits: frozenset[str], vectors: Collection[str]
+) -> frozenset[str]:
+    """The layers that make maps of logits that a network gives in training beside those of the layers ``logits``.
+
+    And vectors of logits, if layers make them that do not run in evaluation, as auxiliary heads do.
+    """
+    if training is None:
+        return frozenset()
+    idle = _has_more_layers(training, evaluation)
+    more, held = (sum(y.ndim > 2 - idle for y in tensors_in(run.result)) for run in (training, evaluation))
+    if more <= held:
         return frozenset()
     try:
-        training = trace(model, x, training=True)
-        more, maps = (sum(y.ndim > 2 for y in tensors_in(run.result)) for run in (training, seen))
-        if more <= maps:
-            return frozenset()
-        found = _classifiers(model, training)
-    except ValueError:  # it wants labels then, or gives a vector, too, say
+        found = _classifiers(model, training, vectors)
+    except ValueError:  # it gives a vector beside a map, say
+        if idle and not training.lost:  # else the conversion says which layer
+            raise
         return frozenset()
     if logits and not found:
         raise ValueError(
-            f"{type(model).__name__} gives {more} maps in training and {maps} in evaluation; say which layers make "
+            f"{type(model).__name__} gives {more} outputs in training and {held} in evaluation; say which layers make "
             "logits, as in classifier=['head', 'side']"
         )
     return found
+
+
+def _has_more_layers(training: Trace, evaluation: Trace) -> bool:
+    return training.inputs.keys() > evaluation.inputs.keys()
 
 
 def bent_logits(

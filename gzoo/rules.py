@@ -159,8 +159,8 @@ class Recipe:
         if self.path in self.plan.trace.lost:
             raise ValueError(self.plan.why_lost(self.path))
         raise ValueError(
-            "it has weights, but does not run on an image in eval mode, so its width is unknown; remove it from the "
-            "plain network, or have it run in eval mode, too, while it is converted"
+            "it has weights, but runs on an image neither in eval mode nor in training (as far as the network takes "
+            "images alone then), so its width is unknown; remove it from the plain network, or have it run"
         )
 
 

@@ -784,10 +784,51 @@ def test_features_stay_features_whatever_is_given_beside_them_in_training(more):
 
 def test_outputs_in_training_that_nothing_is_known_of_are_asked_for():
     plain = deeply_supervised(lambda self, y, side: [y.relu(), side.relu()])
-    with pytest.raises(ValueError, match=r"gives 2 maps in training and 1 in evaluation; say .* classifier=\['"):
+    with pytest.raises(ValueError, match=r"gives 2 outputs in training and 1 in evaluation; say .* classifier=\['"):
         gzoo.convert(plain, "p4")
     model = gzoo.convert(plain, "p4", classifier=["b", "c"])
     assert [y.shape[1] for y in model.train()(image().float())] == [7, 7]
+
+
+def with_auxiliary_head(end=lambda y: y, **aux):
+    """A head that does not even run in evaluation."""
+
+    def run(self, x):
+        y = self.a(x)
+        scores = self.c(self.b(y))
+        return (scores, end(self.aux(y))) if self.training else scores
+
+    return Network(run, a=block(3, 16), b=block(16, 24), c=conv(24, 5), **aux)
+
+
+@pytest.mark.parametrize("group", ["p4", "p4m", "d2"])
+def test_a_head_that_runs_in_training_alone_makes_logits(group):
+    aux = nn.Sequential(*block(16, 8), nn.Dropout(0.5), nn.Conv2d(8, 5, 1))
+    model = with_random_statistics(gzoo.convert(with_auxiliary_head(aux=aux), group)).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.Dropout):
+            module.eval()  # so that what is left of training is the forward
+    for size in ((8, 8), (9, 12)):
+        scores, side = model(image(size))
+        assert scores.shape == side.shape == (2, 5, *size)
+        both = Network(lambda self, x: torch.cat(self.model(x), 1), model=model)
+        assert worst_error(both, group, image(size), "image", "image") < 1e-12
+
+
+def test_a_vector_of_logits_that_is_given_in_training_alone_is_pooled():
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 7))
+    with pytest.raises(ValueError, match=r"gives several outputs, \(2, 5, 64, 64\), \(2, 7\); say which"):
+        gzoo.convert(with_auxiliary_head(aux=head), "p4")
+    model = gzoo.convert(with_auxiliary_head(aux=head), "p4", classifier=["c", "aux.2"]).train()
+    assert [y.shape[1] for y in model(image().float())] == [5, 7]
+
+
+def test_a_step_that_breaks_the_symmetry_in_training_alone_is_found():
+    def shaded(y):
+        return y * torch.arange(y.shape[-1], device=y.device)
+
+    with pytest.raises(ValueError, match=r"the output\[1\] of \w+ is not equivariant under p4"):
+        gzoo.convert(with_auxiliary_head(shaded, aux=conv(16, 5)), "p4")
 
 
 @pytest.mark.parametrize("named", [None, ["b", "c"]])
@@ -1427,7 +1468,7 @@ REFUSED = {
         lambda: Network(
             lambda self, x: self.head(self.first(x)), first=conv(3, 3), head=nn.Sequential(*head(3)), unused=conv(3, 3)
         ),
-        r"^unused: it has weights, but does not run",
+        r"^unused: it has weights, but runs on an image neither",
     ),
     "shuffle of channels": (
         lambda: nn.Sequential(conv(3, 16), nn.ChannelShuffle(4), conv(16, 8), *head(8)),
