@@ -170,7 +170,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
         "push", help="upload a model card, or what `gzoo train` made, to the Hugging Face Hub"
     )
     command.set_defaults(run=_push)
-    command.add_argument("source", help="NAME.TAG of a card, or the model/ folder of a run")
+    command.add_argument("source", help="NAME.TAG of a card, or the --out of `gzoo train`")
     command.add_argument("--org", help="organization or user; for the cards of the zoo, default: ours")
     command.add_argument("--name", help="of the repository, default: that of the card or the network")
     command.add_argument("--private", action="store_true", help="make a new repository private")

@@ -101,7 +101,7 @@ def open_split(source: str, split: Split, memory_budget: int = MEMORY_BUDGET) ->
     if split not in found:
         raise ValueError(
             f"{source}: there is no {split} split, only {', '.join(sorted(found))}. Choose one of these; a folder of "
-            f"images gets one as {source}/{split}/<class>/*"
+            f"images gets one as {Path(source) / split}/<class>/*"
         )
     rows = found[split]()
     images, skipped = _decode_all(rows, memory_budget, f"reading {split}")
@@ -111,7 +111,11 @@ def open_split(source: str, split: Split, memory_budget: int = MEMORY_BUDGET) ->
     data = ImageData([images[i] for i in good], [rows.labels[i] for i in good], rows.classes, skipped)
     if split == "train" and len(set(data.labels)) < 2:
         name = rows.classes[data.labels[0]]
-        raise ValueError(f"{source}: every training image is of the one class {name!r}; a classifier needs two or more")
+        tables = [path.name for path in Path(source).expanduser().glob("*.[ct]sv")]
+        hint = f". {tables[0]} is not read: put the images of each class in a folder" if tables else ""
+        raise ValueError(
+            f"{source}: every training image is of the one class {name!r}; a classifier needs two or more{hint}"
+        )
     if skipped:
         print(f"gzoo: {source}: skipped {len(skipped)} unreadable {split} images, first {skipped[0]}", file=sys.stderr)
     if split == "train" and (without := [rows.classes[i] for i in set(range(len(rows.classes))) - set(data.labels)]):
@@ -122,6 +126,11 @@ def open_split(source: str, split: Split, memory_budget: int = MEMORY_BUDGET) ->
 def split_names(source: str) -> list[str]:
     """Which of "train", "val" and "test" the source has."""
     return sorted(_find_splits(source))
+
+
+def is_split_name(name: str) -> bool:
+    """Whether a folder of this name beside others like it holds a split."""
+    return any(name.lower() in names for names in _SPLIT_NAMES.values())
 
 
 def _find_splits(source: str) -> dict[str, Callable[[], _Rows]]:
@@ -199,6 +208,8 @@ def _hub_splits(source: str, complaint: str) -> dict[str, Callable[[], _Rows]]:
         raise FileNotFoundError(f"{complaint}; {_ACCEPTED}")
     import datasets
 
+    if not is_folder:
+        print(f"{complaint}; looking for a dataset of that name on the Hugging Face Hub", file=sys.stderr)
     try:
         loaded = datasets.load_dataset(source)
     # Which exception a missing name, a missing network or a broken file gives has changed with every version of
@@ -258,7 +269,14 @@ def _columns(features: Any, source: str) -> tuple[str, str]:
 
 
 def _class_names(rows: Any, label: str) -> list[str]:
+    import datasets
+
     feature = rows.features[label]
+    if not isinstance(feature, datasets.ClassLabel | datasets.Value):
+        raise ValueError(
+            f"the column {label!r} holds a {type(feature).__name__} for each image; one class is needed, a ClassLabel, "
+            "a text or a whole number"
+        )
     names = feature.names if hasattr(feature, "names") else sorted(str(v) for v in rows.unique(label) if v is not None)
     return list(names)
 
@@ -436,6 +454,8 @@ def eval_transform(config: dict[str, Any]) -> transforms.Compose:
 def train_transform(config: dict[str, Any], augmentation: Augmentation) -> transforms.Compose:
     """PIL image to a randomly changed, normalised tensor (C, H, W)."""
     a, (channels, *size) = augmentation, config["input_size"]
+    if a.color_jitter and channels == 4:
+        raise ValueError("color_jitter changes images of 1 or 3 channels, not 4; leave it out")
     if a.auto_augment and (channels == 4 or config["interpolation"] not in ("nearest", "bilinear", "bicubic")):
         raise ValueError(
             f"auto_augment changes images of 1 or 3 channels, not {channels}, by nearest, bilinear or bicubic "
@@ -484,7 +504,10 @@ def to_channels(channels: int) -> partial:
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
-    return image if image.mode == mode else image.convert(mode)
+    image = image if image.mode == mode else image.convert(mode)
+    # Where PIL resizes or turns RGBA it weighs the colours by the fourth band, which may be no opacity: near infrared,
+    # say. The bands of CMYK are to it four numbers.
+    return Image.merge("CMYK", image.split()) if mode == "RGBA" else image
 
 
 class _Batches(Dataset):

@@ -227,6 +227,7 @@ class EquivariantClassifier(Equivariant):
                 f"global_pool={global_pool!r} would exchange the hidden layer of this head, which is a convolution on "
                 f"maps and linear on vectors; create the model with global_pool={global_pool!r} instead"
             )
+        forget_label_names(self)
         kept = set(self.modules())
         self.head_hidden_size *= self.group.order  # timm's code counts channels, where there are any to count anew
         try:
@@ -253,6 +254,14 @@ class EquivariantClassifier(Equivariant):
         if self.says_pose:
             return (PoseLinear if linear else PoseConv2d)(*options)
         return (InvariantLinear if linear else InvariantConv2d)(*options, pool)  # a convolution: logits at every pixel
+
+
+def forget_label_names(model: Any) -> None:
+    """Takes the names of the classes that a network was trained on out of its config: a new classifier has others."""
+    config = getattr(model, "pretrained_cfg", None)
+    if config:
+        config = {key: value for key, value in config.items() if not key.startswith("label_")}
+        model.pretrained_cfg = model.default_cfg = config
 
 
 def classifiers(model: Any) -> tuple[nn.Module, ...]:

@@ -22,8 +22,8 @@ def push(source: str, organization: str = HUB_ORGANIZATION, name: str | None = N
     A card that goes to its place in our organization is pinned to that commit: pins.csv is then to be committed.
 
     Args:
-        source: NAME.TAG of a model card, or a folder that has model.safetensors and config.json, such as the model/ of
-            `gzoo train`.
+        source: NAME.TAG of a model card, the --out of `gzoo train`, or a folder that has model.safetensors and
+            config.json, such as the model/ in it.
         organization: of the Hub, or a user.
         name: of the repository, by default that of the card or the network.
         private: whether a new repository is visible to its owners only.
@@ -83,10 +83,11 @@ def planned(source: str, organization: str, name: str | None = None) -> tuple[Pa
     """What `push` would upload: the folder, the repository and the files."""
     folder = Path(source) if Path(source).is_dir() else card_folder() / source
     folder = folder.resolve()
+    folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder  # of a run
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{source}: no card and no folder of that name; give NAME.TAG of a card in {card_folder().name}/, or the "
-            "model/ folder that `gzoo train` wrote"
+            "--out of `gzoo train`"
         )
     is_card = folder.parent == card_folder().resolve()
     missing = [file for file in (*_NEEDED, *(["README.md"] if is_card else [])) if not (folder / file).is_file()]

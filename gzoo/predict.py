@@ -80,6 +80,9 @@ def predict(model: nn.Module, paths: list[str], topk: int = 5) -> list[Predictio
     parameter = like(model)
     predictions = []
     for path in paths:
+        if Path(path).is_dir():
+            predictions.append(Prediction(path, error="a folder; give the files in it, as in photos/*.png"))
+            continue
         try:
             image = decode_file(path)
         except Exception as error:  # PIL's plugins raise a dozen kinds on broken bytes

@@ -36,10 +36,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from timm.data import Mixup
+from timm.data.transforms import str_to_interp_mode
 from timm.layers import convert_sync_batchnorm
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models._hub import save_config_for_hf
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
@@ -56,6 +57,7 @@ from gzoo.data import (
     eval_loader,
     eval_transform,
     input_config,
+    is_split_name,
     open_split,
     seed_everything,
     set_epoch,
@@ -74,7 +76,8 @@ from gzoo.weights import write_atomically
 from gzoo.winograd import Winograd
 
 CHECKPOINT = "checkpoint.pt"
-_MAY_CHANGE = ("epochs", "out", "workers")  # on resuming
+SKIPPED = "skipped.txt"
+_MAY_CHANGE = ("epochs", "out", "workers", "data")  # on resuming; of the data the place, not the images
 
 # --- the recipe -----------------------------------------------------------------------------------------------------
 
@@ -217,6 +220,9 @@ class TrainConfig:
             raise ValueError("pretrained and grown_from are two starts; set one of them")
         if self.averaged_with and not (self.pretrained or self.grown_from):
             raise ValueError("averaged_with would average random weights; set pretrained or grown_from, too")
+        for name in ("lr", "weight_decay"):
+            if not _fits(number := self.optimizer.get(name, 0.0), float):
+                raise ValueError(f"optimizer.{name} is {number!r}; it takes a number, such as {name}=0.01")
         for name in ("optimizer", "schedule"):
             if "name" not in getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)}; it needs a name, such as name: sgd or name: cosine")
@@ -282,7 +288,15 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _spell(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_spell(arg) for arg in get_args(hint))
+    words = {
+        type(None): "none",
+        tuple[float, float]: "two numbers, such as 0.5,1",
+        tuple[float, ...]: "numbers, one for each channel, such as 0.5,0.5,0.5",
+        tuple[tuple[int, int], ...]: "pairs of epochs and size, such as [[2, 16], [8, 32]]",
+    }
+    return words.get(hint) or (hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", ""))
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
@@ -345,7 +359,9 @@ def train(config: TrainConfig, resume: bool = False, command: str = "") -> dict[
                 f"the run in {out} has had {saved['epoch']} epochs, more than epochs = {config.epochs}; give at least "
                 "as many"
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; give a folder as --out")
+    elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not an empty folder; give another --out, or --resume to go on with the run in it")
     processes.wait_for_everyone()  # all have looked into `out` before one writes there
     run = _set_up(config, out, processes, fresh=not resume)  # to resume needs no download
@@ -360,11 +376,23 @@ def train(config: TrainConfig, resume: bool = False, command: str = "") -> dict[
         if processes.is_main_process:
             _save_checkpoint(run)  # a run that is killed in its first epoch can be resumed, too
     try:
+        if processes.is_main_process:
+            batch = min(config.batch_size, len(run.train_data))
+            held = f"{len(run.val_data)} to validate on" if run.val_data else "none to validate on"
+            print(
+                f"gzoo: {len(run.train_data)} images to train on, {run.steps} batches of {batch} an epoch; {held}",
+                file=sys.stderr,
+            )
         with _deterministic(), _sigterm_as_interrupt():
             _train_epochs(run)
     except KeyboardInterrupt:
         again = f"gzoo train --resume --out {shlex.quote(str(out))}"
         raise KeyboardInterrupt(f"stopped in epoch {run.epoch + 1}; go on with: {again}") from None
+    except Exception:
+        if not run.epoch and processes.is_main_process:  # nothing to go on with: the next try finds an empty folder
+            for name in (CHECKPOINT, SKIPPED):
+                (out / name).unlink(missing_ok=True)
+        raise
     return _finish(run) if processes.is_main_process else {}
 
 
@@ -393,10 +421,8 @@ def _set_up(config: TrainConfig, out: Path, processes: PartialState, fresh: bool
     try:
         transform = train_transform(data_config, _augmentation(config))
         eval_transform(data_config)
-    except (AssertionError, KeyError) as error:  # timm asserts the names of policies and looks interpolations up
-        raise ValueError(
-            f"timm knows no such auto_augment {config.auto_augment} or interpolation {config.interpolation}: {error}"
-        ) from error
+    except (AssertionError, KeyError) as error:  # timm asserts the names of policies
+        raise ValueError(f"timm knows no such auto_augment {config.auto_augment}: {error}") from error
     if config.augment_batches:
         changes = BatchTransform(data_config, _augmentation(config))
         train_data = make_resident(train_data, data_config["input_size"][0], device)
@@ -427,23 +453,28 @@ def _set_up(config: TrainConfig, out: Path, processes: PartialState, fresh: bool
     if config.ema_decay is not None:
         # With warm-up: an average that starts at the random weights would still be near them after a short run.
         ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be made ({error.strerror}); give another --out") from error
     skipped = train_data.skipped + (val_data.skipped if val_data else [])
     if skipped and processes.is_main_process:
-        (out / "skipped.txt").write_text("\n".join(skipped) + "\n", encoding="utf-8")
+        (out / SKIPPED).write_text("\n".join(skipped) + "\n", encoding="utf-8")
     return _Run(
         config, out, device, train_data, val_data, model, data_config, ema, optimizer, schedule, steps, poses, processes
     )
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    options = {key: value for key, value in config.optimizer.items() if key != "name"}
+    name, options = config.optimizer["name"], {k: v for k, v in config.optimizer.items() if k != "name"}
     try:
-        optimizer = create_optimizer_v2(model, opt=config.optimizer["name"], layer_decay=config.layer_decay, **options)
+        optimizer = create_optimizer_v2(model, opt=name, layer_decay=config.layer_decay, **options)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"optimizer {config.optimizer}: {error}") from error
+        near = difflib.get_close_matches(name, list_optimizers(), 3) if "not found" in str(error) else []
+        hint = f"; near are {', '.join(near)}, and timm.optim.list_optimizers() lists all" if near else ""
+        raise ValueError(f"optimizer {config.optimizer}: {error}{hint}") from error
     if getattr(optimizer, "is_second_order", False):
-        raise ValueError(f"optimizer {config.optimizer['name']} needs second derivatives, which gzoo does not take")
+        raise ValueError(f"optimizer {name} needs second derivatives, which gzoo does not take")
     learned = subset_parameters(model)
     if learned:  # at the rate of the weights they would hardly leave the whole group
         apart = set(learned)
@@ -453,10 +484,16 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     return optimizer
 
 
+# timm's that step by updates.
+_SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "constant", "rsqrt", "none")
+
+
 def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Scheduler | None:
     name = config.schedule["name"]
     if name == "plateau":
         raise ValueError("schedule plateau steps by epochs and metrics; choose one that steps by updates: cosine")
+    if name not in _SCHEDULES:
+        raise ValueError(f"schedule {name!r} is unknown; accepted are {', '.join(_SCHEDULES)}")
     options = {key: value for key, value in config.schedule.items() if key != "name"}
     try:
         warmup, cooldown = options.get("warmup_epochs", 0), options.get("cooldown_epochs", 0)
@@ -478,8 +515,10 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int)
 def _open_data(config: TrainConfig, out: Path) -> tuple[ImageData, ImageData | None]:
     """Training and validation images; the test split is never looked at."""
     folder, splits = Path(config.data).expanduser().resolve(), split_names(config.data)
-    if out.resolve().is_relative_to(folder) and splits == ["train"] and not (folder / "train").is_dir():
-        raise ValueError(f"{out} lies in {config.data}, whose folders are classes; give another --out")
+    if folder.is_dir() and out.resolve().is_relative_to(folder):
+        has_splits = any(is_split_name(path.name) for path in folder.iterdir() if path.is_dir())
+        if not has_splits or is_split_name(out.resolve().relative_to(folder).parts[0]):
+            raise ValueError(f"{out} lies in {config.data}, whose folders are classes; give another --out")
     train_data = open_split(config.data, "train")
     if "val" in splits:
         return train_data, open_split(config.data, "val")
@@ -499,6 +538,11 @@ def _input_config(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
         value = getattr(config, key)
         if value and len(value) not in (1, channels):
             raise ValueError(f"{key} has {len(value)} values; the model takes {channels} channels")
+    try:
+        str_to_interp_mode(config.interpolation or "bilinear")
+    except KeyError as error:
+        accepted = "nearest, bilinear, bicubic, lanczos, box and hamming"
+        raise ValueError(f"interpolation is {config.interpolation!r}; accepted are {accepted}") from error
     return input_config(
         model,
         input_size=shape,
@@ -649,7 +693,7 @@ def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[flo
         parts = zip(images.tensor_split(config.grad_accum), labels.tensor_split(config.grad_accum), strict=True)
         for part, targets in parts:
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16), convolutions:
-                logits = forward(part).flatten(1)
+                logits = _forward(forward, part).flatten(1)
             loss = loss_function(logits.float(), targets)
             if config.soft_penalty:
                 loss = loss + config.soft_penalty * penalty(run.model)
@@ -674,6 +718,18 @@ def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[flo
     # Over shares of one size; with one process it stays what it is.
     losses = gather_object([mean_loss.avg])
     return sum(losses) / len(losses), lr
+
+
+def _forward(model: Any, images: Tensor) -> Tensor:
+    try:
+        return model(images)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"a batch norm has one value a channel here, of which there are no statistics: {error}. Give a batch_size "
+            "of 2 or more (for each process and part of grad_accum), or larger images"
+        ) from error
 
 
 def _epoch_loader(run: _Run, size: int) -> DataLoader:
@@ -708,9 +764,10 @@ def _finite(run: _Run, loss: Tensor, step: int) -> float:
 
 
 def _not_finite(run: _Run, what: str, value: float) -> FloatingPointError:
+    held = f"{run.out / CHECKPOINT} holds the state after epoch {run.epoch}. " if run.epoch else ""
     return FloatingPointError(
-        f"{what} is {value}; stopped. {run.out / CHECKPOINT} holds the state after epoch {run.epoch}. "
-        f"A smaller learning rate, warmup_epochs in schedule, or clip_grad usually helps."
+        f"{what} is {value}; stopped. {held}A smaller learning rate, warmup_epochs in schedule, or clip_grad usually "
+        "helps."
     )
 
 

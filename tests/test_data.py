@@ -269,6 +269,24 @@ def test_a_corrupt_image_in_a_parquet_file_is_skipped_and_listed(tmp_path):
     assert "row 1" in data.skipped[0]
 
 
+def test_several_labels_an_image_are_an_error(tmp_path):
+    cells = [{"bytes": png(Image.new("L", (8, 8))), "path": None}] * 2
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.List(datasets.Value("int64"))})
+    (tmp_path / "d").mkdir()
+    table = datasets.Dataset.from_dict({"image": cells, "label": [[0, 1], [1]]}, features=features)
+    table.to_parquet(str(tmp_path / "d/train.parquet"))
+    with pytest.raises(ValueError, match="column 'label' holds a List for each image; one class is needed"):
+        open_split(str(tmp_path / "d"), "train")
+
+
+def test_a_table_of_labels_beside_the_images_is_named_where_it_would_be_missed(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "images/a.png")
+    (tmp_path / "labels.csv").write_text("a.png,cat")
+    with pytest.raises(ValueError, match=r"one class 'images'.*labels.csv is not read: put the images of each class"):
+        open_split(str(tmp_path), "train")
+
+
 def test_a_parquet_file_that_is_cut_off_is_an_error(tmp_path):
     write_parquet(tmp_path / "d/train.parquet", [0, 1])
     path = tmp_path / "d/train.parquet"
@@ -395,6 +413,20 @@ def test_images_of_any_mode_get_the_channels_of_the_model(mode, channels):
         train_transform(config(8, channels), Augmentation(crop_padding=2, auto_augment="rand-m5-mstd0.5")),
     ):
         assert transform(Image.new(mode, (9, 11))).shape == (channels, 8, 8)
+
+
+@pytest.mark.parametrize("last", [0, 10, 255])
+def test_four_channels_are_four_numbers_whatever_happens_to_the_image(last):
+    """PIL would weigh the colours by the fourth, which may be near infrared."""
+    image, flat = Image.new("RGBA", (16, 16), (200, 100, 50, last)), {"mean": (0.0,) * 4, "std": (1.0,) * 4}
+    for transform in (
+        eval_transform(config(8, 4) | flat),
+        train_transform(config(8, 4) | flat, Augmentation(crop_padding=0, zoom=(1.5, 1.6))),
+        train_transform(config(16, 4) | flat, Augmentation(rotate=90, transpose=0.5, scale=(0.2, 0.3))),
+    ):
+        y = (transform(image) * 255).round()
+        centre = y[:, y.shape[1] // 2, y.shape[2] // 2]
+        assert centre.tolist() == [200, 100, 50, last]
 
 
 def test_a_model_of_two_channels_is_an_error():

@@ -251,6 +251,15 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
         planned(str(tmp_path), "lab", None)
 
 
+def test_a_run_is_pushed_by_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for name, text in (("config.json", '{"architecture": "p4_cnn7"}'), ("model.safetensors", "")):
+        (tmp_path / "model" / name).write_text(text)
+    folder, repository, files = planned(str(tmp_path), "lab", None)
+    assert (folder, repository) == ((tmp_path / "model").resolve(), "lab/p4_cnn7")
+    assert files == ["config.json", "model.safetensors"]
+
+
 def test_a_trained_folder_is_pushed_under_the_name_of_its_network(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architecture": "p4_cnn7"}')
     (tmp_path / "model.safetensors").write_bytes(b"")

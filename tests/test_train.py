@@ -446,10 +446,9 @@ def test_a_network_grows_from_a_run_over_a_subgroup(settings, tmp_path):
     assert not after[:, :, [1, 3]].any()
 
 
-@pytest.mark.parametrize("option", [{"auto_augment": "foo"}, {"interpolation": "foo"}])
-def test_a_name_that_timm_does_not_know_is_an_error_before_anything_is_written(settings, option):
-    with pytest.raises(ValueError, match=r"timm knows no such auto_augment .* or interpolation .*foo"):
-        train(TrainConfig(**settings | option))
+def test_a_policy_that_timm_does_not_know_is_an_error_before_anything_is_written(settings):
+    with pytest.raises(ValueError, match=r"timm knows no such auto_augment foo"):
+        train(TrainConfig(**settings | {"auto_augment": "foo"}))
     assert not Path(settings["out"]).exists()
 
 
@@ -608,6 +607,43 @@ def test_cooldown_epochs_are_of_the_recipes_epochs(settings):
     assert float(log(settings["out"])[-1]["lr"]) == pytest.approx(0.0005)
 
 
+@pytest.mark.parametrize("inside", ["train/run", "Test/run"])
+def test_a_run_in_a_split_would_be_a_class(settings, tmp_path, inside):
+    shutil.copytree(settings["data"], tmp_path / "photos/train")
+    with pytest.raises(ValueError, match="whose folders are classes; give another --out"):
+        train(TrainConfig(**settings | {"data": str(tmp_path / "photos"), "out": str(tmp_path / "photos" / inside)}))
+    beside = {"data": str(tmp_path / "photos"), "out": str(tmp_path / "photos/runs/first"), "epochs": 1}
+    assert train(TrainConfig(**settings | beside))["epochs"] == 1
+
+
+def test_what_fails_in_its_first_epoch_leaves_its_folder_empty(settings):
+    small = settings | {"model": "cnn7", "image_size": 28, "epochs": 1}
+    with pytest.raises(ValueError, match=r"no statistics: .*Give a batch_size of 2 or more"):
+        train(TrainConfig(**small | {"batch_size": 1}))
+    assert not any(Path(settings["out"]).iterdir())
+    assert train(TrainConfig(**small))["epochs"] == 1
+
+
+def test_an_out_that_is_a_file_or_cannot_be_made_is_an_error(settings, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file; give a folder as --out"):
+        train(TrainConfig(**settings | {"out": str(tmp_path / "file")}))
+    with pytest.raises(ValueError, match=r"run cannot be made \(.*\); give another --out"):
+        train(TrainConfig(**settings | {"out": str(tmp_path / "file/run")}))
+
+
+def test_a_run_says_what_it_trains_on(settings, capsys):
+    train(TrainConfig(**settings | {"epochs": 1}))
+    assert "gzoo: 18 images to train on, 2 batches of 8 an epoch; 6 to validate on\n" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_where_its_images_were_moved_to(settings, tmp_path):
+    train(TrainConfig(**settings | {"epochs": 1}))
+    shutil.copytree(settings["data"], tmp_path / "moved")
+    flags = {"out": settings["out"], "data": str(tmp_path / "moved"), "epochs": 2}
+    assert train(resume_config({}, flags), resume=True)["epochs"] == 2
+
+
 def test_a_new_run_in_a_folder_that_is_in_use_is_an_error(settings):
     Path(settings["out"]).mkdir()
     (Path(settings["out"]) / "notes.txt").touch()
@@ -633,16 +669,20 @@ def test_a_wrong_setting_fails_before_anything_is_written(settings):
     for change, message in (
         ({"model": "test_resnt"}, "no such model; near are"),
         ({"model": "no/such/folder"}, "no such folder"),
-        ({"optimizer": {"name": "sgdd", "lr": 0.1}}, "sgdd"),
+        ({"optimizer": {"name": "sdg", "lr": 0.1}}, "not found in registry; near are .*sgd.*list_optimizers"),
+        ({"optimizer": {"name": "sgd", "lr": (0, 1)}}, r"optimizer.lr is \(0, 1\); it takes a number, such as lr=0.01"),
         ({"optimizer": {"name": "sgd", "lr": 0.1, "momentun": 0.9}}, "momentun"),
-        ({"schedule": {"name": "cosin"}}, "cosin"),
+        ({"schedule": {"name": "cosin"}}, "schedule 'cosin' is unknown; accepted are cosine, tanh"),
         ({"schedule": {"name": "plateau"}}, "steps by updates"),
         ({"schedule": {"name": "cosine", "cooldown_epochs": 3}}, "warm-up and cooldown take 3 epochs, and there are 2"),
         ({"schedule": {"name": "cosine", "cooldown_epochs": 2}}, "warm-up and cooldown take 2 epochs, and there are 2"),
         ({"schedule": {"name": "cosine", "warmup_epochs": 3}}, "warm-up and cooldown take 3 epochs, and there are 2"),
         ({"schedule": {"name": "cosine", "cycle_limit": 2}}, "runs for 4 epochs, the recipe for 2; leave cycles out"),
         ({"optimizer": {"name": "adahessian", "lr": 0.1}}, "adahessian needs second derivatives"),
-        ({"interpolation": "random"}, "no such auto_augment None or interpolation random"),
+        ({"interpolation": "random"}, "interpolation is 'random'; accepted are nearest, bilinear"),
+        ({"scale": 0.5}, "scale is 0.5; it takes two numbers, such as 0.5,1 or none"),
+        ({"image_sizes": (1, 28)}, r"it takes pairs of epochs and size, such as \[\[2, 16\], \[8, 32\]\] or none"),
+        ({"model_args": {"in_chans": 4}, "color_jitter": 0.4}, "color_jitter changes images of 1 or 3 channels, not 4"),
         ({"interpolation": "lanczos", "auto_augment": "original"}, "not lanczos; leave it out"),
         ({"model_args": {"in_chans": 4}, "auto_augment": "rand-m9"}, "images of 1 or 3 channels, not 4"),
         ({"color_jitter": 0.4, "auto_augment": "rand-m9"}, "in its own way, without color_jitter; set one"),
@@ -687,7 +727,7 @@ def test_a_nan_in_validation_alone_stops_the_run_too(settings, monkeypatch):
     monkeypatch.setattr(gzoo.train, "measure", lambda *_: {"upright": {"loss": float("nan"), "top1": 0.0}})
     with pytest.raises(FloatingPointError, match="the validation loss after epoch 1 is nan"):
         train(TrainConfig(**settings))
-    assert state(settings["out"])["epoch"] == 0
+    assert not any(Path(settings["out"]).iterdir())
 
 
 class HalfFull(io.FileIO):

@@ -13,6 +13,8 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
+from gzoo.equivariant import forget_label_names
+
 
 class Stage(NamedTuple):
     """Blocks that end at one width and resolution: ``reduction`` input pixels become one."""
@@ -81,6 +83,7 @@ class StagedCNN(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the final layer; see timm."""
+        forget_label_names(self)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features

@@ -39,7 +39,7 @@ class ExpandedLayer(Constants):
     def filter(self) -> Tensor:
         """The expanded filter, (channels out, channels in, k, k)."""
         weight = self.weight
-        if self.training or torch.compiler.is_compiling() or weight.is_inference():
+        if self.training or torch.compiler.is_compiling() or torch.jit.is_tracing() or weight.is_inference():
             return expand(weight, self.basis)
         if torch.is_grad_enabled() and weight.requires_grad:
             self._cached = None  # a step may follow, and fused optimizers change weights without counting it
