@@ -6,25 +6,41 @@ other module of gzoo gets escnn from `load`; an installed lie_learn or py3nj is 
 
 import sys
 import warnings
+from collections.abc import Sequence
 from functools import cache
-from importlib.util import find_spec
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NoReturn
+
+
+class _StandIn(MetaPathFinder, Loader):
+    """Makes ``lie_learn`` where it is not installed, so that escnn imports as soon as gzoo was imported.
+
+    escnn.group.groups.so3_utils takes one name of it at import, which SO(3) code alone calls.
+    """
+
+    user = "lie_learn.representations.SO3.wigner_d"
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        inside = name == self.user or self.user.startswith(f"{name}.")
+        return ModuleSpec(name, self, is_package=name != self.user) if inside else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__name__ == self.user:
+            module.wigner_D_matrix = _needs_lie_learn  # type: ignore[attr-defined]
+
+
+sys.meta_path.append(_StandIn())  # the last, so that an installed one comes first
+if "escnn" in sys.modules and "escnn.group" not in sys.modules:
+    # Who imported escnn before has half of it: it hides that lie_learn is missing, and goes on from here only anew.
+    for _name in [name for name in sys.modules if name.startswith("escnn.")]:
+        del sys.modules[_name]
 
 
 @cache
 def load() -> ModuleType:
     """Returns the module ``escnn`` with ``escnn.gspaces``, ``escnn.nn`` and ``escnn.group`` imported."""
-    if find_spec("lie_learn") is None and "lie_learn" not in sys.modules:
-        # escnn.group.groups.so3_utils takes this one name at import; SO(3) code alone calls it.
-        for name in ("lie_learn", "lie_learn.representations", "lie_learn.representations.SO3"):
-            sys.modules[name] = ModuleType(name)
-        wigner = ModuleType("lie_learn.representations.SO3.wigner_d")
-        wigner.wigner_D_matrix = _needs_lie_learn  # type: ignore[attr-defined]
-        sys.modules[wigner.__name__] = wigner
-        # Who imported escnn before has half of it: it hides that lie_learn is missing, and cannot be completed.
-        for name in [name for name in sys.modules if name.partition(".")[0] == "escnn"]:
-            del sys.modules[name]
     with warnings.catch_warnings():
         # Without py3nj escnn warns that 3D Clebsch-Gordan coefficients are slow; its own docstrings hold bad escapes.
         warnings.filterwarnings("ignore", message="`py3nj` package not found")

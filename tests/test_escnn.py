@@ -28,8 +28,15 @@ def test_3d_code_without_lie_learn_says_what_to_install():
         wigner_D_matrix(1, 0.0, 0.0, 0.0)
 
 
-def test_an_escnn_that_was_imported_before_is_completed():
-    code = "import escnn; from gzoo import _escnn; _escnn.load().gspaces.flipRot2dOnR2(4).regular_repr"
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import escnn; from gzoo import _escnn; _escnn.load().gspaces.flipRot2dOnR2(4).regular_repr; escnn.nn.R2Conv",
+        "import gzoo; from escnn import gspaces, nn; gspaces.flipRot2dOnR2(4).regular_repr",
+        "import escnn; import gzoo; from escnn import gspaces; gspaces.flipRot2dOnR2(4).regular_repr",
+    ],
+)
+def test_escnn_imports_before_and_after_gzoo(code):
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0
 
 
