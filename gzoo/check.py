@@ -96,7 +96,7 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 @torch.no_grad()
 def check(
     model: nn.Module,
-    size: int | tuple[int, int] = 33,
+    size: int | tuple[int, int] | None = None,
     group: str | Group | None = None,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
@@ -114,7 +114,8 @@ def check(
     Args:
         model: a classifier (B, C, H, W) -> (B, classes), or of each pixel -> (B, classes, H, W) or (B, H, W); with
             timm's ``forward_intermediates`` its stages are measured too. Or a ``features_only`` model.
-        size: height and width of the image in pixels; one number for a square.
+        size: height and width of the image in pixels; one number for a square. By default 33, or where the network
+            does not take that, those of its ``pretrained_cfg["input_size"]``, 32 or 64.
         group: which group, or its name; by default the model's own, or of several stages the first.
         dtype: float64 tells a broken symmetry from rounding; float32 is what runs in use.
         seed: of the random image: normal numbers, or, where those give no finite output, some between 0 and 1.
@@ -122,7 +123,8 @@ def check(
             of its own, or those that the first convolution takes.
 
     Raises:
-        ValueError: the model has no group of its own and none is given, or no convolution and no ``in_chans``.
+        ValueError: the model has no group of its own and none is given, or no convolution and no ``in_chans``, or takes
+            no images of that size.
     """
     require_network("model", model)
     group = groups.get(group) if isinstance(group, str) else group
@@ -135,10 +137,10 @@ def check(
             f"{type(model).__name__} is a plain network, so say which group to check: "
             "group=gzoo.groups.get('p4m'), or --group p4m"
         )
-    height, width = _sides(size)
     model = copied(model).to(dtype).eval()
-    generator = torch.Generator().manual_seed(seed)
     channels = in_chans or in_channels(model)
+    height, width = _sides(size if size is not None else _own_size(model, channels, dtype))
+    generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, channels, height, width, dtype=dtype, generator=generator).to(like(model).device)
 
     with _group_layers(model) as ran:
@@ -147,6 +149,7 @@ def check(
         x = x.sigmoid()
         expected = _outputs(model, x)
     pooled = around or _is_pooled(ran, expected)
+    pools = pooled or any(isinstance(layer, GroupPool | QuotientPool) for layer in ran)
     mixture = _mixture(ran)
     has_vectors = _has_vectors(model)
     levels = dict(zip(expected, level_groups(model), strict=False))
@@ -160,7 +163,7 @@ def check(
             others = []  # of several outputs each may be logits, fields or vectors
             one_of_several = moved.ndim == 4 and "logits" not in expected
             squeezed = moved.ndim == 3 and own_group is not None and not around  # a map of one channel, or a table
-            if pooled and (one_of_several or squeezed):
+            if (pools and one_of_several) or (pooled and squeezed):
                 others.append(group.transform_image(moved, g))
             if has_vectors and moved.ndim in (2, 4):
                 others.append(_nearest(group.transform_image(moved, g) if moved.ndim > 2 else moved, value, True))
@@ -200,6 +203,18 @@ class KeepDouble(TorchFunctionMode):
         if kwargs.get("dtype") == torch.float32:  # as in softmax(dim=1, dtype=torch.float32)
             kwargs = kwargs | {"dtype": torch.float64}
         return func(*args, **kwargs)
+
+
+def _own_size(model: nn.Module, channels: int, dtype: torch.dtype) -> tuple[int, int]:
+    """33 pixels, which show windows of even stride; or what else a network takes that was built for one size."""
+    own = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[1:]
+    for size in ((33, 33), own, (32, 32), (64, 64)):
+        try:
+            _outputs(model, torch.zeros(1, channels, *size, dtype=dtype, device=like(model).device))
+            return size
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = error
+    raise ValueError(f"{type(model).__name__} does not run ({reason}); say the size of its images, as in size=224")
 
 
 def _sides(size: Any) -> tuple[int, int]:

@@ -124,6 +124,9 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.set_defaults(run=_check)
     command.add_argument("model", help="a registered model, or a folder that `gzoo train` wrote")
     command.add_argument("--pretrained", action="store_true", help="load a registered model's weights")
+    command.add_argument(
+        "--model-args", nargs="+", type=_pair, default=[], metavar="KEY=VALUE", help="of the model, such as head=pose"
+    )
     command.add_argument("--size", nargs="+", type=_size, default=[(32, 32), (33, 33), (32, 49)], metavar="SIZE")
     command.add_argument("--group", help="needed for plain networks: the group to check, such as p4m")
     command.add_argument("--dtype", choices=("float64", "float32"), default="float64")
@@ -367,7 +370,7 @@ def _check(args: argparse.Namespace) -> int:
     from gzoo.check import check
     from gzoo.predict import load_model, names_weights
 
-    model = load_model(args.model, args.pretrained or names_weights(args.model))
+    model = load_model(args.model, args.pretrained or names_weights(args.model), **dict(args.model_args))
     dtype = getattr(torch, args.dtype)
     tolerance = args.tolerance if args.tolerance is not None else 1e-12 if args.dtype == "float64" else 1e-5
     group = groups.get(args.group) if args.group else None

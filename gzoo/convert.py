@@ -254,8 +254,9 @@ def convert_in_place(
     to_come = isinstance(converted, EquivariantClassifier)  # timm's networks without classes may get some later
     if head == "pose" and not _has_pose(converted) and (planned.classifiers or not to_come):
         raise ValueError(
-            f"head='pose' needs a linear classifier, or a 1x1 convolution in a network with timm's forward_head; those "
-            f"of {type(model).__name__} are {sorted(planned.classifiers)}. Give the path of a linear one as classifier"
+            f"head='pose' needs a linear classifier, or a 1x1 convolution in a network with timm's forward_head, as "
+            f"p4m_unet has; those of {type(model).__name__} are {sorted(planned.classifiers)}. Give the path of a "
+            "linear one as classifier, or classifier='' for a map of regular fields, field * |G| + g"
         )
     if partial:
         if len(chain) > 1 or head == "pose":

@@ -330,6 +330,12 @@ def _require_same_pool(own_signature: list[int], found_signature: list[int]) -> 
         )
 
 
+def pool_of(state_dict: Mapping[str, Any]) -> str:
+    """How the network that a checkpoint is of pools a fibre; an empty string if it names no way."""
+    signature = state_dict.get(SIGNATURE)
+    return "" if signature is None else _split_off_pool(_values(signature))
+
+
 def _split_off_pool(signature: list[int] | None) -> str:
     """Takes the group pooling out of a signature, in place; an empty string if it names none."""
     if signature is None or len(signature) % 2 == 0 or len(signature) == 1:

@@ -161,7 +161,9 @@ class Equivarified(_AroundNet):
         if self.batched:
             given = _on_batch(layer, values.flatten(0, 1))
             return tree_map(lambda y: y.unflatten(0, values.shape[:2]), given)
-        return tree_map(lambda *each: torch.stack(each), *(_on_batch(layer, value) for value in values))
+        # Copies where gradients flow, as autograd lets no layer change one part of a tensor in place.
+        each = (_on_batch(layer, value.clone() if value.requires_grad else value) for value in values)
+        return tree_map(lambda *parts: torch.stack(parts), *each)
 
 
 def canonicalize(
@@ -216,8 +218,9 @@ class Canonicalized(_AroundNet):
 
     def forward(self, x: Tensor) -> Any:
         scores = self.canonizer(x)
-        given = tuple(scores.shape) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
-        if given != (len(x), 1, self.group.order):
+        rest = scores.shape[1:] if isinstance(scores, Tensor) else ()
+        if rest != (1, self.group.order) or scores.shape[0] != x.shape[0]:  # a len() would fix the batch of an export
+            given = tuple(scores.shape) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
             raise ValueError(
                 f"the canonizer gives {given}, not {(len(x), 1, self.group.order)}, a score for each element of "
                 f"{self.group.name}; make it with head='pose', num_classes=1"
@@ -244,10 +247,10 @@ class Canonicalized(_AroundNet):
 
         def mean(y: Tensor) -> Tensor:
             if self._moves(y):
-                y = self._moved(y)[g, torch.arange(len(g), device=y.device)]
+                y = self._moved(y)[g, torch.arange(g.shape[0], device=y.device)]
             y = y / best.sum(1)[image].view(-1, *(1,) * (y.ndim - 1)).to(y.dtype)
             unsure = ~best.any(1).view(-1, *(1,) * (y.ndim - 1))  # no score is the best of some that are no numbers
-            return y.new_zeros(len(scores), *y.shape[1:]).index_add(0, image, y).masked_fill(unsure, math.nan)
+            return y.new_zeros(scores.shape[0], *y.shape[1:]).index_add(0, image, y).masked_fill(unsure, math.nan)
 
         return tree_map(mean, given)
 
@@ -272,12 +275,18 @@ def pose_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     if logits.ndim != 3:
         raise ValueError(f"logits are {tuple(logits.shape)}; accepted are those with poses, (B, classes, |G|)")
-    if labels.shape != logits.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            f"labels are {tuple(labels.shape)} of {labels.dtype}; accepted are class indices ({len(logits)},), integers"
+    if not isinstance(labels, Tensor) or labels.shape != logits.shape[:1] or labels.is_floating_point():
+        given = (
+            f"{tuple(labels.shape)} of {labels.dtype}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
         )
-    labels = labels.long()  # uint8 would wrap around
-    return F.cross_entropy(logits.flatten(1), labels.where(labels < 0, labels * logits.shape[2]))
+        raise ValueError(f"labels are {given}; accepted are class indices ({len(logits)},), a tensor of integers")
+    labels, (classes, order) = labels.long(), logits.shape[1:]  # uint8 would wrap around
+    try:
+        return F.cross_entropy(logits.flatten(1), labels.where(labels < 0, labels * order))
+    except IndexError as error:
+        raise ValueError(
+            f"labels are {labels.tolist()}; accepted are classes, 0 to {classes - 1}, and -100, which leaves one out"
+        ) from error
 
 
 def poses(group: Group, x: Tensor) -> Tensor:
@@ -286,8 +295,9 @@ def poses(group: Group, x: Tensor) -> Tensor:
     Raises:
         ValueError: x is no batch of images, or not square while the group has quarter turns.
     """
-    if x.ndim != 4:
-        raise ValueError(f"x is {tuple(x.shape)}; accepted is a batch of images (B, C, H, W)")
+    if not isinstance(x, Tensor) or x.ndim != 4:
+        given = tuple(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise ValueError(f"x is {given}; accepted is a batch of images (B, C, H, W)")
     _require_square(group, "images", x)
     return torch.stack([group.transform_image(x, group.inverse(g)) for g in range(group.order)])
 

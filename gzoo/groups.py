@@ -203,9 +203,13 @@ class Group:
         Raises:
             ValueError: there is no such group, or it is no subgroup; a number is none; there are no fields.
         """
+        if not isinstance(fields, Mapping):
+            raise ValueError(
+                f"fields are {fields!r}; give their number by subgroup, as in {{'c1': 4, '{self.name}': 8}}"
+            )
         for name, number in fields.items():
             self.cosets(get(name))
-            if number < 1:
+            if type(number) is not int or number < 1:
                 raise ValueError(f"{number} fields of {self.name}/{name}: a number is at least 1; leave {name!r} out")
         if not fields:
             raise ValueError(f"there are no fields; give some by subgroup, as in {{'c1': 4, '{self.name}': 8}}")

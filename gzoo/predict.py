@@ -42,9 +42,8 @@ def load_model(name: str, pretrained: bool, **model_args: Any) -> nn.Module:
             raise FileNotFoundError(f"{name}: no such folder; a model is a folder, a registered name or hf-hub:NAME")
         if not timm.is_model(name.split(".")[0]):
             near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
-            raise ValueError(
-                f"{name}: no such model; near are {near}. `timm.list_models()` lists all after import gzoo"
-            )
+            hint = f"near are {', '.join(near)}. " if near else ""
+            raise ValueError(f"{name}: no such model; {hint}`timm.list_models()` lists all after import gzoo")
         if pretrained and not timm.models.is_model_pretrained(name):
             raise ValueError(f"{name}: there are no pretrained weights; `timm.list_pretrained()` lists what has some")
     try:

@@ -292,8 +292,8 @@ def _spell(hint: Any) -> str:
         return " or ".join(_spell(arg) for arg in get_args(hint))
     words = {
         type(None): "none",
-        tuple[float, float]: "two numbers, such as 0.5,1",
-        tuple[float, ...]: "numbers, one for each channel, such as 0.5,0.5,0.5",
+        tuple[float, float]: "two numbers, such as 0.5 and 1",
+        tuple[float, ...]: "numbers, one for each channel",
         tuple[tuple[int, int], ...]: "pairs of epochs and size, such as [[2, 16], [8, 32]]",
     }
     return words.get(hint) or (hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", ""))

@@ -28,12 +28,15 @@ from timm.models._hub import hf_split, load_model_config_from_path
 from timm.models._pretrained import PretrainedCfg
 from torch import nn
 
-from gzoo.equivariant import require_same_group, require_same_keys, require_same_shapes
+from gzoo.equivariant import pool_of, require_same_group, require_same_keys, require_same_shapes
 
 HUB_ORGANIZATION = "gzoo"
 
 # The one file that is read from the Hub: without this timm falls back to pickles.
 FILENAME = "model.safetensors"
+
+# What a partial or soft network has beside its equivariant twin, and that starts with the whole group.
+_RELAXED = (".subset.logits", ".residual")
 
 _PACKAGE = Path(__file__).parent
 _CARD_FOLDERS = (_PACKAGE / "model_cards", _PACKAGE.parent / "model_cards")
@@ -156,7 +159,8 @@ def require_fit(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """timm's ``pretrained_filter_fn``: the checkpoint as it is, if it belongs to ``model``.
 
     timm loads leniently once the number of classes differs, so what a foreign checkpoint lacks would stay random. What
-    timm adapts may differ: the classifier, and how many channels the first convolution reads.
+    timm adapts may differ: the classifier, and how many channels the first convolution reads. A partial or soft network
+    starts from a checkpoint of its equivariant twin as the function that this is.
 
     Raises:
         ValueError: names the checkpoint and the mismatch.
@@ -164,7 +168,16 @@ def require_fit(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     config: Any = model.pretrained_cfg
     own, firsts = model.state_dict(), [f"{path}.weight" for path in _paths(config["first_conv"])]
     head = {f"{path}.{name}" for path in _paths(config["classifier"]) for name in ("weight", "bias")}
+    relaxed = {name: own[name] for name, _ in model.named_parameters() if name.endswith(_RELAXED)}
+    starts = bool(relaxed) and not any(name in state_dict for name in relaxed)
+    state_dict = {**state_dict, **relaxed} if starts else state_dict
     try:
+        drops = starts and any(name.endswith(_RELAXED[0]) for name in relaxed)
+        if drops and (pool := pool_of(state_dict)) != pool_of(own):
+            raise ValueError(
+                f"it is of a network that pools a fibre by {pool or 'a way that it does not name'}; this one, which may "
+                f"drop elements, pools by {pool_of(own)}, which makes other logits of the same weights"
+            )
         require_same_group(model, state_dict)
         require_same_keys(model, state_dict, own, besides=head)
         require_same_shapes(model, state_dict, own, besides={*firsts, *head})

@@ -185,6 +185,33 @@ def test_tensors_in_a_dictionary_are_checked_as_those_in_a_list():
     assert report.worst < 1e-12
 
 
+def test_each_of_several_outputs_is_judged_by_itself():
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+            self.kind, self.box, self.centre = nn.Conv2d(16, 5, 1), nn.Conv2d(16, 4, 1), nn.Conv2d(16, 1, 1)
+
+        def forward(self, x):
+            y = self.body(x)
+            return {"kind": self.kind(y), "box": self.box(y), "centre": self.centre(y)}
+
+    report = gzoo.check(gzoo.convert(Detector(), "p4", classifier="kind"), 9)
+    assert len(report.errors) == 3
+    assert report.worst < 1e-12
+
+
+def test_a_network_of_one_size_is_checked_at_that():
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
+    report = gzoo.check(gzoo.equivarify(vit, "p4"))
+    assert report.size == (32, 32)
+    assert report.worst < 1e-12
+    plain = nn.Sequential(nn.Conv2d(3, 2, 90), nn.Flatten(), nn.Linear(2 * 2 * 2, 2))
+    with pytest.raises(ValueError, match=r"Sequential does not run \(.*\); say the size of its images, as in size=224"):
+        gzoo.check(plain, group="p4")
+    assert gzoo.check(plain, 91, "p4").worst > 0.01
+
+
 class Nothing(nn.Module):
     def forward(self, x):
         return {"boxes": None}

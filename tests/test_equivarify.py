@@ -483,11 +483,35 @@ def scores(number: int) -> nn.Sequential:
             r"labels are \(2, 3\) of torch.float32; accep",
         ),
         (lambda: gzoo.pose_loss(torch.zeros(2, 3, 4), torch.ones(2)), r"labels are \(2,\) of torch.float32; accepted"),
+        (lambda: gzoo.pose_loss(torch.zeros(2, 3, 4), [0, 1]), "labels are a list; accepted are class indices"),
+        (
+            lambda: gzoo.pose_loss(torch.zeros(2, 3, 4), torch.tensor([0, 3])),
+            r"labels are \[0, 3\]; accepted are classes, 0 to 2, and -100",
+        ),
+        (lambda: gzoo.equivarify(vector_net(), "p4")([random_image(2)]), "x is a list; accepted is a batch of images"),
     ],
 )
 def test_what_cannot_be_done_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_layers_that_work_in_place_may_run_one_pose_after_the_other():
+    net, x = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Flatten()).double(), random_image(2, (8, 8))
+    gradients = []
+    for options in ({"batched": False, "mode": "layerwise"}, {}):
+        net.zero_grad()
+        gzoo.equivarify(net, "p4", **options)(x).square().sum().backward()
+        gradients.append(net[0].weight.grad.clone())
+    assert relative_error(*gradients) < 1e-12
+
+
+def test_a_canonicalized_network_is_exported_for_any_batch():
+    model = gzoo.canonicalize(map_net(), "p4", canonizer("p4")).eval()
+    shapes = ({0: torch.export.Dim("batch", min=2)},)
+    exported = torch.export.export(model, (random_image(2, (9, 9), 4),), dynamic_shapes=shapes).module()
+    x = random_image(2, (9, 9), 6)
+    assert relative_error(exported(x), model(x)) < 1e-12
 
 
 @pytest.mark.parametrize("options", [{}, {"pool": "max"}, {"head": "pose"}, {"batched": False}])

@@ -200,6 +200,12 @@ def test_quotients_by_the_trivial_and_the_whole_group_are_regular_and_trivial_fi
             assert G.quotient_type({name: 3}) == G.image_type(3)
 
 
+@pytest.mark.parametrize(("fields", "message"), [(3, "fields are 3; give their"), ({"c1": 1.5}, "1.5 fields of p4/c1")])
+def test_numbers_of_quotient_fields_that_are_none_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        groups.get("p4").stabilizers(fields)
+
+
 def test_a_quotient_by_what_is_no_subgroup_is_refused():
     for group, other in (("p4", "c3"), ("p4", "d1"), ("p4", "c8"), ("p4", "p4m")):
         with pytest.raises(ValueError, match=rf"{other} is no subgroup of p4; its subgroups are c1, c2, p4$"):

@@ -288,3 +288,13 @@ def test_mnist6_names_data_without_sixes(tmp_path):
     Dataset.from_dict(rows, features).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match="no train image has the class '6'; its classes are 0, 1"):
         mnist6(str(tmp_path))
+
+
+def test_a_partial_network_starts_from_the_weights_of_its_equivariant_twin():
+    x = torch.randn(2, 3, 32, 32)
+    full, partial = (timm.create_model("p4m_resnet20", pretrained=True, partial=p).eval() for p in (False, True))
+    assert partial(x).allclose(full(x), atol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"pools a fibre by .*, which may drop elements, pools by mean, which makes other"
+    ):
+        timm.create_model("p4_cnn7", pretrained=True, partial=True)

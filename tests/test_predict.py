@@ -88,7 +88,7 @@ def test_classes_without_names_are_numbered(images):
 
 
 def test_an_unknown_name_is_an_error_with_the_nearest_names():
-    with pytest.raises(ValueError, match=r"resnet1: no such model; near are .*'resnet1"):
+    with pytest.raises(ValueError, match=r"resnet1: no such model; near are .*resnet1"):
         load_model("resnet1", pretrained=False)
 
 

@@ -680,7 +680,7 @@ def test_a_wrong_setting_fails_before_anything_is_written(settings):
         ({"schedule": {"name": "cosine", "cycle_limit": 2}}, "runs for 4 epochs, the recipe for 2; leave cycles out"),
         ({"optimizer": {"name": "adahessian", "lr": 0.1}}, "adahessian needs second derivatives"),
         ({"interpolation": "random"}, "interpolation is 'random'; accepted are nearest, bilinear"),
-        ({"scale": 0.5}, "scale is 0.5; it takes two numbers, such as 0.5,1 or none"),
+        ({"scale": 0.5}, "scale is 0.5; it takes two numbers, such as 0.5 and 1 or none"),
         ({"image_sizes": (1, 28)}, r"it takes pairs of epochs and size, such as \[\[2, 16\], \[8, 32\]\] or none"),
         ({"model_args": {"in_chans": 4}, "color_jitter": 0.4}, "color_jitter changes images of 1 or 3 channels, not 4"),
         ({"interpolation": "lanczos", "auto_augment": "original"}, "not lanczos; leave it out"),

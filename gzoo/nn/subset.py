@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gzoo import groups
 from gzoo.groups import Group
 
 # Where training starts, a probability of 0.88: kept in eval mode, dropped often enough to be tried without.
@@ -110,13 +111,16 @@ class Subset(nn.Module):
         return self.logits[g - 1].sigmoid().item() if g else 1.0
 
     @torch.no_grad()
-    def keep(self, elements: Iterable[int]) -> None:
+    def keep(self, elements: Iterable[int] | str) -> None:
         """Chooses S by hand: these elements are as likely as all are at the start, the others as unlikely.
 
+        Args:
+            elements: of the group, or the name of a subgroup.
+
         Raises:
-            ValueError: one is no element of the group; the identity, 0, is not among them.
+            ValueError: one is no element of the group, or it is no subgroup; the identity, 0, is not among them.
         """
-        chosen = set(elements)
+        chosen = set(self.group.elements_of(groups.get(elements)) if isinstance(elements, str) else elements)
         for g in chosen:
             self.group.require_element(g)
         if 0 not in chosen:

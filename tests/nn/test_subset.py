@@ -138,6 +138,10 @@ def test_elements_outside_the_group_are_refused():
         subset.probability(-1)
     with pytest.raises(ValueError, match="without the identity"):
         subset.keep([1, 2])
+    with pytest.raises(ValueError, match="p4m is no subgroup of p4"):
+        subset.keep("p4m")
+    subset.keep("c2")
+    assert subset.kept == (0, 2)
     with pytest.raises(ValueError, match="c1 has no element beside the identity"):
         Subset(groups.get("c1"))
     with pytest.raises(ValueError, match="6 channels, no whole number of fields"):
