@@ -175,8 +175,8 @@ def require_fit(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         drops = starts and any(name.endswith(_RELAXED[0]) for name in relaxed)
         if drops and (pool := pool_of(state_dict)) != pool_of(own):
             raise ValueError(
-                f"it is of a network that pools a fibre by {pool or 'a way that it does not name'}; this one, which may "
-                f"drop elements, pools by {pool_of(own)}, which makes other logits of the same weights"
+                f"it is of a network that pools a fibre {f'by {pool}' if pool else 'in a way not named'}; this one, "
+                f"which may drop elements, pools by {pool_of(own)}, which makes other logits of the same weights"
             )
         require_same_group(model, state_dict)
         require_same_keys(model, state_dict, own, besides=head)

@@ -295,6 +295,6 @@ def test_a_partial_network_starts_from_the_weights_of_its_equivariant_twin():
     full, partial = (timm.create_model("p4m_resnet20", pretrained=True, partial=p).eval() for p in (False, True))
     assert partial(x).allclose(full(x), atol=1e-5)
     with pytest.raises(
-        ValueError, match=r"pools a fibre by .*, which may drop elements, pools by mean, which makes other"
+        ValueError, match=r"pools a fibre .*, which may drop elements, pools by mean, which makes other"
     ):
         timm.create_model("p4_cnn7", pretrained=True, partial=True)
