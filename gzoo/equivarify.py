@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gzoo import groups
-from gzoo.equivariant import group_of, require_network
+from gzoo.equivariant import group_of, like, require_network
 from gzoo.groups import Group
 from gzoo.nn.linear import Head, Pooling
 
@@ -198,7 +198,7 @@ class Canonicalized(_AroundNet):
     """A network behind a canonizer; made by `canonicalize`.
 
     Where the highest scores of an image tie to rounding, as they do for an object that has a symmetry of its own, the
-    network runs on each of those poses, and the result is the mean.
+    network runs on each of those poses, and the result is the mean. The canonizer itself runs without autocast.
 
     In train mode it is the first of them, and its choice passes gradients straight through to the softmax of the
     scores. The prior loss, which keeps upright images upright, is
@@ -217,7 +217,12 @@ class Canonicalized(_AroundNet):
         self.net, self.group, self.canonizer, self.vectors = net, group, canonizer, vectors
 
     def forward(self, x: Tensor) -> Any:
-        scores = self.canonizer(x)
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):  # a choice, which few digits would leave to rounding
+            with torch.autocast(kind, enabled=False):
+                scores = self.canonizer(x.to(like(self.canonizer).dtype))
+        else:
+            scores = self.canonizer(x)
         rest = scores.shape[1:] if isinstance(scores, Tensor) else ()
         if rest != (1, self.group.order) or scores.shape[0] != x.shape[0]:  # a len() would fix the batch of an export
             given = tuple(scores.shape) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"

@@ -506,6 +506,20 @@ def test_layers_that_work_in_place_may_run_one_pose_after_the_other():
     assert relative_error(*gradients) < 1e-12
 
 
+def test_autocast_leaves_the_choice_of_a_pose_alone():
+    net, chooser = vector_net().float(), canonizer("p4").float()
+    given = []
+    chooser.register_forward_hook(lambda module, inputs, y: given.append(y))
+    x = random_image(2, (8, 8)).float()
+    model = gzoo.canonicalize(net, "p4", chooser).eval()
+    expected = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    assert given[0].equal(given[1])
+    assert y.dtype == torch.bfloat16
+    assert relative_error(y.float(), expected) < 2**-6
+
+
 def test_a_canonicalized_network_is_exported_for_any_batch():
     model = gzoo.canonicalize(map_net(), "p4", canonizer("p4")).eval()
     shapes = ({0: torch.export.Dim("batch", min=2)},)
