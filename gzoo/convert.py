@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 
 from gzoo import groups
 from gzoo.bases import BasisName
-from gzoo.check import KeepDouble, first_broken_layer, relative_error
+from gzoo.check import KeepDouble, first_broken_layer, in_channels, relative_error
 from gzoo.equivariant import EquivariantClassifier, group_of, make_equivariant, removing, tensors_in
 from gzoo.groups import Group
 from gzoo.nn import FibreNorm, PoseConv2d, PoseLinear, Restriction, restrict_output
@@ -33,8 +33,8 @@ from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.linear import Head, Pooling
 from gzoo.nn.resample import Window
 from gzoo.partial import make_partial
-from gzoo.plan import WHOLE_NETWORK, Fit, Match, Plan, Vectors, bent_logits, example, plan
-from gzoo.rules import ON_IMAGE, RULES, WHOLE, Recipe, rule
+from gzoo.plan import SIDES, WHOLE_NETWORK, Fit, Match, Plan, Vectors, bent_logits, example, input_size, plan
+from gzoo.rules import ON_IMAGE, RULES, WHOLE, Recipe, Rule, rule
 from gzoo.soft import make_soft, residuals
 from gzoo.trace import Segments, flat
 from gzoo.transfer import Weights, fill
@@ -265,6 +265,8 @@ def convert_in_place(
     if soft:
         make_soft(converted)
     _rename(converted, chain)
+    if not input_size(converted) and planned.side > SIDES[0]:  # it takes no smaller images
+        converted.pretrained_cfg = {"input_size": (in_channels(converted), planned.side, planned.side)}  # type: ignore[assignment]
     return converted
 
 
@@ -330,12 +332,13 @@ def _walk(module: nn.Module, recipe: Recipe, done: dict[nn.Module, nn.Module]) -
         _update_sizes(module, seen.widths[path], seen.pieces[path] + seen.prefixes[path], recipe.plan)
     is_leaf = not any(True for _ in module.children())
     own = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
-    if type(module) in RULES:
-        own_rule = RULES[type(module)].__module__ == ON_IMAGE[0].__module__
-        if path in seen.inputs and recipe.lifts and own_rule and RULES[type(module)] not in ON_IMAGE:
+    its_rule = _rule_for(module)
+    if its_rule is not None:
+        own_rule = its_rule.__module__ == ON_IMAGE[0].__module__
+        if path in seen.inputs and recipe.lifts and own_rule and its_rule not in ON_IMAGE:
             return module
         try:
-            new = _like(module, RULES[type(module)](module, recipe))
+            new = _like(module, its_rule(module, recipe))
             kinds = ("forward_pre", "forward", "backward_pre", "backward")
             hooks = [hook for kind in kinds for hook in getattr(module, f"_{kind}_hooks").values()]
             if hooks and new is not module:
@@ -346,9 +349,21 @@ def _walk(module: nn.Module, recipe: Recipe, done: dict[nn.Module, nn.Module]) -
             return new
         except ValueError as error:
             raise ValueError(f"{path or type(module).__name__}: {error}") from error
-    if own or (is_leaf and type(module) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+    if own or (is_leaf and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and _is_known(module)):
         raise ValueError(_unknown(path, module, own))
     return module
+
+
+def _rule_for(module: nn.Module) -> Rule | None:
+    """The rule for the module's type; for a layer norm of one's own, which turns maps for it say, that of its base."""
+    found = RULES.get(type(module))
+    return RULES[nn.LayerNorm] if found is None and isinstance(module, nn.LayerNorm) else found
+
+
+def _is_known(leaf: nn.Module) -> bool:
+    """Whether a leaf is of torch or timm, so that a rule is missing. Another's without weights is what its forward
+    does, which was followed like that of the network around it, and is checked with it."""
+    return type(leaf).__module__.startswith(("torch.", "torchvision.", "timm."))
 
 
 def _update_sizes(module: nn.Module, names: set[str], pieces: list[tuple[int, Segments]], plan: Plan) -> None:
@@ -616,14 +631,15 @@ def calibrate(probe: nn.Module, x: Tensor) -> None:
 def image_for(probe: nn.Module) -> Tensor:
     """The smallest random image, (1, C, H, W), of the sizes tried that the converted network takes."""
     reason: Exception | None = None
-    for most in _CHECKED_SIZES:
-        x = example(probe, most)[:1]
+    sizes = [{"most": most} for most in _CHECKED_SIZES] if input_size(probe) else [{"side": side} for side in SIDES]
+    for size in sizes:
+        x = example(probe, **size)[:1]
         for image in (x, x.sigmoid()):  # numbers as photographs have them: of others there may be no root or logarithm
             try:
                 with _path_in_errors(probe), torch.no_grad(), KeepDouble():
                     output = probe(image)
             except Exception as error:  # a network for other sizes says so in any way, by an assertion, say
-                reason = error
+                reason = error if input_size(probe) else reason or error
                 break
             if all(y.is_meta or y.isfinite().all() for y in tensors_in(output)):
                 return image

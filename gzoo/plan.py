@@ -8,6 +8,7 @@ narrow network over a large group may miss it all the same, as no width is less 
 
 import difflib
 import math
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,9 @@ SCALE: dict[Match, Callable[[int], float]] = {
 Vectors = Mapping[str, Sequence[tuple[int, int]]]
 
 WHOLE_NETWORK = "gzoo.equivarify and gzoo.canonicalize take any network that gives vectors or maps, as it is"
+
+# Sides of the images that a network is tried with that does not name the size of its own, in pixels.
+SIDES = (64, 128, 256, 224)
 
 _TOLERANCE = 0.1  # of the plain network's parameters or multiply-adds
 
@@ -85,6 +89,7 @@ class Plan:
         trace: what a run of the plain network showed.
         classifiers: paths of the layers that make logits, which stay as many as they are.
         vectors: pairs of channels, by path, of those of them that make vectors.
+        side: of the images that the plain network ran on, in pixels.
         widths: plain channels -> fields, where they are given.
         basis: of the kernels, as `gzoo.nn.GroupConv2d` takes it.
         scale: fields for each plain channel in the first stage; in the others as ``match`` has it for their group.
@@ -104,6 +109,7 @@ class Plan:
     fit: bool = True
     steps: dict[int, tuple[int, int]] = field(default_factory=dict)
     vectors: Vectors = field(default_factory=dict)
+    side: int = SIDES[0]
     _known: dict[Segment, int] = field(default_factory=dict)
 
     @property
@@ -369,8 +375,8 @@ def plan(
                 f"classifier is {path!r}; {type(model).__name__} has no convolution or Linear of that path. Give the "
                 "path of a layer that makes logits, as named_modules() spells it, a list of several, or '' if none"
             )
-    x = example(model)
-    evaluation, training = trace(model, x), _training(model, x)
+    x, evaluation = first_run(model)
+    training = _training(model, x)
     seen = training if training and _has_more_layers(training, evaluation) else evaluation
     if seen.over_pixels:
         raise ValueError(
@@ -383,6 +389,8 @@ def plan(
     if classifier is None:
         found = _classifiers(model, evaluation, vectors)
         found |= _more_in_training(model, evaluation, training, found, vectors)
+        if not found and not vectors:
+            _say_that_fields_stay(model, x, evaluation)
     found |= vectors.keys()
     _require_last(vectors, seen)
     for segment in (part for path in found for part in flat(seen.outputs.get(path, ()))):
@@ -394,7 +402,7 @@ def plan(
         if not isinstance(fields, int) or fields < 1:
             raise ValueError(f"widths gives {channels} channels {fields!r} fields; the least is 1, and they are whole")
     scale = fitted.scale if fitted else SCALE[match](chain[0].order)
-    made = Plan(model, chain, match, seen, found, widths or {}, basis, scale, fit, vectors=vectors)
+    made = Plan(model, chain, match, seen, found, widths or {}, basis, scale, fit, vectors=vectors, side=x.shape[-1])
     if not seen.inputs.keys() & seen.outputs.keys() & {name for name, _ in _layers(model)}:
         lost = next(
             (f"{name}: {made.why_lost(name)}" for name in seen.lost), "no layer with parameters runs on an image"
@@ -550,10 +558,31 @@ def _short(number: float) -> str:
     return f"{number / unit[0]:7.2f}{unit[1]}"
 
 
-def example(model: nn.Module, most: int | None = None) -> Tensor:
-    """Random images that the network takes: two of its own input size, at most ``most`` pixels wide and high."""
-    given = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
-    height, width = (given or (3, 64, 64))[1:]
+def first_run(model: nn.Module) -> tuple[Tensor, Trace]:
+    """Random images that a plain network takes, of its own input size or one of `SIDES`, and what they show.
+
+    Raises:
+        ValueError: it does not run on any.
+    """
+    reason: ValueError | None = None
+    for side in SIDES[:1] if input_size(model) else SIDES:
+        x = example(model, side=side)
+        try:
+            return x, trace(model, x)
+        except ValueError as error:
+            reason = reason or error
+    assert reason is not None
+    raise reason
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int] | None:
+    """Channels, height and width of the images that a network says are its own; None if it does not."""
+    return (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+
+
+def example(model: nn.Module, most: int | None = None, side: int = SIDES[0]) -> Tensor:
+    """Random images: two of the network's own input size, at most ``most`` pixels wide and high, or of ``side``."""
+    height, width = (input_size(model) or (3, side, side))[1:]
     parameter, channels = like(model), in_channels(model)
     generator = torch.Generator().manual_seed(0)
     size = (min(height, most or height), min(width, most or width))
@@ -626,12 +655,15 @@ def _classifiers(model: Any, seen: Trace, vectors: Collection[str] = ()) -> froz
     if not isinstance(modules[last], nn.Linear):
         channels = sum(segment.size for segment in flat(seen.outputs.get(last, ())))
         colours = sum(segment.size for segment in flat(seen.inputs[""]))
+        read = {part for name in layers for part in flat(seen.inputs.get(name, ()))}
         is_image = (channels == colours or channels <= min(colours, 4)) and len(makers[0]) <= 1
+        is_image |= channels <= min(colours, 4) and own.isdisjoint(read)  # a sum, at the end of a residual decoder
         makes = shape[1:2] == (channels,) and (len(shape) == 2 or is_image)
     else:
         makes = not any(isinstance(module, REDUCTIONS) for module in later)
     # The others are parts of the same logits, or summed up with them.
-    return frozenset([last, *flatten.from_iterable(linear)] if makes else [])
+    summed = makers[0] if makes and not isinstance(modules[last], nn.Linear) else []
+    return frozenset([last, *flatten.from_iterable(linear), *summed] if makes else [])
 
 
 def _score_maps(
@@ -729,13 +761,28 @@ def bent_logits(
 
     Also if some of them are vectors, which the network's outputs do not tell.
     """
-    seen = trace(model, example(model))
+    _, seen = first_run(model)
     found = _named(classifier) if classifier is not None else _classifiers(model, seen, vectors or ())
     if vectors:
         return found | vectors.keys()
     logits = {part for path in found for part in flat(seen.outputs.get(path, ()))}
     bent = (name for name, given in seen.functions if not logits.isdisjoint(flat(given)))
     return frozenset() if _COPIES.issuperset(bent) else found
+
+
+def _say_that_fields_stay(model: nn.Module, x: Tensor, seen: Trace) -> None:
+    """Warns where the map of a decoder, as large as the image, is taken for features: it may be one of logits."""
+    result = seen.result
+    is_decoder = isinstance(result, Tensor) and result.ndim == 4 and result.shape[2:] == x.shape[2:]
+    if hasattr(model, "get_classifier") or not is_decoder or min(seen.pixels.values()) == x.shape[2:].numel():
+        return
+    layers = [name for name in seen.order if isinstance(model.get_submodule(name), _MAKES_LOGITS)]
+    makers = _makers(set(channels_of(result)), layers, seen) or layers[-1:]
+    warnings.warn(
+        f"the output of {type(model).__name__} ends in a norm, an activation or a sum, so it stays regular fields, |G| "
+        f"channels each. If it is logits, say so, as in classifier={makers}; classifier='' says that it is features",
+        stacklevel=2,
+    )
 
 
 def _named(classifier: Any) -> frozenset[str]:

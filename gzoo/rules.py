@@ -296,10 +296,10 @@ def _standardized_conv(plain: Any, recipe: Recipe) -> nn.Module:
 
 @rule(nn.ConvTranspose2d)
 def _transposed_conv(plain: nn.ConvTranspose2d, recipe: Recipe) -> nn.Module:
-    if any(plain.output_padding):
+    if any(plain.output_padding) and recipe.per_element:
         raise ValueError(
-            f"output_padding={plain.output_padding} adds pixels on one side only; choose kernel, stride and padding "
-            "with kernel - 2 * padding = stride, which doubles the size without it"
+            f"output_padding={plain.output_padding} adds pixels on one side only, and no mean over poses does; choose "
+            "kernel, stride and padding with kernel - 2 * padding = stride, which doubles the size, or fresh weights"
         )
     if recipe.lifts:
         raise ValueError(f"it enlarges {_WITHOUT_FIBRE}; put a convolution before it, which lifts them to fields")
@@ -318,6 +318,7 @@ def _transposed_conv(plain: nn.ConvTranspose2d, recipe: Recipe) -> nn.Module:
         groups=recipe.plan.groups_of(plain, recipe.in_fields, out_fields),
         bias=plain.bias is not None,
         basis=recipe.plan.basis,
+        output_padding=square(plain.output_padding, "output_padding"),
     )
     _initialize_like(new, plain, plain.weight[:, 0].numel() // plain.groups, new.fan_in)
     return _with_pools([new], gives, recipe)

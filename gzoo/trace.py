@@ -417,7 +417,7 @@ class _Follow(TorchFunctionMode):
     def _cat(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         out = outputs[0]
         dim = _argument(args, kwargs, 1, "dim", 0) % out.ndim
-        known = [_channels(x) for x in inputs]
+        known = [_channels(x) for x in inputs if x.numel()]  # a map without channels adds none
         if any(channels is None for channels in known) or len({c.dim for c in known if c}) > 1:
             return False
         if known[0].dim != dim:  # type: ignore[union-attr]

@@ -34,10 +34,11 @@ class GroupConvTranspose2d(ExpandedLayer):
         groups: divides both numbers of fields.
         bias: whether each field has one.
         basis: of the kernels, as `GroupConv2d` takes it.
+        output_padding: pixels by which the output is larger than the windows cover. Torch adds them on one side; here
+            the map is stretched over them (bilinear), which treats all sides alike.
 
     Shape:
-        x: (B, in_fields * |G|, H, W); result: (B, out_fields * |G|, H', W') with H', W' as of ``nn.ConvTranspose2d``
-        without output padding, which would enlarge one side only.
+        x: (B, in_fields * |G|, H, W); result: (B, out_fields * |G|, H', W') with H', W' as of ``nn.ConvTranspose2d``.
         weight: (in_fields, out_fields / groups, ...) as that of a `GroupConv2d` from out to in.
 
     Raises:
@@ -56,10 +57,12 @@ class GroupConvTranspose2d(ExpandedLayer):
         groups: int = 1,
         bias: bool = True,
         basis: BasisName | None = None,
+        output_padding: int = 0,
     ) -> None:
         super().__init__(in_fields, out_fields // groups, regular_basis(group, kernel_size, basis))
         self.group, self.in_fields, self.out_fields = group, in_fields, out_fields
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.output_padding = output_padding
         self.bias = nn.Parameter(torch.zeros(out_fields)) if bias else None
         nn.init.normal_(self.weight, std=math.sqrt(2 * stride**2 / self.fan_in))
         with torch.no_grad():
@@ -84,6 +87,9 @@ class GroupConvTranspose2d(ExpandedLayer):
         require_fields(x, 1, self.in_fields, self.group)
         bias = None if self.bias is None else along_fibre(self.bias, self.group.order)
         y = F.conv_transpose2d(x, self.filter(), bias, self.stride, self.padding, 0, self.groups, self.dilation)
+        if self.output_padding:
+            size = [side + self.output_padding for side in y.shape[2:]]
+            y = F.interpolate(y, size, mode="bilinear", align_corners=True)
         if output_size is not None and tuple(output_size[-2:]) != y.shape[2:]:
             raise ValueError(
                 f"output_size is {tuple(output_size)}, but the windows cover {tuple(y.shape[2:])} pixels; others would "

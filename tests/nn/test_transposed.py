@@ -66,3 +66,14 @@ def test_it_is_the_adjoint_of_the_group_convolution():
 def test_other_channels_are_refused():
     with pytest.raises(ValueError, match=r"x of shape .* has 8 channels, not 4 fields"):
         GroupConvTranspose2d(groups.get("p4"), 4, 4, 2)(torch.zeros(1, 8, 3, 3))
+
+
+@pytest.mark.parametrize("group", ["p4", "p4m", "d2", "c8"])
+@pytest.mark.parametrize("size", [(4, 4), (5, 7)])
+def test_output_padding_is_spread_over_the_map_and_commutes_with_the_group(group, size):
+    layer = with_random_statistics(
+        GroupConvTranspose2d(groups.get(group), 2, 3, 3, stride=2, padding=1, output_padding=1)
+    )
+    x = random_fields(group, 2, size)
+    assert layer(x).shape[2:] == (2 * size[0], 2 * size[1])
+    assert worst_error(layer, group, x) < 1e-12
