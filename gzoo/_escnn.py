@@ -17,13 +17,14 @@ from typing import Any, NoReturn
 class _StandIn(MetaPathFinder, Loader):
     """Makes ``lie_learn`` where it is not installed, so that escnn imports as soon as gzoo was imported.
 
-    escnn.group.groups.so3_utils takes one name of it at import, which SO(3) code alone calls.
+    escnn.group.groups.so3_utils takes one name of it at import, which SO(3) code alone calls. For escnn alone: without
+    it, lie_learn stays missing.
     """
 
     user = "lie_learn.representations.SO3.wigner_d"
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        inside = name == self.user or self.user.startswith(f"{name}.")
+        inside = "escnn" in sys.modules and (name == self.user or self.user.startswith(f"{name}."))
         return ModuleSpec(name, self, is_package=name != self.user) if inside else None
 
     def exec_module(self, module: ModuleType) -> None:

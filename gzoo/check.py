@@ -40,6 +40,8 @@ from gzoo.trace import side_folded_by
 if TYPE_CHECKING:
     from escnn.nn import FieldType
 
+    from gzoo.plan import Pairs
+
 
 @dataclass(frozen=True)
 class Report:
@@ -109,9 +111,9 @@ def check(
     Vectors are held to be invariant, and pose logits (B, classes, |G|) to be regular fields. Feature maps are regular
     fields, or plain channels where the model is a plain network; of a partial network, what a layer drops is zero. A
     map of logits, which the model pooled over the group, is trivial fields: it is held to move like an image. So may
-    each map of a network with several outputs, if it pools at all. Where some of them are vectors, channels may be
-    exchanged and change their sign, as the two of a vector do on the grid. The model is copied, so its weights, mode
-    and dtype stay as they are.
+    each map of a network with several outputs, if it pools at all. The channels that ``vectors`` named turn with it.
+    (Inside a network of one's own, where gzoo does not know them, channels may be exchanged and change their sign.) The
+    model is copied, so its weights, mode and dtype stay as they are.
 
     Args:
         model: a classifier (B, C, H, W) -> (B, classes), or of each pixel -> (B, classes, H, W) or (B, H, W); with
@@ -153,7 +155,7 @@ def check(
     pooled = around or _is_pooled(ran, expected)
     pools = pooled or any(isinstance(layer, GroupPool | QuotientPool) for layer in ran)
     mixture = _mixture(ran)
-    has_vectors = _has_vectors(model)
+    signed, pairs = _has_vectors(model), _vector_channels(model, list(expected))
     levels = dict(zip(expected, level_groups(model), strict=False))
     errors: dict[str, dict[int, float]] = {name: {} for name in expected}
     given_up: dict[int, float] = {}
@@ -167,7 +169,7 @@ def check(
             squeezed = moved.ndim == 3 and own_group is not None and not around  # a map of one channel, or a table
             if (pools and one_of_several) or (pooled and squeezed):
                 others.append(group.transform_image(moved, g))
-            if has_vectors and moved.ndim in (2, 4):
+            if pairs is None and signed and moved.ndim in (2, 4):
                 others.append(_nearest(group.transform_image(moved, g) if moved.ndim > 2 else moved, value, True))
             own_g, row = law.element(g, group), errors[name]
             follows = own_g is not None and (kept is None or own_g in kept)
@@ -175,7 +177,9 @@ def check(
                 law, own_g = group, g
             elif not follows or (soft and g):
                 row = given_up  # of a partial or soft network's outputs the logits, or the last map, come last and stay
-            if moved.ndim == 4 and (own_group is None or (pooled and name == "logits")):
+            if pairs and pairs[name]:
+                moved, others = group.transform_vectors(moved, g, pairs[name]), []
+            elif moved.ndim == 4 and (own_group is None or (pooled and name == "logits")):
                 moved = group.transform_image(moved, g)
             elif moved.ndim == 4:
                 if own_g is None:  # no law of fibres
@@ -214,7 +218,7 @@ def _own_size(model: nn.Module, channels: int, dtype: torch.dtype) -> tuple[int,
         try:
             _outputs(model, torch.zeros(1, channels, *size, dtype=dtype, device=like(model).device))
             return size
-        except (AssertionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # a network for other sizes says so in any way
             reason = error
     raise ValueError(f"{type(model).__name__} does not run ({reason}); say the size of its images, as in size=224")
 
@@ -294,6 +298,18 @@ def _has_vectors(model: nn.Module) -> bool:
     return any(module.vectors for module in around) or any(isinstance(m, VectorPool) for m in model.modules())
 
 
+def _vector_channels(model: Any, names: list[str]) -> "dict[str, Pairs] | None":
+    """The pairs of channels that are vectors in each output; None if they are not known, as inside another network."""
+    if isinstance(model, Equivarified | Canonicalized):
+        return dict.fromkeys(names, model.vectors)
+    if not _has_vectors(model):
+        return dict.fromkeys(names, ())
+    held = getattr(model, "vector_outputs", {})
+    if names[-1:] == ["logits"] or names == [""]:  # behind the stages, which are fields
+        return {**dict.fromkeys(names, ()), names[-1]: held[1][0]} if held.get(1) else None
+    return dict(zip(names, held[len(names)], strict=True)) if len(names) in held else None
+
+
 def _mixture(ran: list[nn.Module]) -> "FieldType | None":
     """The type of what the last layer that knows about fibres gives, if they are not regular ones alone."""
     last = ran[-1] if ran else None
@@ -359,13 +375,17 @@ def first_broken_layer(
         stage: the leaves that run first and next after the ones looked at; None for all from the start, or to the end.
     """
     expected, signed = _recorded_outputs(model, x), _has_vectors(model)
+    outputs_of_all = [name for name in expected if name == "" or name.startswith("[")]
+    pairs = _vector_channels(model, outputs_of_all) or {}
     ran, paths = list(expected), {module: name for name, module in model.named_modules()}
     first, end = (None if leaf is None else ran.index(paths[leaf]) for leaf in stage)
     for g in group.grid_elements if elements is None else elements:
         outputs = _recorded_outputs(model, group.transform_image(x, g))
         for name in ran[first:end]:
             found = outputs[name]
-            laws = _possible(group, expected[name], g, found, signed)
+            laws = _possible(group, expected[name], g, found, signed and name not in pairs)
+            if pairs.get(name):
+                laws = iter([group.transform_vectors(expected[name], g, pairs[name])])
             if min(relative_error(found, moved) for moved in laws) > tolerance:
                 return name
     return None
@@ -378,7 +398,7 @@ def _recorded_outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     if isinstance(output, Tensor):
         return outputs | {"": output}
     # Tensors in a list, a tuple or a dictionary: a path in the output, which is none of a module.
-    return outputs | {f"[{i}]": y for i, y in enumerate(tensors_in(output))}
+    return outputs | {f"[{i}]": y for i, y in enumerate(tensors_in(output)) if y.ndim}  # a number is a loss, say
 
 
 def _possible(group: Group, y: Tensor, g: int, found: Tensor, signed: bool) -> Iterator[Tensor]:

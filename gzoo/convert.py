@@ -85,10 +85,11 @@ def convert(
             (segmentation, an autoencoder, super-resolution, also by a pixel shuffle); and the linear layers whose
             numbers stand beside its in the output, or are summed up with them. A map that a norm, an activation of
             hidden layers such as ReLU or a sum made of it is one of features, unless it has as many channels as the
-            image, or fewer, up to four; any other function may follow, and scores that no other layer reads may be
-            summed up (FCN, DeepLab), or activated beside others. So are several maps of different sizes, unless 1x1
-            convolutions made them all. Maps that a network gives in training only count, too. Where a feature extractor
-            ends in global pooling, its fibres are pooled. A vector beside a map is an error that asks for the paths.
+            image, or fewer, up to four (a warning says so of a map as large as the image, as decoders give it); any
+            other function may follow, and scores that no other layer reads may be summed up (FCN, DeepLab), or
+            activated beside others. So are several maps of different sizes, unless 1x1 convolutions made them all. Maps
+            that a network gives in training only count, too. Where a feature extractor ends in global pooling, its
+            fibres are pooled. A vector beside a map is an error that asks for the paths.
         weights: where the weights start.
 
             None: fresh ones.
@@ -248,6 +249,8 @@ def convert_in_place(
     if weights is not None:
         fill(converted, plain, chain[0], weights)
     make_equivariant(converted, chain, group_pool, gives_fibres)
+    if planned.vector_outputs:
+        converted.vector_outputs = planned.vector_outputs  # type: ignore[assignment]  # what gzoo.check goes by
     _restrict(converted, planned)
     if isinstance(converted, EquivariantClassifier):
         converted.says_pose = head == "pose"
@@ -461,22 +464,30 @@ def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
     assert group is not None
     probe, x = randomized(model)
     modes = (False, True) if _has_idle_layers(probe, x) else (False,)
+    containers = [
+        module
+        for module in probe.modules()
+        if any(True for _ in module.children()) and not isinstance(module, _KNOWN_IN_TRAINING)
+    ]
     restrictions = [module for module in probe.modules() if isinstance(module, Restriction)]
     stages = [
         (group if after is None else after.before, (before, after))
         for before, after in pairwise((None, *restrictions, None))
     ]
     for training in modes:
-        for module in probe.modules():
-            if any(True for _ in module.children()) and not isinstance(module, _KNOWN_IN_TRAINING):
-                module.training = training  # which its own forward asks for; dropouts and norms stay as they are
+        for module in containers:
+            module.training = training  # which its own forward asks for; dropouts and norms stay as they are
+        if training and _is_random(probe, x):
+            return  # as it is meant to be there, so that nothing can be compared
         for image in flatten([x], odd_images(probe, x)):
             for own, stage in stages:
                 _check_poses(probe, image, own, tolerance, own.grid_generators, stage)
 
 
 def _has_idle_layers(probe: nn.Module, x: Tensor) -> bool:
-    """Whether some layers do not run in evaluation, such as auxiliary heads."""
+    """Whether some layers do not run in evaluation, such as auxiliary heads; of timm's networks that is not asked."""
+    if isinstance(probe, EquivariantClassifier):
+        return False
     idle = {module for module in probe.modules() if isinstance(module, ExpandedLayer)}
     with removing([m.register_forward_hook(lambda m, inputs, y: idle.discard(m)) for m in set(idle)]), KeepDouble():
         probe(x)
@@ -683,7 +694,9 @@ def _is_random(probe: nn.Module, x: Tensor) -> bool:
     """Whether a network gives something else for x when it is asked again."""
     with KeepDouble():
         first, second = tensors_in(probe(x)), tensors_in(probe(x))
-    return any(not y.nan_to_num().equal(z.nan_to_num()) for y, z in zip(first, second, strict=True))
+    return len(first) != len(second) or any(
+        not y.nan_to_num().equal(z.nan_to_num()) for y, z in zip(first, second, strict=True)
+    )
 
 
 def _check_poses(

@@ -128,9 +128,10 @@ def split_names(source: str) -> list[str]:
     return sorted(_find_splits(source))
 
 
-def is_split_name(name: str) -> bool:
-    """Whether a folder of this name beside others like it holds a split."""
-    return any(name.lower() in names for names in _SPLIT_NAMES.values())
+def class_folders(source: str) -> list[Path]:
+    """The folders whose subfolders are classes: those of the splits, or the one of all images; none for parquet."""
+    folder = Path(source).expanduser()
+    return list(_split_folders(folder).values()) if folder.is_dir() and not _has_parquet(folder) else []
 
 
 def _find_splits(source: str) -> dict[str, Callable[[], _Rows]]:
@@ -140,9 +141,12 @@ def _find_splits(source: str) -> dict[str, Callable[[], _Rows]]:
         if folder.exists():
             raise ValueError(f"{source}: this is a file; {_ACCEPTED}")
         return _hub_splits(source, f"{source}: no such folder")
+    return _hub_splits(str(folder), source) if _has_parquet(folder) else _folder_splits(folder)
+
+
+def _has_parquet(folder: Path) -> bool:
     # os.walk says nothing about a folder that it may not list; the class would just be missing.
-    has_parquet = any(name.endswith(".parquet") for _, _, names in os.walk(folder, onerror=_raise) for name in names)
-    return _hub_splits(str(folder), source) if has_parquet else _folder_splits(folder)
+    return any(name.endswith(".parquet") for _, _, names in os.walk(folder, onerror=_raise) for name in names)
 
 
 def _raise(error: OSError) -> None:
@@ -150,6 +154,12 @@ def _raise(error: OSError) -> None:
 
 
 def _folder_splits(folder: Path) -> dict[str, Callable[[], _Rows]]:
+    splits = _split_folders(folder)
+    numbering = splits.get("train") or next(iter(splits.values()))
+    return {split: partial(_folder_rows, path, numbering) for split, path in splits.items()}
+
+
+def _split_folders(folder: Path) -> dict[str, Path]:
     children = {child.name.lower(): child for child in sorted(folder.iterdir()) if child.is_dir()}
     named = {
         split: children[name] for split, names in _SPLIT_NAMES.items() for name in reversed(names) if name in children
@@ -157,8 +167,7 @@ def _folder_splits(folder: Path) -> dict[str, Callable[[], _Rows]]:
     # A folder <class>/* may have a class "test": only "train", or nothing but splits, makes it a folder of splits.
     if "train" not in named and len(named) < len(children):
         named = {}
-    numbering = named.get("train") or next(iter(named.values()), folder)
-    return {split: partial(_folder_rows, path, numbering) for split, path in (named or {"train": folder}).items()}
+    return named or {"train": folder}
 
 
 def _folder_rows(folder: Path, numbering: Path) -> _Rows:

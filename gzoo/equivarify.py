@@ -5,7 +5,8 @@ The network itself may be anything: neither looks at its layers.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -71,6 +72,7 @@ def equivarify(
             f"mode='layerwise' needs an nn.Sequential, not a {type(net).__name__}, and no forward of its own; take "
             "mode='whole'"
         )
+    groups.require_pairs(vectors, sys.maxsize)  # the channels are known when it runs
     if vectors and (head == "pose" or pool == "max"):
         raise ValueError(f"vectors={vectors!r} are turned back and averaged; leave head='pose' and pool='max' out")
     return Equivarified(net, _grid_group(group), head, pool, batched, mode, vectors)
@@ -125,16 +127,16 @@ class Equivarified(_AroundNet):
     def forward(self, x: Tensor) -> Any:
         views = poses(self.group, x)
         weights = self._weights(self.pool, views) if isinstance(self.pool, nn.Module) else None
-        values: Any = views  # after the weights, as a layer in place may change them
+        values: Any = views
         layers: Iterable[nn.Module] = self.net if isinstance(self.net, nn.Sequential) else (self.net,)
         for layer in layers if self.mode == "layerwise" else (self.net,):
             values = self._each(layer, values)
         _require_one(values, self.vectors)
-        return tree_map(lambda each: self._pooled(each, weights), values)
+        return _map(lambda each: self._pooled(each, weights), values)
 
     def _weights(self, pool: nn.Module, views: Tensor) -> Tensor:
         """(|G|, B): what the pool weighs the poses by."""
-        scores = self._each(pool, views)
+        scores = self._each(pool, views.clone())  # which a layer in place may change
         if not isinstance(scores, Tensor) or scores[0].numel() != views.shape[1]:
             given = tuple(scores.shape[1:]) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
             raise ValueError(
@@ -160,10 +162,10 @@ class Equivarified(_AroundNet):
             raise ValueError(f"{type(layer).__name__} is given a {type(values).__name__}; take mode='whole'")
         if self.batched:
             given = _on_batch(layer, values.flatten(0, 1))
-            return tree_map(lambda y: y.unflatten(0, values.shape[:2]), given)
+            return _map(lambda y: y.unflatten(0, values.shape[:2]), given)
         # Copies where gradients flow, as autograd lets no layer change one part of a tensor in place.
         each = (_on_batch(layer, value.clone() if value.requires_grad else value) for value in values)
-        return tree_map(lambda *parts: torch.stack(parts), *each)
+        return _map(lambda *parts: torch.stack(parts), *each)
 
 
 def canonicalize(
@@ -185,6 +187,7 @@ def canonicalize(
     """
     require_network("net", net)
     require_network("canonizer", canonizer)
+    groups.require_pairs(vectors, sys.maxsize)
     group, own = _grid_group(group), group_of(canonizer)
     if own not in (None, group):  # of a group as large (p4 and d2) its scores would have the same shape
         raise ValueError(
@@ -236,7 +239,7 @@ class Canonicalized(_AroundNet):
         choice = _one_hot(scores[:, 0])
         given = _on_batch(self.net, _chosen(choice, views))
         _require_one(given, self.vectors)
-        return tree_map(lambda y: _chosen(choice, self._moved(y)) if self._moves(y) else y, given)
+        return _map(lambda y: _chosen(choice, self._moved(y)) if self._moves(y) else y, given)
 
     def _moves(self, y: Tensor) -> bool:
         """Whether one of the network's outputs is turned back."""
@@ -257,7 +260,7 @@ class Canonicalized(_AroundNet):
             unsure = ~best.any(1).view(-1, *(1,) * (y.ndim - 1))  # no score is the best of some that are no numbers
             return y.new_zeros(scores.shape[0], *y.shape[1:]).index_add(0, image, y).masked_fill(unsure, math.nan)
 
-        return tree_map(mean, given)
+        return _map(mean, given)
 
     def _moved(self, y: Tensor) -> Tensor:
         """g.y for every g: (|G|, B, C, H, W), or (|G|, B, C) without pixels."""
@@ -333,10 +336,15 @@ def _grid_group(group: str | Group) -> Group:
     return group
 
 
+def _map(function: Callable[..., Tensor], *outputs: Any) -> Any:
+    """``function`` on the tensors of what a network gives, in their tuples and dictionaries; None stays None."""
+    return tree_map(lambda *leaves: None if leaves[0] is None else function(*leaves), *outputs)
+
+
 def _on_batch(layer: nn.Module, x: Tensor) -> Any:
     """``layer(x)``; raises ValueError unless it is tensors of the same batch: one, or several in a nest."""
     y = layer(x)
-    for leaf in tree_leaves(y) or [y]:
+    for leaf in [leaf for leaf in tree_leaves(y) if leaf is not None] or [y]:
         if not isinstance(leaf, Tensor) or leaf.shape[:1] != x.shape[:1]:
             given = tuple(leaf.shape) if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
             raise ValueError(f"{type(layer).__name__} gives {given} for a batch of {len(x)}; accepted are {_ACCEPTED}")

@@ -36,7 +36,8 @@ SCALE: dict[Match, Callable[[int], float]] = {
     "width": lambda order: 1.0,
 }
 
-Vectors = Mapping[str, Sequence[tuple[int, int]]]
+Pairs = Sequence[tuple[int, int]]
+Vectors = Mapping[str, Pairs]
 
 WHOLE_NETWORK = "gzoo.equivarify and gzoo.canonicalize take any network that gives vectors or maps, as it is"
 
@@ -90,6 +91,8 @@ class Plan:
         classifiers: paths of the layers that make logits, which stay as many as they are.
         vectors: pairs of channels, by path, of those of them that make vectors.
         side: of the images that the plain network ran on, in pixels.
+        vector_outputs: pairs of channels of each tensor that the network gives, by the number of these tensors, which
+            may be more in training.
         widths: plain channels -> fields, where they are given.
         basis: of the kernels, as `gzoo.nn.GroupConv2d` takes it.
         scale: fields for each plain channel in the first stage; in the others as ``match`` has it for their group.
@@ -110,6 +113,7 @@ class Plan:
     steps: dict[int, tuple[int, int]] = field(default_factory=dict)
     vectors: Vectors = field(default_factory=dict)
     side: int = SIDES[0]
+    vector_outputs: dict[int, list[Pairs]] = field(default_factory=dict)
     _known: dict[Segment, int] = field(default_factory=dict)
 
     @property
@@ -392,7 +396,7 @@ def plan(
         if not found and not vectors:
             _say_that_fields_stay(model, x, evaluation)
     found |= vectors.keys()
-    _require_last(vectors, seen)
+    _require_last(model, vectors, seen)
     for segment in (part for path in found for part in flat(seen.outputs.get(path, ()))):
         segment.image = True  # logits have no fibre, wherever they go
     sizes = {part.size for segments in seen.outputs.values() for part in flat(segments) if not part.image}
@@ -403,6 +407,9 @@ def plan(
             raise ValueError(f"widths gives {channels} channels {fields!r} fields; the least is 1, and they are whole")
     scale = fitted.scale if fitted else SCALE[match](chain[0].order)
     made = Plan(model, chain, match, seen, found, widths or {}, basis, scale, fit, vectors=vectors, side=x.shape[-1])
+    for run in (training, evaluation) if vectors else ():
+        pairs = _vector_outputs(run, vectors) if run else []
+        made.vector_outputs[len(pairs)] = pairs
     if not seen.inputs.keys() & seen.outputs.keys() & {name for name, _ in _layers(model)}:
         lost = next(
             (f"{name}: {made.why_lost(name)}" for name in seen.lost), "no layer with parameters runs on an image"
@@ -451,8 +458,9 @@ def _require_vectors(model: nn.Module, vectors: Any) -> None:
             raise ValueError(f"vectors of {path}: {error}") from error
 
 
-def _require_last(vectors: Vectors, seen: Trace) -> None:
-    """Raises ValueError where a layer reads vectors, each of their channels by itself, as if they were numbers."""
+def _require_last(model: nn.Module, vectors: Vectors, seen: Trace) -> None:
+    """Raises ValueError where a layer reads vectors, each of their channels by itself as if they were numbers, or makes
+    them for the pixels of a map with channels last."""
     for path in vectors:
         own = set(flat(seen.outputs.get(path, ())))
         readers = [name for name, given in seen.inputs.items() if not own.isdisjoint(flat(given))]
@@ -462,6 +470,36 @@ def _require_last(vectors: Vectors, seen: Trace) -> None:
                 f"vectors has {path!r}, whose channels {readers[0]!r} reads, which would take each for a number; name "
                 "the layer that makes the output"
             )
+        if isinstance(model.get_submodule(path), nn.Linear) and seen.pixels.get(path, 1) > 1:
+            raise ValueError(f"vectors has {path!r}, which is linear at each pixel; use a 1x1 convolution in its place")
+
+
+def _vector_outputs(seen: Trace, vectors: Vectors) -> list[Pairs]:
+    """The pairs of channels that are vectors in each tensor that the network gives."""
+    origin: dict[Segment, list[tuple[str, int]]] = {}
+    for path in vectors:
+        channel = 0
+        for part in flat(seen.outputs.get(path, ())):
+            origin[part] = [(path, channel + i) for i in range(part.size)]
+            channel += part.size
+    found: list[Pairs] = []
+    for y in (y for y in tensors_in(seen.result) if y.ndim):
+        parts = flat(channels_of(y))
+        made = [place for part in parts for place in origin.get(part, [("", 0)] * part.size)]
+        places = [
+            [i for i, place in enumerate(made) if place == (path, c)]
+            for path in vectors
+            for p in vectors[path]
+            for c in p
+        ]
+        found.append(
+            [
+                (i, j)
+                for first, second in zip(places[::2], places[1::2], strict=True)
+                for i, j in zip(first, second, strict=False)
+            ]
+        )
+    return found
 
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -635,6 +673,7 @@ def _classifiers(model: Any, seen: Trace, vectors: Collection[str] = ()) -> froz
             return frozenset(flatten.from_iterable(linear))
         shapes = ", ".join(str(tuple(y.shape)) for y in results)
         likely = [names[-1] for y, *found in zip(results, linear, makers, strict=True) if (names := found[y.ndim > 2])]
+        likely = likely or ["path.of.the.layer"]
         raise ValueError(
             f"{type(model).__name__} gives several outputs, {shapes}; say which layers make logits, as in "
             f"classifier={likely}, or classifier='' if none does. The other outputs stay regular fields, which "

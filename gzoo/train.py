@@ -54,10 +54,10 @@ from gzoo.card import plot_curves, render_trained
 from gzoo.data import (
     Augmentation,
     ImageData,
+    class_folders,
     eval_loader,
     eval_transform,
     input_config,
-    is_split_name,
     open_split,
     seed_everything,
     set_epoch,
@@ -221,7 +221,7 @@ class TrainConfig:
         if self.averaged_with and not (self.pretrained or self.grown_from):
             raise ValueError("averaged_with would average random weights; set pretrained or grown_from, too")
         for name in ("lr", "weight_decay"):
-            if not _fits(number := self.optimizer.get(name, 0.0), float):
+            if not _fits(number := self.optimizer.get(name), float | None):
                 raise ValueError(f"optimizer.{name} is {number!r}; it takes a number, such as {name}=0.01")
         for name in ("optimizer", "schedule"):
             if "name" not in getattr(self, name):
@@ -345,8 +345,8 @@ def train(config: TrainConfig, resume: bool = False, command: str = "") -> dict[
 
     Raises:
         FileNotFoundError, ValueError: the config cannot be run, or differs from that of the run to resume.
-        FloatingPointError: the loss is not finite; the checkpoint is that of the epoch before.
-        OSError: the disk is full; the checkpoint is that of the epoch before.
+        FloatingPointError: the loss is not finite; the checkpoint is that of the epoch before, and none in the first.
+        OSError: the disk is full; likewise.
         KeyboardInterrupt: on Ctrl-C and SIGTERM, with what to type to go on.
     """
     out = Path(config.out).expanduser()
@@ -389,7 +389,7 @@ def train(config: TrainConfig, resume: bool = False, command: str = "") -> dict[
         again = f"gzoo train --resume --out {shlex.quote(str(out))}"
         raise KeyboardInterrupt(f"stopped in epoch {run.epoch + 1}; go on with: {again}") from None
     except Exception:
-        if not run.epoch and processes.is_main_process:  # nothing to go on with: the next try finds an empty folder
+        if not (saved or run.epoch) and processes.is_main_process:  # nothing to go on with: an empty folder again
             for name in (CHECKPOINT, SKIPPED):
                 (out / name).unlink(missing_ok=True)
         raise
@@ -484,16 +484,10 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     return optimizer
 
 
-# timm's that step by updates.
-_SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "constant", "rsqrt", "none")
-
-
 def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Scheduler | None:
     name = config.schedule["name"]
     if name == "plateau":
         raise ValueError("schedule plateau steps by epochs and metrics; choose one that steps by updates: cosine")
-    if name not in _SCHEDULES:
-        raise ValueError(f"schedule {name!r} is unknown; accepted are {', '.join(_SCHEDULES)}")
     options = {key: value for key, value in config.schedule.items() if key != "name"}
     try:
         warmup, cooldown = options.get("warmup_epochs", 0), options.get("cooldown_epochs", 0)
@@ -504,7 +498,8 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int)
             optimizer, name, between, step_on_epochs=False, updates_per_epoch=steps, **options
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"schedule {config.schedule}: {error}") from error
+        known = "; timm's are cosine, tanh, step, multistep, poly, constant, rsqrt, wsd and none"
+        raise ValueError(f"schedule {config.schedule}: {error}{known if 'nknown' in str(error) else ''}") from error
     if epochs != config.epochs:
         raise ValueError(
             f"schedule {config.schedule} runs for {epochs} epochs, the recipe for {config.epochs}; leave cycles out"
@@ -514,11 +509,9 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int)
 
 def _open_data(config: TrainConfig, out: Path) -> tuple[ImageData, ImageData | None]:
     """Training and validation images; the test split is never looked at."""
-    folder, splits = Path(config.data).expanduser().resolve(), split_names(config.data)
-    if folder.is_dir() and out.resolve().is_relative_to(folder):
-        has_splits = any(is_split_name(path.name) for path in folder.iterdir() if path.is_dir())
-        if not has_splits or is_split_name(out.resolve().relative_to(folder).parts[0]):
-            raise ValueError(f"{out} lies in {config.data}, whose folders are classes; give another --out")
+    splits = split_names(config.data)
+    if any(out.resolve().is_relative_to(folder.resolve()) for folder in class_folders(config.data)):
+        raise ValueError(f"{out} lies in {config.data}, whose folders are classes; give another --out")
     train_data = open_split(config.data, "train")
     if "val" in splits:
         return train_data, open_split(config.data, "val")

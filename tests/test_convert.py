@@ -823,6 +823,21 @@ def test_a_vector_of_logits_that_is_given_in_training_alone_is_pooled():
     assert [y.shape[1] for y in model(image().float())] == [5, 7]
 
 
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda y: F.dropout(y, 0.5),
+        lambda y: y + 0.1 * torch.randn_like(y),
+        lambda y: y.square().mean(),
+    ],
+)
+def test_what_is_random_or_a_number_in_training_alone_converts(end):
+    model = gzoo.convert(with_auxiliary_head(end, aux=conv(16, 5)), "p4", classifier=["c", "aux"]).train()
+    scores, side = model(image().float())
+    assert scores.shape[1] == 5
+    assert side.ndim == 0 or side.shape[1] == 5
+
+
 def test_a_step_that_breaks_the_symmetry_in_training_alone_is_found():
     def shaded(y):
         return y * torch.arange(y.shape[-1], device=y.device)

@@ -392,7 +392,7 @@ class Nested(nn.Module):
         self.map, self.vector = map_net(), vector_net()
 
     def forward(self, x):
-        return {"out": self.map(x), "aux": (self.vector(x), [self.map(x).tanh()])}
+        return {"out": self.map(x), "aux": (self.vector(x), [self.map(x).tanh(), None])}
 
 
 class OwnForward(nn.Sequential):
@@ -489,11 +489,25 @@ def scores(number: int) -> nn.Sequential:
             r"labels are \[0, 3\]; accepted are classes, 0 to 2, and -100",
         ),
         (lambda: gzoo.equivarify(vector_net(), "p4")([random_image(2)]), "x is a list; accepted is a batch of images"),
+        (lambda: gzoo.equivarify(vector_net(), "p4", vectors=(0, 1)), r"vectors are \(0, 1\); accepted are pairs"),
+        (lambda: gzoo.canonicalize(vector_net(), "p4", canonizer("p4"), [(0, 0)]), r"\[\(0, 0\)\]; accepted are pairs"),
     ],
 )
 def test_what_cannot_be_done_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_pool_that_works_in_place_leaves_the_image_alone():
+    x = random_image(2, (8, 8))
+    for inplace in (False, True):
+        pool = nn.Sequential(nn.ReLU(inplace=inplace), nn.Flatten(), nn.Linear(128, 1)).double()
+        torch.nn.init.constant_(pool[2].weight, 0.01)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(128, 3)).double()
+        torch.nn.init.constant_(net[1].weight, 0.1)
+        torch.nn.init.zeros_(net[1].bias)
+        y = gzoo.equivarify(net, "p4", pool=pool)(x)
+        assert y.allclose(net(x))
 
 
 def test_layers_that_work_in_place_may_run_one_pose_after_the_other():

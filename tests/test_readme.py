@@ -1,5 +1,6 @@
 """The README's Python runs as printed, and its tables are those of the result files."""
 
+import csv
 import importlib.util
 import json
 import re
@@ -133,3 +134,13 @@ def test_readme_shows_the_errors_with_few_images(path):
     shown = re.search(rf"<!-- {path.stem} -->\n(.*?)\n<!-- /{path.stem} -->", README.read_text(), re.DOTALL)
     assert shown is not None
     assert shown[1] == low_data.table(rows)
+
+
+def test_readme_shows_the_networks_of_other_libraries_as_measured():
+    script = runpy.run_path(str(BENCHMARKS / "libraries.py"))
+    with (BENCHMARKS / "libraries.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    shown = re.search(r"<!-- libraries -->\n(.*?)\n<!-- /libraries -->", README.read_text(), re.DOTALL)
+    assert shown is not None
+    assert shown[1] == script["table"](rows)
+    assert len(rows) == len(script["NETWORKS"])

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import safetensors.torch
@@ -610,6 +611,7 @@ def test_cooldown_epochs_are_of_the_recipes_epochs(settings):
 @pytest.mark.parametrize("inside", ["train/run", "Test/run"])
 def test_a_run_in_a_split_would_be_a_class(settings, tmp_path, inside):
     shutil.copytree(settings["data"], tmp_path / "photos/train")
+    shutil.copytree(settings["data"], tmp_path / "photos/Test")
     with pytest.raises(ValueError, match="whose folders are classes; give another --out"):
         train(TrainConfig(**settings | {"data": str(tmp_path / "photos"), "out": str(tmp_path / "photos" / inside)}))
     beside = {"data": str(tmp_path / "photos"), "out": str(tmp_path / "photos/runs/first"), "epochs": 1}
@@ -622,6 +624,32 @@ def test_what_fails_in_its_first_epoch_leaves_its_folder_empty(settings):
         train(TrainConfig(**small | {"batch_size": 1}))
     assert not any(Path(settings["out"]).iterdir())
     assert train(TrainConfig(**small))["epochs"] == 1
+
+
+def test_a_resumed_run_keeps_its_checkpoint_when_its_first_epoch_fails(settings, monkeypatch):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(gzoo.train, "_train_epochs", stop)
+    with pytest.raises(KeyboardInterrupt, match="go on with"):
+        train(TrainConfig(**settings))
+    monkeypatch.setattr(gzoo.train, "_train_epochs", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(TrainConfig(**settings), resume=True)
+    assert state(settings["out"])["epoch"] == 0
+
+
+def test_a_run_may_lie_beside_parquet_files(settings, tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    paths = [str(path) for path in sorted(Path(settings["data"]).glob("*/*.png"))]
+    rows = {"image": paths, "label": [int("dark" in path) for path in paths]}
+    (tmp_path / "table").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "table/train.parquet"))
+    config = {"data": str(tmp_path / "table"), "out": str(tmp_path / "table/run"), "epochs": 1}
+    assert train(TrainConfig(**settings | config))["epochs"] == 1
 
 
 def test_an_out_that_is_a_file_or_cannot_be_made_is_an_error(settings, tmp_path):
@@ -672,7 +700,7 @@ def test_a_wrong_setting_fails_before_anything_is_written(settings):
         ({"optimizer": {"name": "sdg", "lr": 0.1}}, "not found in registry; near are .*sgd.*list_optimizers"),
         ({"optimizer": {"name": "sgd", "lr": (0, 1)}}, r"optimizer.lr is \(0, 1\); it takes a number, such as lr=0.01"),
         ({"optimizer": {"name": "sgd", "lr": 0.1, "momentun": 0.9}}, "momentun"),
-        ({"schedule": {"name": "cosin"}}, "schedule 'cosin' is unknown; accepted are cosine, tanh"),
+        ({"schedule": {"name": "cosin"}}, "'cosin'.*; timm's are cosine, tanh"),
         ({"schedule": {"name": "plateau"}}, "steps by updates"),
         ({"schedule": {"name": "cosine", "cooldown_epochs": 3}}, "warm-up and cooldown take 3 epochs, and there are 2"),
         ({"schedule": {"name": "cosine", "cooldown_epochs": 2}}, "warm-up and cooldown take 2 epochs, and there are 2"),

@@ -43,8 +43,8 @@ class Joined(Instances):
 VECTORS = {"offset": [(0, 1)], "up": [(2, 0)]}
 
 
-def joined() -> nn.Module:
-    model = Joined()
+def joined(kernel_size: int = 1) -> nn.Module:
+    model = Joined(kernel_size)
     del model.up
     return model
 
@@ -82,6 +82,40 @@ def test_without_vectors_the_same_layers_give_numbers_that_do_not_turn():
     y, z = model(x)[:, 5:], model(x.rot90(1, (2, 3)))[:, 5:]
     assert relative_error(z, y.rot90(1, (2, 3))) < 1e-12
     assert relative_error(z, model.group.transform_vectors(y, 1)) > 0.1
+
+
+@pytest.mark.parametrize("turns", [torch.eye(2).expand(4, 2, 2), None])
+def test_vectors_that_do_not_turn_or_turn_the_wrong_way_are_found(turns):
+    for make, vectors in ((Instances, VECTORS), (joined, {"offset": [(0, 1)]})):
+        model = with_random_statistics(gzoo.convert(make(), "p4", vectors=vectors)).eval()
+        assert gzoo.check(model, (8, 10)).worst < 1e-12
+        pool = model.offset[1]
+        pool.turns = pool.turns.mT if turns is None else turns.double()
+        assert gzoo.check(model, (8, 10)).worst > 0.1
+
+
+@pytest.mark.parametrize("group", ["c2", "d1", "p4"])
+def test_logits_that_behave_as_vectors_are_found(group):
+    class Shaded(Instances):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            y = super().forward(x)
+            side = torch.linspace(-1, 1, y["kind"].shape[-1], dtype=x.dtype)
+            return y | {"kind": y["kind"][:, :2] * torch.stack((side, side))[:, None]}
+
+    with pytest.raises(ValueError, match="is not equivariant under"):
+        gzoo.convert(Shaded(), group, vectors=VECTORS, classifier=["kind"])
+
+
+def test_a_checkpoint_of_other_vectors_is_refused():
+    def network(**options: object) -> nn.Module:
+        return gzoo.convert(joined(3), "p4", **options)
+
+    state = network(vectors={"offset": [(0, 1)]}).state_dict()
+    network(vectors={"offset": [(0, 1)]}).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"vectors at offset.1 are the channels \[\[0, 1\]\], but the model has"):
+        network(vectors={"offset": [(1, 0)]}).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"offset.1.channels is not in the model"):
+        network(classifier=["offset", "kind"]).load_state_dict(state)
 
 
 def test_vectors_beside_logits_in_one_map_follow_too():
@@ -176,7 +210,7 @@ def test_growth_takes_the_mean_of_the_smaller_networks_vectors():
 def test_the_meta_device_keeps_the_turns():
     with torch.device("meta"):
         pool = VectorPool(groups.get("p4"), [(0, 1)])
-    assert not pool.to_empty(device="cpu").turns.equal(torch.zeros(4, 2, 2))
+    assert pool.to_empty(device="cpu").turns.tolist()[1] == [[0, 1], [-1, 0]]
     assert pool(torch.randn(1, 8)).shape == (1, 2)
 
 
@@ -194,6 +228,19 @@ def test_the_meta_device_keeps_the_turns():
 def test_vectors_that_no_layer_makes_are_refused(vectors, message):
     with pytest.raises(ValueError, match=message):
         gzoo.convert(Instances(), "p4", vectors=vectors)
+
+
+def test_a_linear_layer_at_each_pixel_makes_no_vectors():
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x).relu().permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    with pytest.raises(ValueError, match="'head', which is linear at each pixel; use a 1x1 convolution"):
+        gzoo.convert(Last(), "p4", vectors={"head": [(0, 1)]})
 
 
 @pytest.mark.parametrize("options", [{"partial": True}, {"head": "pose"}, {"weights": "project"}])

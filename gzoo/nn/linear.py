@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -153,7 +153,7 @@ class VectorPool(Constants, GroupPool):
     Source: regular fields to irreps of frequency 1, Weiler & Cesa 2019, arXiv:1911.08251, section 2.6.
     """
 
-    constants: ClassVar[tuple[str, ...]] = ("turns",)
+    constants: ClassVar[tuple[str, ...]] = ("turns", "channels")
 
     def __init__(
         self, group: Group, pairs: Sequence[tuple[int, int]], pool: Pooling = "mean", dim: Literal[1, -1] = 1
@@ -162,6 +162,17 @@ class VectorPool(Constants, GroupPool):
         self.group, self.pairs = group, tuple((right, down) for right, down in pairs)
         turns = torch.tensor([group.matrix(g) for g in range(group.order)], device="cpu")  # (|G|, 2, 2)
         self.register_buffer("turns", on_default_device(turns), persistent=False)
+        # In the state_dict, as other channels, or none, would make other outputs of the same weights.
+        self.register_buffer("channels", on_default_device(torch.tensor(self.pairs, device="cpu")))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        found = state_dict.get(f"{prefix}channels")
+        if found is not None and found.tolist() != [list(pair) for pair in self.pairs]:
+            raise ValueError(
+                f"this checkpoint is of a network whose vectors at {prefix[:-1]} are the channels {found.tolist()}, but the "
+                f"model has {list(self.pairs)}; convert it with the vectors of the checkpoint"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, x: Tensor) -> Tensor:
         fibres = x.movedim(self.dim, -1).unflatten(-1, (-1, self.group_order))  # (B, ..., fields, |G|)
