@@ -486,19 +486,11 @@ def _vector_outputs(seen: Trace, vectors: Vectors) -> list[Pairs]:
     for y in (y for y in tensors_in(seen.result) if y.ndim):
         parts = flat(channels_of(y))
         made = [place for part in parts for place in origin.get(part, [("", 0)] * part.size)]
-        places = [
-            [i for i, place in enumerate(made) if place == (path, c)]
-            for path in vectors
-            for p in vectors[path]
-            for c in p
-        ]
-        found.append(
-            [
-                (i, j)
-                for first, second in zip(places[::2], places[1::2], strict=True)
-                for i, j in zip(first, second, strict=False)
-            ]
-        )
+        pairs: list[tuple[int, int]] = []
+        for path, (right, down) in ((path, pair) for path, own in vectors.items() for pair in own):
+            firsts, seconds = ([i for i, place in enumerate(made) if place == (path, c)] for c in (right, down))
+            pairs += zip(firsts, seconds, strict=False)  # none where one of the two stands in another tensor
+        found.append(pairs)
     return found
 
 

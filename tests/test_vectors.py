@@ -112,7 +112,7 @@ def test_a_checkpoint_of_other_vectors_is_refused():
 
     state = network(vectors={"offset": [(0, 1)]}).state_dict()
     network(vectors={"offset": [(0, 1)]}).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"vectors at offset.1 are the channels \[\[0, 1\]\], but the model has"):
+    with pytest.raises(ValueError, match=r"vectors at offset.1 are channels \[\[0, 1\]\], but the model has"):
         network(vectors={"offset": [(1, 0)]}).load_state_dict(state)
     with pytest.raises(ValueError, match=r"offset.1.channels is not in the model"):
         network(classifier=["offset", "kind"]).load_state_dict(state)

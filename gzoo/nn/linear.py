@@ -169,8 +169,8 @@ class VectorPool(Constants, GroupPool):
         found = state_dict.get(f"{prefix}channels")
         if found is not None and found.tolist() != [list(pair) for pair in self.pairs]:
             raise ValueError(
-                f"this checkpoint is of a network whose vectors at {prefix[:-1]} are the channels {found.tolist()}, but the "
-                f"model has {list(self.pairs)}; convert it with the vectors of the checkpoint"
+                f"this checkpoint is of a network whose vectors at {prefix[:-1]} are channels {found.tolist()}, but "
+                f"the model has {list(self.pairs)}; convert it with the vectors of the checkpoint"
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
