@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from unittest.mock import patch
 
 import pytest
@@ -252,7 +253,13 @@ FEATURES = {
 
 @pytest.mark.parametrize("end", FEATURES)
 def test_a_network_that_ends_otherwise_gives_regular_fields(end):
-    model = with_random_statistics(gzoo.convert(Own(resized, FEATURES[end]()), "p4m")).eval()
+    plain = Own(resized, FEATURES[end]())
+    with pytest.warns(UserWarning, match=r"of Own ends in a norm, .* as in classifier=\['end.0'\]; classifier='' says"):
+        model = gzoo.convert(plain, "p4m")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # not where it is said
+        gzoo.convert(plain, "p4m", classifier="")
+    model = with_random_statistics(model).eval()
     assert worst_error(model, "p4m", random_image(3, (9, 12)), "image", "fields") < 1e-12
     assert gzoo.check(model, (9, 12)).worst < 1e-12
 
