@@ -18,7 +18,7 @@ from gzoo import groups
 from gzoo.equivariant import copied, group_of, like, removing, require_network, tensors_in
 from gzoo.equivarify import Canonicalized, Equivarified
 from gzoo.fields import level_groups, transform_features
-from gzoo.groups import Group
+from gzoo.groups import Group, Pairs
 from gzoo.nn import (
     FibreNorm,
     GroupConv2d,
@@ -39,8 +39,6 @@ from gzoo.trace import side_folded_by
 
 if TYPE_CHECKING:
     from escnn.nn import FieldType
-
-    from gzoo.plan import Pairs
 
 
 @dataclass(frozen=True)
@@ -213,7 +211,7 @@ class KeepDouble(TorchFunctionMode):
 
 def _own_size(model: nn.Module, channels: int, dtype: torch.dtype) -> tuple[int, int]:
     """33 pixels, which show windows of even stride; or what else a network takes that was built for one size."""
-    own = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[1:]
+    own = (input_size(model) or (3, 224, 224))[1:]
     for size in ((33, 33), own, (32, 32), (64, 64)):
         try:
             _outputs(model, torch.zeros(1, channels, *size, dtype=dtype, device=like(model).device))
@@ -228,6 +226,11 @@ def _sides(size: Any) -> tuple[int, int]:
     if not isinstance(sides, tuple | list) or [type(side) for side in sides] != [int, int] or min(sides) < 1:
         raise ValueError(f"size is {size!r}; it takes a number of pixels, or two: height and width")
     return sides[0], sides[1]
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int] | None:
+    """Channels, height and width of the images that a network says are its own; None if it does not."""
+    return (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
 
 
 def in_channels(model: nn.Module) -> int:
@@ -298,7 +301,7 @@ def _has_vectors(model: nn.Module) -> bool:
     return any(module.vectors for module in around) or any(isinstance(m, VectorPool) for m in model.modules())
 
 
-def _vector_channels(model: Any, names: list[str]) -> "dict[str, Pairs] | None":
+def _vector_channels(model: Any, names: list[str]) -> dict[str, Pairs] | None:
     """The pairs of channels that are vectors in each output; None if they are not known, as inside another network."""
     if isinstance(model, Equivarified | Canonicalized):
         return dict.fromkeys(names, model.vectors)

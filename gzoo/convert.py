@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 
 from gzoo import groups
 from gzoo.bases import BasisName
-from gzoo.check import KeepDouble, first_broken_layer, in_channels, relative_error
+from gzoo.check import KeepDouble, first_broken_layer, in_channels, input_size, relative_error
 from gzoo.equivariant import EquivariantClassifier, group_of, make_equivariant, removing, tensors_in
 from gzoo.groups import Group
 from gzoo.nn import FibreNorm, PoseConv2d, PoseLinear, Restriction, restrict_output
@@ -33,7 +33,7 @@ from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.linear import Head, Pooling
 from gzoo.nn.resample import Window
 from gzoo.partial import make_partial
-from gzoo.plan import SIDES, WHOLE_NETWORK, Fit, Match, Plan, Vectors, bent_logits, example, input_size, plan
+from gzoo.plan import SIDES, WHOLE_NETWORK, Fit, Match, Plan, Vectors, bent_logits, example, plan
 from gzoo.rules import ON_IMAGE, RULES, WHOLE, Recipe, Rule, rule
 from gzoo.soft import make_soft, residuals
 from gzoo.trace import Segments, flat

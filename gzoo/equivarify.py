@@ -6,7 +6,7 @@ The network itself may be anything: neither looks at its layers.
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gzoo import groups
 from gzoo.equivariant import group_of, like, require_network
-from gzoo.groups import Group
+from gzoo.groups import Group, Pairs
 from gzoo.nn.linear import Head, Pooling
 
 Mode = Literal["whole", "layerwise"]
@@ -29,7 +29,7 @@ def equivarify(
     pool: Pooling | nn.Module = "mean",
     batched: bool = True,
     mode: Mode = "whole",
-    vectors: Sequence[tuple[int, int]] = (),
+    vectors: Pairs = (),
 ) -> "Equivarified":
     """The G-product of any network on images: out(x)[g] = net(g^-1 x). Exact for every net, at |G| times its cost.
 
@@ -118,7 +118,7 @@ class Equivarified(_AroundNet):
         pool: Pooling | nn.Module,
         batched: bool,
         mode: Mode,
-        vectors: Sequence[tuple[int, int]],
+        vectors: Pairs,
     ) -> None:
         super().__init__()
         self.net, self.group, self.head, self.pool = net, group, head, pool
@@ -138,7 +138,7 @@ class Equivarified(_AroundNet):
         """(|G|, B): what the pool weighs the poses by."""
         scores = self._each(pool, views.clone())  # which a layer in place may change
         if not isinstance(scores, Tensor) or scores[0].numel() != views.shape[1]:
-            given = tuple(scores.shape[1:]) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            given = _shape(scores[0] if isinstance(scores, Tensor) else scores)
             raise ValueError(
                 f"the pool gives {given} for {views.shape[1]} images; accepted is one score an image, "
                 f"{(views.shape[1], 1)}; give it a last layer with one output"
@@ -168,9 +168,7 @@ class Equivarified(_AroundNet):
         return _map(lambda *parts: torch.stack(parts), *each)
 
 
-def canonicalize(
-    net: nn.Module, group: str | Group, canonizer: nn.Module, vectors: Sequence[tuple[int, int]] = ()
-) -> "Canonicalized":
+def canonicalize(net: nn.Module, group: str | Group, canonizer: nn.Module, vectors: Pairs = ()) -> "Canonicalized":
     """A network on the one pose that ``canonizer`` chooses: invariant at about the cost of ``net``.
 
     Args:
@@ -215,7 +213,7 @@ class Canonicalized(_AroundNet):
         ValueError: as `Equivarified`; or the canonizer's output is not (B, 1, |G|).
     """
 
-    def __init__(self, net: nn.Module, group: Group, canonizer: nn.Module, vectors: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, net: nn.Module, group: Group, canonizer: nn.Module, vectors: Pairs) -> None:
         super().__init__()
         self.net, self.group, self.canonizer, self.vectors = net, group, canonizer, vectors
 
@@ -228,10 +226,9 @@ class Canonicalized(_AroundNet):
             scores = self.canonizer(x)
         rest = scores.shape[1:] if isinstance(scores, Tensor) else ()
         if rest != (1, self.group.order) or scores.shape[0] != x.shape[0]:  # a len() would fix the batch of an export
-            given = tuple(scores.shape) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
             raise ValueError(
-                f"the canonizer gives {given}, not {(len(x), 1, self.group.order)}, a score for each element of "
-                f"{self.group.name}; make it with head='pose', num_classes=1"
+                f"the canonizer gives {_shape(scores)}, not {(len(x), 1, self.group.order)}, a score for each element "
+                f"of {self.group.name}; make it with head='pose', num_classes=1"
             )
         views = poses(self.group, x)
         if not self.training:
@@ -284,10 +281,10 @@ def pose_loss(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.ndim != 3:
         raise ValueError(f"logits are {tuple(logits.shape)}; accepted are those with poses, (B, classes, |G|)")
     if not isinstance(labels, Tensor) or labels.shape != logits.shape[:1] or labels.is_floating_point():
-        given = (
-            f"{tuple(labels.shape)} of {labels.dtype}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
+        of = f" of {labels.dtype}" if isinstance(labels, Tensor) else ""
+        raise ValueError(
+            f"labels are {_shape(labels)}{of}; accepted are class indices ({len(logits)},), a tensor of integers"
         )
-        raise ValueError(f"labels are {given}; accepted are class indices ({len(logits)},), a tensor of integers")
     labels, (classes, order) = labels.long(), logits.shape[1:]  # uint8 would wrap around
     try:
         return F.cross_entropy(logits.flatten(1), labels.where(labels < 0, labels * order))
@@ -304,8 +301,7 @@ def poses(group: Group, x: Tensor) -> Tensor:
         ValueError: x is no batch of images, or not square while the group has quarter turns.
     """
     if not isinstance(x, Tensor) or x.ndim != 4:
-        given = tuple(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        raise ValueError(f"x is {given}; accepted is a batch of images (B, C, H, W)")
+        raise ValueError(f"x is {_shape(x)}; accepted is a batch of images (B, C, H, W)")
     _require_square(group, "images", x)
     return torch.stack([group.transform_image(x, group.inverse(g)) for g in range(group.order)])
 
@@ -336,6 +332,11 @@ def _grid_group(group: str | Group) -> Group:
     return group
 
 
+def _shape(x: object) -> str:
+    """What was given in place of a tensor of another shape, for messages."""
+    return str(tuple(x.shape)) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+
+
 def _map(function: Callable[..., Tensor], *outputs: Any) -> Any:
     """``function`` on the tensors of what a network gives, in their tuples and dictionaries; None stays None."""
     return tree_map(lambda *leaves: None if leaves[0] is None else function(*leaves), *outputs)
@@ -346,12 +347,12 @@ def _on_batch(layer: nn.Module, x: Tensor) -> Any:
     y = layer(x)
     for leaf in [leaf for leaf in tree_leaves(y) if leaf is not None] or [y]:
         if not isinstance(leaf, Tensor) or leaf.shape[:1] != x.shape[:1]:
-            given = tuple(leaf.shape) if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
-            raise ValueError(f"{type(layer).__name__} gives {given} for a batch of {len(x)}; accepted are {_ACCEPTED}")
+            given = f"{type(layer).__name__} gives {_shape(leaf)}"
+            raise ValueError(f"{given} for a batch of {len(x)}; accepted are {_ACCEPTED}")
     return y
 
 
-def _require_one(output: Any, vectors: Sequence[tuple[int, int]]) -> None:
+def _require_one(output: Any, vectors: Pairs) -> None:
     """Raises ValueError for several outputs, of which ``vectors`` would not say whose channels it has."""
     if vectors and not isinstance(output, Tensor):
         raise ValueError(

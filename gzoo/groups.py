@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from escnn.gspaces import GSpace
     from escnn.nn import FieldType
 
+Pairs = Sequence[tuple[int, int]]  # of channels, each a vector: how far to the right, and how far down
+
 _ALIASES = {"c4": "p4", "d4": "p4m"}
 _GRAMMAR = (
     "p4 (rotations by 90 degrees), p4m (those and reflections), cN (N rotations: c1, c2, c4 = p4, c8, ...), "
@@ -129,7 +131,7 @@ class Group:
         y = x.unflatten(1, (-1, self.order)).index_select(2, source).flatten(1, 2)
         return self.transform_image(y, g) if x.ndim > 2 else y
 
-    def transform_vectors(self, x: Tensor, g: int, pairs: Sequence[tuple[int, int]] = ((0, 1),)) -> Tensor:
+    def transform_vectors(self, x: Tensor, g: int, pairs: Pairs = ((0, 1),)) -> Tensor:
         """g.x for maps of vectors, such as a flow: moves pixels, and turns the vectors with them.
 
         Args:

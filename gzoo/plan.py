@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from gzoo import groups
 from gzoo.bases import BasisName, lifting_basis, regular_basis
-from gzoo.check import in_channels
+from gzoo.check import in_channels, input_size
 from gzoo.equivariant import classifiers, group_of, like, tensors_in
-from gzoo.groups import Group
+from gzoo.groups import Group, Pairs
 from gzoo.trace import Segment, Segments, Trace, channels_of, flat, trace
 
 Match = Literal["params", "flops", "width"]
@@ -36,7 +36,6 @@ SCALE: dict[Match, Callable[[int], float]] = {
     "width": lambda order: 1.0,
 }
 
-Pairs = Sequence[tuple[int, int]]
 Vectors = Mapping[str, Pairs]
 
 WHOLE_NETWORK = "gzoo.equivarify and gzoo.canonicalize take any network that gives vectors or maps, as it is"
@@ -603,11 +602,6 @@ def first_run(model: nn.Module) -> tuple[Tensor, Trace]:
             reason = reason or error
     assert reason is not None
     raise reason
-
-
-def input_size(model: nn.Module) -> tuple[int, int, int] | None:
-    """Channels, height and width of the images that a network says are its own; None if it does not."""
-    return (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
 
 
 def example(model: nn.Module, most: int | None = None, side: int = SIDES[0]) -> Tensor:

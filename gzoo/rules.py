@@ -6,7 +6,7 @@ passes unchanged. What no rule knows is an error of `gzoo.convert`.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]
 
 from gzoo.bases import balance
-from gzoo.groups import Group
+from gzoo.groups import Group, Pairs
 from gzoo.nn import (
     FibreNorm,
     FourierPosition,
@@ -136,7 +136,7 @@ class Recipe:
         return max(segment.folded for segment in self._seen(self.plan.trace.inputs))
 
     @property
-    def vectors(self) -> Sequence[tuple[int, int]]:
+    def vectors(self) -> Pairs:
         """The pairs of channels that the module makes as vectors."""
         return self.plan.vectors.get(self.path, ())
 

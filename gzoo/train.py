@@ -499,7 +499,8 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int)
         )
     except (TypeError, ValueError) as error:
         known = "; timm's are cosine, tanh, step, multistep, poly, constant, rsqrt, wsd and none"
-        raise ValueError(f"schedule {config.schedule}: {error}{known if 'nknown' in str(error) else ''}") from error
+        hint = known if "unknown" in str(error).lower() else ""
+        raise ValueError(f"schedule {config.schedule}: {error}{hint}") from error
     if epochs != config.epochs:
         raise ValueError(
             f"schedule {config.schedule} runs for {epochs} epochs, the recipe for {config.epochs}; leave cycles out"
@@ -509,8 +510,9 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int)
 
 def _open_data(config: TrainConfig, out: Path) -> tuple[ImageData, ImageData | None]:
     """Training and validation images; the test split is never looked at."""
-    splits = split_names(config.data)
-    if any(out.resolve().is_relative_to(folder.resolve()) for folder in class_folders(config.data)):
+    splits, place = split_names(config.data), out.resolve()
+    lies_in_data = place.is_relative_to(Path(config.data).expanduser().resolve())  # else no walk through all images
+    if lies_in_data and any(place.is_relative_to(folder.resolve()) for folder in class_folders(config.data)):
         raise ValueError(f"{out} lies in {config.data}, whose folders are classes; give another --out")
     train_data = open_split(config.data, "train")
     if "val" in splits:

@@ -37,8 +37,8 @@ def sizes(group: str) -> list[tuple[int, int]]:
     return [(8, 8), (9, 9)] if groups.get(group).rotations == 4 else [(8, 8), (9, 9), (8, 11)]
 
 
-def assert_follows(model: nn.Module, group: str) -> None:
-    """The model follows every element of the group, in value and gradient."""
+def assert_follows(model: nn.Module, group: str, law=expected) -> None:
+    """The model follows every element of the group by a law of its output, in value and gradient."""
     G = groups.get(group)
     for size in sizes(group):
         x = random_image(2, size).requires_grad_()
@@ -48,8 +48,8 @@ def assert_follows(model: nn.Module, group: str) -> None:
         for g in elements(group):
             moved = G.transform_image(x, g).detach().requires_grad_()
             z = model(moved)
-            (moved_gradient,) = torch.autograd.grad((z * expected(G, weight, g)).sum(), moved)
-            assert relative_error(z, expected(G, y, g)) < 1e-12
+            (moved_gradient,) = torch.autograd.grad((z * law(G, weight, g)).sum(), moved)
+            assert relative_error(z, law(G, y, g)) < 1e-12
             assert relative_error(moved_gradient, G.transform_image(gradient, g)) < 1e-12
 
 
@@ -63,26 +63,19 @@ def test_equivarified_networks_follow_the_group_in_value_and_gradient(group, mak
 @pytest.mark.parametrize("make", [vector_net, map_net])
 @pytest.mark.parametrize("group", GRID_GROUPS)
 def test_vectors_are_turned_back_in_value_and_gradient(group, make):
-    G, pairs = groups.get(group), [(2, 0)]
-    canonizer = gzoo.equivarify(nn.Sequential(*vector_net()[:-1], nn.Linear(16, 1)).double(), group, "pose")
+    pairs = [(2, 0)]
+    chooser = canonizer(group)
+
+    def turned(G: groups.Group, y: torch.Tensor, g: int) -> torch.Tensor:
+        return G.transform_vectors(y, g, pairs)
+
     for model in (
         gzoo.equivarify(make(), group, vectors=pairs),
-        gzoo.equivarify(make(), group, pool=canonizer.net, vectors=pairs),
-        gzoo.canonicalize(make(), group, canonizer, pairs).eval(),
-        gzoo.canonicalize(make(), group, canonizer, pairs).train(),
+        gzoo.equivarify(make(), group, pool=chooser.net, vectors=pairs),
+        gzoo.canonicalize(make(), group, chooser, pairs).eval(),
+        gzoo.canonicalize(make(), group, chooser, pairs).train(),
     ):
-        for size in sizes(group):
-            x = random_image(2, size).requires_grad_()
-            y = model(x)
-            weight = torch.randn_like(y)
-            (gradient,) = torch.autograd.grad((y * weight).sum(), x)
-            for g in elements(group):
-                moved = G.transform_image(x, g).detach().requires_grad_()
-                z = model(moved)
-                turned = G.transform_vectors(weight, g, pairs)
-                (moved_gradient,) = torch.autograd.grad((z * turned).sum(), moved)
-                assert relative_error(z, G.transform_vectors(y, g, pairs)) < 1e-12
-                assert relative_error(moved_gradient, G.transform_image(gradient, g)) < 1e-12
+        assert_follows(model, group, turned)
         assert gzoo.check(model, 9).worst < 1e-12
 
 

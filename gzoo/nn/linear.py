@@ -1,7 +1,6 @@
 """Linear maps on fibres: equivariant inside a network, invariant at its end."""
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gzoo.bases import regular_basis
-from gzoo.groups import Group
+from gzoo.groups import Group, Pairs
 from gzoo.nn.constant import Constants, on_default_device
 from gzoo.nn.conv import require_fields
 from gzoo.nn.expand import ExpandedLayer, along_fibre
@@ -155,9 +154,7 @@ class VectorPool(Constants, GroupPool):
 
     constants: ClassVar[tuple[str, ...]] = ("turns", "channels")
 
-    def __init__(
-        self, group: Group, pairs: Sequence[tuple[int, int]], pool: Pooling = "mean", dim: Literal[1, -1] = 1
-    ) -> None:
+    def __init__(self, group: Group, pairs: Pairs, pool: Pooling = "mean", dim: Literal[1, -1] = 1) -> None:
         super().__init__(group.order, pool, dim)
         self.group, self.pairs = group, tuple((right, down) for right, down in pairs)
         turns = torch.tensor([group.matrix(g) for g in range(group.order)], device="cpu")  # (|G|, 2, 2)
