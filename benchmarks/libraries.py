@@ -1,9 +1,9 @@
-"""Which networks of segmentation_models_pytorch and MONAI convert, and how exactly their maps follow the image.
+"""Which networks of torchvision, segmentation_models_pytorch and MONAI convert, and how exactly they follow the image.
 
     uv run --with segmentation-models-pytorch --with monai python benchmarks/libraries.py
 
 Each is converted over p4m with random weights and checked in float64 on an image of 64x96 pixels, a multiple of what
-all of them reduce by. A row a network goes to libraries.csv.
+most of them reduce by, or of another size that it needs. A row a network goes to libraries.csv.
 """
 
 import argparse
@@ -19,30 +19,45 @@ from gzoo import convert
 from gzoo.check import check
 
 SMP, MONAI = "segmentation_models_pytorch", "monai.networks.nets"
-BILINEAR = {"decoder_interpolation": "bilinear"}
+TORCHVISION, SEGMENTATION = "torchvision.models", "torchvision.models.segmentation"
+PLAIN, BARE = {"init_weights": False}, {"weights": None, "weights_backbone": None}
 IN_TWO = {"spatial_dims": 2, "in_channels": 3, "out_channels": 2}
 STRIDED = IN_TWO | {"channels": (16, 32, 64), "strides": (2, 2)}
-NETWORKS: list[tuple[str, str, dict[str, Any]]] = [
-    *((SMP, name, BILINEAR) for name in ("Unet", "UnetPlusPlus")),
-    *((SMP, name, {}) for name in ("Linknet", "FPN", "DeepLabV3", "DeepLabV3Plus", "UPerNet", "Segformer")),
-    *((SMP, name, {}) for name in ("Unet", "MAnet", "PSPNet")),
-    *((SMP, "Unet", BILINEAR | {"encoder_name": name}) for name in ("mobilenet_v2", "densenet121", "tu-convnext_atto")),
-    (MONAI, "UNet", STRIDED),
-    (MONAI, "UNet", STRIDED | {"num_res_units": 2}),
-    (MONAI, "AttentionUnet", STRIDED),
-    (MONAI, "DynUNet", IN_TWO | {"kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2]}),
-    (MONAI, "SegResNet", IN_TWO),
-    (MONAI, "BasicUNet", IN_TWO),
-    (MONAI, "DenseNet121", IN_TWO),
-    (MONAI, "SEResNet50", {"spatial_dims": 2, "in_channels": 3, "num_classes": 2}),
+SQUARE = {"in_shape": (3, 64, 64), "classes": 4, "channels": (16, 32, 64), "strides": (2, 2, 2)}
+USUAL, LARGE = (64, 96), (128, 160)
+NETWORKS: list[tuple[str, str, dict[str, Any], tuple[int, int]]] = [
+    *((TORCHVISION, name, {}, USUAL) for name in ("alexnet", "squeezenet1_1", "shufflenet_v2_x1_0", "mnasnet1_0")),
+    *((TORCHVISION, name, PLAIN, LARGE) for name in ("googlenet", "inception_v3")),
+    *((TORCHVISION, name, {}, USUAL) for name in ("mobilenet_v3_large", "regnet_y_400mf", "efficientnet_b0")),
+    *(
+        (SEGMENTATION, name, BARE, USUAL)
+        for name in ("fcn_resnet50", "deeplabv3_resnet50", "lraspp_mobilenet_v3_large")
+    ),
+    *((SMP, name, {}, USUAL) for name in ("Unet", "UnetPlusPlus", "Linknet", "FPN", "PSPNet")),
+    *((SMP, name, {}, USUAL) for name in ("DeepLabV3", "DeepLabV3Plus", "UPerNet", "Segformer", "MAnet")),
+    *((SMP, "Unet", {"encoder_name": name}, USUAL) for name in ("mobilenet_v2", "densenet121", "tu-convnext_atto")),
+    (MONAI, "UNet", STRIDED, USUAL),
+    (MONAI, "UNet", STRIDED | {"num_res_units": 2}, USUAL),
+    (MONAI, "AttentionUnet", STRIDED, USUAL),
+    (
+        MONAI,
+        "DynUNet",
+        IN_TWO | {"kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2]},
+        USUAL,
+    ),
+    *((MONAI, name, IN_TWO, USUAL) for name in ("SegResNet", "SegResNetDS", "BasicUNet", "HighResNet", "DenseNet121")),
+    (MONAI, "FlexibleUNet", IN_TWO | {"backbone": "resnet18"}, USUAL),
+    (MONAI, "SEResNet50", {"spatial_dims": 2, "in_channels": 3, "num_classes": 2}, USUAL),
+    (MONAI, "Classifier", SQUARE, (64, 64)),
+    (MONAI, "HoVerNet", {"mode": "fast", "out_classes": 5}, (256, 256)),
 ]
 COLUMNS = ("library", "version", "network", "options", "parameters", "equivariant", "error", "reason")
-SHOWN = ("decoder_interpolation", "encoder_name", "num_res_units")
+SHOWN = ("encoder_name", "num_res_units", "mode")
 HERE = Path(__file__).parent
 
 
-def one_network(library: str, name: str, options: dict[str, Any]) -> dict[str, object]:
-    """Converts and checks; a row of the table."""
+def one_network(library: str, name: str, options: dict[str, Any], size: tuple[int, int]) -> dict[str, object]:
+    """Converts, and checks at a size in pixels; a row of the table."""
     version = importlib.import_module(library.partition(".")[0]).__version__
     make: Callable[..., nn.Module] = getattr(importlib.import_module(library), name)
     plain = make(**{"encoder_name": "resnet18", "encoder_weights": None} | options if library == SMP else options)
@@ -53,7 +68,7 @@ def one_network(library: str, name: str, options: dict[str, Any]) -> dict[str, o
         model = convert(plain, "p4m").eval()
     except ValueError as error:
         return row | {"reason": str(error)}
-    return row | {"equivariant": count(model), "error": f"{check(model, (64, 96)).worst:.0e}"}
+    return row | {"equivariant": count(model), "error": f"{check(model, size).worst:.0e}"}
 
 
 def count(model: nn.Module) -> int:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -365,9 +366,9 @@ def first_broken_layer(
     """The name of the first leaf module whose output does not transform with x; None if all do.
 
     A leaf's own law is not known here: its output may be an image, regular fields with channels first or last, both in
-    one, either with its pixels in a row or in patches, what pixels or channels attend to which, or a vector. A leaf is
-    blamed only if no law that fits its shape holds. Where no leaf is to blame, but the network's own output does not
-    follow, the name is "", the network's.
+    one, either with its pixels in a row, in patches or flattened with the channels, what pixels or channels attend to
+    which, or a vector. A leaf is blamed only if no law that fits its shape holds. Where no leaf is to blame, but the
+    network's own output does not follow, the name is "", the network's.
 
     Args:
         model: float64, in eval mode.
@@ -387,6 +388,8 @@ def first_broken_layer(
         for name in ran[first:end]:
             found = outputs[name]
             laws = _possible(group, expected[name], g, found, signed and name not in pairs)
+            if name not in outputs_of_all:
+                laws = chain(laws, _possible_vectors(group, expected[name], g))
             if pairs.get(name):
                 laws = iter([group.transform_vectors(expected[name], g, pairs[name])])
             if min(relative_error(found, moved) for moved in laws) > tolerance:
@@ -440,6 +443,14 @@ def _possible(group: Group, y: Tensor, g: int, found: Tensor, signed: bool) -> I
         inside = math.isqrt(y.shape[2])
         for moved in _possible_maps(group, _folded(y, inside), g, _folded(found, inside), signed):
             yield _unfolded(moved, inside)
+
+
+def _possible_vectors(group: Group, y: Tensor, g: int) -> Iterator[Tensor]:
+    """Regular fields (B, fields * |G| * side * side), flattened with their pixels, of any side, transformed by g."""
+    numbers = y.shape[1] // group.order if y.ndim == 2 and y.shape[1] % group.order == 0 else 0
+    for side in range(2, math.isqrt(numbers) + 1):
+        if numbers % side**2 == 0:
+            yield group.transform_features(y.unflatten(1, (-1, side, side)), g).flatten(1)
 
 
 def _possible_maps(group: Group, y: Tensor, g: int, found: Tensor, signed: bool) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ rule knows is an error. `gzoo.transfer` carries weights over, where that is want
 import copy
 import functools
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain as flatten
@@ -30,6 +31,7 @@ from gzoo.equivariant import EquivariantClassifier, group_of, make_equivariant, 
 from gzoo.groups import Group
 from gzoo.nn import FibreNorm, PoseConv2d, PoseLinear, Restriction, restrict_output
 from gzoo.nn.expand import ExpandedLayer
+from gzoo.nn.functions import act_symmetrically
 from gzoo.nn.linear import Head, Pooling
 from gzoo.nn.resample import Window
 from gzoo.partial import make_partial
@@ -123,6 +125,8 @@ def convert(
         The network; ``model.group`` is its group, the last one of several. Feature maps are (B, fields * |G|, H, W).
         Logits of an image are invariant; a map of logits is trivial fields, which move with the image. TensorFlow's
         "same" padding (timm's tf_ models), a pixel more on one side, becomes symmetric: the same sizes, other values.
+        So do functions that the network's own forward calls (`gzoo.nn.functions`), and a linear layer over a flattened
+        map reads it by a convolution as large. Layers that never run are left out, with a warning.
 
     Raises:
         ValueError: a module has no equivariant counterpart here, or cannot take over its ``weights``, or the result is
@@ -244,6 +248,12 @@ def convert_in_place(
     recipe = Recipe(planned, group_pool, per_element=weights == "transfer", head=head)
     plain = model if weights is None else copy.deepcopy(model)
     counts = _channel_counts(model, recipe.plan)
+    if planned.idle:
+        warnings.warn(
+            f"left out of the converted {type(model).__name__}, as they run on no image, neither in evaluation nor in "
+            f"training: {', '.join(sorted(planned.idle))}",
+            stacklevel=3,
+        )
     converted = _walk(model, recipe, {})
     counts()
     if weights is not None:
@@ -268,7 +278,7 @@ def convert_in_place(
     if soft:
         make_soft(converted)
     _rename(converted, chain)
-    if not input_size(converted) and planned.side > SIDES[0]:  # it takes no smaller images
+    if not input_size(converted) and planned.side != SIDES[0]:  # it takes others only
         converted.pretrained_cfg = {"input_size": (in_channels(converted), planned.side, planned.side)}  # type: ignore[assignment]
     return converted
 
@@ -323,13 +333,33 @@ def _require_agreement(
         )
 
 
+class Idle(nn.Module):
+    """In the place of a module that ran on no image, neither in evaluation nor in training, which makes running it an
+    error.
+
+    Args:
+        path: of the module.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            f"{self.path} ran on no image when the network was converted, so it was left out. If an image of another "
+            "size would have it run, name that size before: model.pretrained_cfg = {'input_size': (3, height, width)}"
+        )
+
+
 def _walk(module: nn.Module, recipe: Recipe, done: dict[nn.Module, nn.Module]) -> nn.Module:
     path, seen = recipe.path, recipe.plan.trace
     for name, child in list(module._modules.items()):
         if child is None or type(module) in WHOLE:
             continue
+        at = f"{path}.{name}" if path else name
         if child not in done:  # a module may stand at two places
-            done[child] = _walk(child, recipe.at(f"{path}.{name}" if path else name), done)
+            done[child] = Idle(at) if at in recipe.plan.idle else _walk(child, recipe.at(at), done)
         setattr(module, name, done[child])
     if path in seen.pieces:
         _update_sizes(module, seen.widths[path], seen.pieces[path] + seen.prefixes[path], recipe.plan)
@@ -354,6 +384,11 @@ def _walk(module: nn.Module, recipe: Recipe, done: dict[nn.Module, nn.Module]) -
             raise ValueError(f"{path or type(module).__name__}: {error}") from error
     if own or (is_leaf and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and _is_known(module)):
         raise ValueError(_unknown(path, module, own))
+    if path in seen.asymmetric:
+        channels = recipe.plan.channels
+        pads = {named: (channels(before), channels(after)) for named, (before, after) in seen.padded.get(path, ())}
+        crops = len(seen.cropped.get(path, ())) == 1  # of several, the difference may be meant
+        return act_symmetrically(module, recipe.group.order, pads, path in seen.shuffled, crops)
     return module
 
 
@@ -719,14 +754,12 @@ def _check_poses(
         raise ValueError(
             f"{broken} ({type(module).__name__}) is not equivariant {at_size}: neither its output nor any permutation "
             "of it follows the image. Look for a step just before it that treats some pixels or channels unlike "
-            "others: an asymmetric padding (F.interpolate fits one map to another), a functional pooling or stride, "
-            "interpolation to the nearest pixel by no whole factor (bilinear is exact), a position embedding, a split "
-            "of channels"
+            "others: a shift, a padding or a crop of one axis, a step along pixels that does not start at the first, a "
+            "position embedding, a split of channels"
         )
     if broken is not None:
         raise ValueError(
             f"the output{broken} of {type(probe).__name__} is not equivariant {at_size}, though each module is: look "
-            "for a step in its forward that treats some pixels or channels unlike others, such as interpolation to the "
-            "nearest pixel by no whole factor (bilinear is exact). If it takes apart the logits that a layer makes, "
-            "name that layer, as in classifier='head'"
+            "for a step in its forward that treats some pixels or channels unlike others, such as a shift or a crop of "
+            "one axis. If it takes apart the logits that a layer makes, name that layer, as in classifier='head'"
         )

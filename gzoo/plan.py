@@ -41,7 +41,7 @@ Vectors = Mapping[str, Pairs]
 WHOLE_NETWORK = "gzoo.equivarify and gzoo.canonicalize take any network that gives vectors or maps, as it is"
 
 # Sides of the images that a network is tried with that does not name the size of its own, in pixels.
-SIDES = (64, 128, 256, 224)
+SIDES = (64, 128, 256, 224, 32, 28)
 
 _TOLERANCE = 0.1  # of the plain network's parameters or multiply-adds
 
@@ -89,6 +89,7 @@ class Plan:
         trace: what a run of the plain network showed.
         classifiers: paths of the layers that make logits, which stay as many as they are.
         vectors: pairs of channels, by path, of those of them that make vectors.
+        idle: paths of modules with parameters that run neither in evaluation nor in training.
         side: of the images that the plain network ran on, in pixels.
         vector_outputs: pairs of channels of each tensor that the network gives, by the number of these tensors, which
             may be more in training.
@@ -111,6 +112,7 @@ class Plan:
     fit: bool = True
     steps: dict[int, tuple[int, int]] = field(default_factory=dict)
     vectors: Vectors = field(default_factory=dict)
+    idle: frozenset[str] = frozenset()
     side: int = SIDES[0]
     vector_outputs: dict[int, list[Pairs]] = field(default_factory=dict)
     _known: dict[Segment, int] = field(default_factory=dict)
@@ -230,9 +232,9 @@ class Plan:
                 f"{WHOLE_NETWORK}"
             )
         return (
-            f"its channels come out of {step!r}, through which gzoo cannot follow them: a step that "
-            "mixes channels or pixels, such as attention, a shuffle of channels or a flattened map, has no equivariant "
-            f"counterpart here. Use a convolution, or global pooling before a linear layer. {WHOLE_NETWORK}"
+            f"its channels come out of {step!r}, through which gzoo cannot follow them: a step that mixes channels or "
+            "pixels, such as attention, or a flattened map that something other than a linear layer reads, has no "
+            f"equivariant counterpart here. Use a convolution, or global pooling before it. {WHOLE_NETWORK}"
         )
 
     def _require_whole(self, channels: int) -> None:
@@ -263,7 +265,8 @@ class Plan:
         plain_in, plain_out = (sum(segment.size for segment in segments) for segments in (inputs, outputs))
         fields_in, fields_out = self.fields(inputs, name), self.fields(outputs, name)
         is_linear = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
-        if name in self.classifiers and is_linear and name not in self.vectors:  # on pooled fibres
+        side = self.trace.flattened.get(name, (1,))[0]  # of the map that a linear layer is given as a vector
+        if name in self.classifiers and is_linear and name not in self.vectors and side == 1:  # on pooled fibres
             weights = module.weight.numel() / plain_in
             pixels = self.trace.pixels[name]
             return Row(
@@ -281,7 +284,9 @@ class Plan:
         order = group.order
         lifts = all(segment.image for segment in inputs)
         experts = getattr(module, "num_experts", 1)  # an image is convolved with one mixture of their filters
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and side > 1:
+            taps, free, groups = side**2, _free_numbers(group, (side, side), lifts, self.basis), 1
+        elif isinstance(module, nn.Linear):
             taps, free, groups = 1, 1 if lifts or all(segment.image for segment in outputs) else order, 1
         else:
             folded = max(segment.folded for segment in inputs)  # into channels; the kernel is as many times as wide
@@ -406,6 +411,7 @@ def plan(
             raise ValueError(f"widths gives {channels} channels {fields!r} fields; the least is 1, and they are whole")
     scale = fitted.scale if fitted else SCALE[match](chain[0].order)
     made = Plan(model, chain, match, seen, found, widths or {}, basis, scale, fit, vectors=vectors, side=x.shape[-1])
+    made.idle = _idle(model, evaluation.ran | (training.ran if training else set()))
     for run in (training, evaluation) if vectors else ():
         pairs = _vector_outputs(run, vectors) if run else []
         made.vector_outputs[len(pairs)] = pairs
@@ -423,6 +429,17 @@ def plan(
     elif fit and match != "width":
         _fit(made, match)
     return made
+
+
+def _idle(model: nn.Module, ran: set[str]) -> frozenset[str]:
+    """The modules with parameters in which nothing ran, the outermost of them."""
+    idle: list[str] = []
+    for name, module in model.named_modules():
+        is_inside = any(name.startswith(f"{path}.") for path in idle)
+        runs = any(other == name or other.startswith(f"{name}.") for other in ran)
+        if name and not is_inside and not runs and any(True for _ in module.parameters()):
+            idle.append(name)
+    return frozenset(idle)
 
 
 def _require_convolution(model: nn.Module) -> None:

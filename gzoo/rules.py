@@ -48,6 +48,7 @@ from gzoo.nn import (
     GroupConvTranspose2d,
     GroupEca,
     GroupLinear,
+    GroupMapLinear,
     GroupPixelShuffle,
     GroupPixelUnshuffle,
     GroupPool,
@@ -65,6 +66,7 @@ from gzoo.nn import (
 )
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.fibre import share_along_fibre
+from gzoo.nn.functions import act_symmetrically, is_whole
 from gzoo.nn.linear import Head, Pooling
 from gzoo.nn.mixed import Run
 from gzoo.nn.norm import CHANNELS_FIRST, channel_dim
@@ -333,6 +335,8 @@ def _linear(plain: nn.Linear, recipe: Recipe) -> nn.Module:
     if recipe.lifts:
         raise ValueError("it is linear in the channels of the image; use a 1x1 convolution, which lifts them")
     in_fields, bias = recipe.in_fields, plain.bias is not None
+    if recipe.path in recipe.plan.trace.flattened:
+        return _map_linear(plain, recipe)
     if recipe.vectors:
         fields = GroupLinear(recipe.group, in_fields, plain.out_features, bias)
         _initialize_like(fields, plain, plain.in_features, fields.fan_in)
@@ -354,6 +358,25 @@ def _linear(plain: nn.Linear, recipe: Recipe) -> nn.Module:
         )
         _initialize_like(new, plain, plain.in_features, new.fan_in)
     return new
+
+
+def _map_linear(plain: nn.Linear, recipe: Recipe) -> nn.Module:
+    """Behind a flattened map, which keeps its pixels, and with them where they are."""
+    height, width = recipe.plan.trace.flattened[recipe.path]
+    if height != width:
+        raise ValueError(
+            f"it is linear in a map of {height}x{width} pixels, whose sides a quarter turn exchanges; give square "
+            "images, or pool the map before it"
+        )
+    if recipe.is_classifier and recipe.head == "pose":
+        raise ValueError("it makes logits of a flattened map; head='pose' wants a linear layer on vectors behind it")
+    gives = [Run(plain.out_features, True)] if recipe.is_classifier else recipe.out_runs
+    fields, bias = sum(run.size for run in gives), plain.bias is not None
+    if recipe.per_element and not all(run.regular for run in gives):
+        raise ValueError(f"it gives {_WITHOUT_FIBRE}: one for all poses here, and each pose's own in the plain network")
+    new = GroupMapLinear(recipe.group, recipe.in_fields, fields, height, bias, recipe.plan.basis)
+    _initialize_like(new, plain, plain.in_features, new.fan_in)
+    return _with_pools([new], gives, recipe)
 
 
 @torch.no_grad()
@@ -689,9 +712,13 @@ def _patches(plain: Any, recipe: Recipe) -> nn.Module:
 
 @rule(nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d)
 def _pad(plain: Any, recipe: Recipe) -> nn.Module:
-    if len(set(plain.padding)) > 1:
-        raise ValueError(f"it pads {plain.padding} pixels (left, right, top, bottom); all four must be the same")
-    return plain
+    left, right, top, bottom = plain.padding
+    if left + right != top + bottom or any(a != b == -a for a, b in ((left, right), (top, bottom))):
+        raise ValueError(
+            f"it pads {plain.padding} pixels (left, right, top, bottom): a quarter turn exchanges the axes, and a "
+            "shift of the map has no counterpart; pad as many along both axes"
+        )
+    return plain if left == right else act_symmetrically(plain, recipe.group.order)
 
 
 @rule(tl.SpaceToDepth, nn.PixelUnshuffle)
@@ -726,15 +753,13 @@ def _require_turning_squares(recipe: Recipe) -> None:
 
 @rule(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
 def _upsample(plain: nn.Upsample, recipe: Recipe) -> nn.Module:
-    factors = plain.scale_factor if isinstance(plain.scale_factor, tuple) else (plain.scale_factor,)
-    if plain.mode.startswith("nearest") and not all(factor and float(factor).is_integer() for factor in factors):
-        raise ValueError(
-            f"{plain.mode!r} to a size that is no multiple takes pixels from one side more; use 'bilinear' or an "
-            "integer scale_factor"
-        )
-    if not all(float(factor or 1).is_integer() for factor in factors):  # else torch measures from one corner
-        plain.recompute_scale_factor = True
-    return plain
+    is_asymmetric = plain.size is None or plain.mode.startswith("nearest")
+    return plain if is_whole(plain.scale_factor) or not is_asymmetric else act_symmetrically(plain, recipe.group.order)
+
+
+@rule(nn.ChannelShuffle)
+def _channel_shuffle(plain: nn.ChannelShuffle, recipe: Recipe) -> nn.Module:
+    return act_symmetrically(plain, recipe.group.order)
 
 
 @rule(nn.PReLU)
@@ -765,7 +790,7 @@ def _unchanged(plain: nn.Module, recipe: Recipe) -> nn.Module:
 
 ON_IMAGE = (
     *(_conv, _standardized_conv, _transposed_conv, _linear),
-    *(_pool, _same_pool, _blur_pool, _pad, _space_to_depth, _pixel_shuffle, _hgnet_stem),
+    *(_pool, _same_pool, _blur_pool, _pad, _upsample, _space_to_depth, _pixel_shuffle, _hgnet_stem),
 )
 """Rules that replace a module that sees the image, too; others leave it, as it acts on each channel alike."""
 

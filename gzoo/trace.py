@@ -20,6 +20,8 @@ from timm.models.mobilevit import MobileVitBlock
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gzoo.nn.functions import cropped, is_asymmetric, merges_channels
+
 
 class Segment:
     """Consecutive channels that stay together.
@@ -111,6 +113,7 @@ class Trace:
 
     Attributes:
         order: names of the leaf modules in the order in which they first ran.
+        ran: names of all modules that ran, or whose parameters another one used.
         inputs: the channels that each module was given first.
         outputs: the channels of each module's result.
         pieces: channels that a module's own forward split off, with their number, in order.
@@ -120,6 +123,11 @@ class Trace:
         coupled: modules whose own forward makes channels depend on each other, by a mean, maximum, norm or softmax over
             them, or by products of queries and keys; with these channels.
         over_pixels: linear layers over something else than channels.
+        flattened: height and width of the maps that linear layers are given as vectors, if they have several pixels.
+        asymmetric: modules whose own forward calls functions that `gzoo.nn.functions` makes symmetric.
+        padded: channels that a module's own forward puts before and after others, with their numbers.
+        cropped: pixels that a module's own forward leaves out of maps before and after, if more on one side.
+        shuffled: modules whose own forward shuffles channels, or is a shuffle.
         lost: leaf modules whose input could not be followed, with the operation that lost it.
         functions: those of feature maps that ran, in order, with the channels that they were given.
         after_layers: how many of them ran before the last convolution or linear layer was done.
@@ -127,6 +135,7 @@ class Trace:
     """
 
     order: list[str] = field(default_factory=list)
+    ran: set[str] = field(default_factory=set)
     inputs: dict[str, Segments] = field(default_factory=dict)
     outputs: dict[str, Segments] = field(default_factory=dict)
     pieces: dict[str, list[tuple[int, Segments]]] = field(default_factory=dict)
@@ -135,6 +144,11 @@ class Trace:
     pixels: dict[str, int] = field(default_factory=dict)
     coupled: list[tuple[str, Segments]] = field(default_factory=list)
     over_pixels: list[str] = field(default_factory=list)
+    flattened: dict[str, tuple[int, int]] = field(default_factory=dict)
+    asymmetric: set[str] = field(default_factory=set)
+    padded: dict[str, list[tuple[tuple[int, int], tuple[Segments, Segments]]]] = field(default_factory=dict)
+    cropped: dict[str, set[tuple[int, int]]] = field(default_factory=dict)
+    shuffled: set[str] = field(default_factory=set)
     lost: dict[str, str] = field(default_factory=dict)
     functions: list[tuple[str, Segments]] = field(default_factory=list)
     after_layers: int = 0
@@ -195,9 +209,11 @@ def _run(model: nn.Module, x: Tensor) -> Trace:
     except Exception as error:
         error.gzoo_path = follow.path[-1]  # type: ignore[attr-defined]
         raise
-    for module in model.modules():
+    for name, module in model.named_modules():
         module._forward_pre_hooks.clear()
         module._forward_hooks.clear()
+        if any(id(parameter) in follow.used for parameter in module.parameters(recurse=False)):
+            seen.ran.add(name)
     for path in seen.pieces:
         seen.widths[path] = _widths(model.get_submodule(path), *follow.given[path], _sizes(seen, path))
     return seen
@@ -266,6 +282,11 @@ def _mark(x: Tensor, dim: int, segments: Segments, spread: bool = False) -> None
     x.gzoo_channels = Channels(dim, segments, spread)  # type: ignore[attr-defined]
 
 
+def _reads_map(module: nn.Module, x: Any) -> bool:
+    """Whether a linear layer is given all pixels of a map as one vector."""
+    return isinstance(module, nn.Linear) and hasattr(x, "gzoo_map")
+
+
 def _channels(x: Any) -> Channels | None:
     return getattr(x, "gzoo_channels", None) if isinstance(x, Tensor) else None
 
@@ -286,6 +307,7 @@ class _Follow(TorchFunctionMode):
         self.made: dict[str, Segments] = {}
         self.attending: set[str] = set()  # modules whose own forward multiplies queries with keys
         self.given: dict[str, tuple[tuple, dict[str, Any]]] = {}  # what each module was given first
+        self.used: set[int] = set()  # parameters that functions were given
 
     # --- modules
 
@@ -294,15 +316,19 @@ class _Follow(TorchFunctionMode):
             self.path.append(name)
             self.given.setdefault(name, (inputs, named))
             seen = self.seen
+            seen.ran.add(name)
             inputs += tuple(named.values())
             x = next((x for x in _tensors(inputs) if _channels(x)), None)
             if not any(True for _ in module.children()) and name not in seen.order:
                 seen.order.append(name)
-                if x is None and inputs and isinstance(inputs[0], Tensor):
+                if x is None and inputs and isinstance(inputs[0], Tensor) and not _reads_map(module, inputs[0]):
                     seen.lost[name] = getattr(inputs[0], "gzoo_lost", "the network")
-            if x is None:
+            if x is None and inputs and _reads_map(module, inputs[0]):
+                segments, seen.flattened[name] = inputs[0].gzoo_map
+            elif x is None:
                 return
-            segments = _channels(x).segments  # type: ignore[union-attr]
+            else:
+                segments = _channels(x).segments  # type: ignore[union-attr]
             first = seen.inputs.setdefault(name, segments)
             has_own = any(True for _ in (*module.parameters(), *module.buffers()))
             if has_own and _total(first) == _total(segments):  # run twice, it has the same widths twice
@@ -335,6 +361,9 @@ class _Follow(TorchFunctionMode):
                 self.seen.pixels[projection] = output.shape[2:].numel()
                 self.seen.outputs[projection] = self._made(name, (Segment(module.dim),))
                 _mark(output, 1, self.seen.outputs[projection])
+            elif inputs and _reads_map(module, inputs[0]):
+                self.seen.pixels[name] = 1
+                _mark(output, 1, self._made(name, (Segment(output.shape[1]),)))
             elif channels and isinstance(module, nn.Linear) and channels.dim != inputs[0].ndim - 1:
                 self.seen.over_pixels.append(name)
             elif channels and isinstance(module, nn.Linear):
@@ -357,11 +386,18 @@ class _Follow(TorchFunctionMode):
         outputs = [out] if isinstance(out, Tensor) else list(_tensors(out))
         inputs = list(_tensors((args, kwargs)))
         name = getattr(func, "__name__", "")
+        self.used.update(id(x) for x in inputs if isinstance(x, nn.Parameter))
+        if is_asymmetric(name, args, kwargs):
+            self.seen.asymmetric.add(self.path[-1])
+        if name == "__getitem__" and (crop := cropped(*args)):
+            self.seen.cropped.setdefault(self.path[-1], set()).add(crop)
         comes_back = name == "unsqueeze" and hasattr(inputs[0], "gzoo_reduced")
         if not comes_back and not any(_channels(x) for x in inputs):
             lost = next((x.gzoo_lost for x in inputs if hasattr(x, "gzoo_lost")), None)
             for x in outputs if lost else ():
                 x.gzoo_lost = lost  # type: ignore[attr-defined]
+                if (whole := getattr(inputs[0], "gzoo_map", None)) and x.shape == inputs[0].shape:
+                    x.gzoo_map = whole  # type: ignore[attr-defined]
             return out
         if name == "__get__":  # a property: x.mT
             name = func.__self__.__name__
@@ -509,6 +545,32 @@ class _Follow(TorchFunctionMode):
         self.seen.prefixes.setdefault(path, []).extend([(start, before), whole] if start else [whole])
         _mark(out, channels.dim, segments)
 
+    def _pad(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
+        """Zeros before and after the channels, which as many channels stand for as are added to them."""
+        channels, pads = _channels(inputs[0]), _argument(args, kwargs, 1, "pad", ())
+        assert channels is not None
+        place = 2 * (inputs[0].ndim - 1 - channels.dim)
+        numbers = tuple(pads[place : place + 2])
+        if not any(numbers):
+            return self._inherit(outputs, inputs, args, kwargs)
+        if min(numbers) < 0:
+            return False
+        is_image = all(segment.image for segment in flat(channels.segments))
+        before, after = ((Segment(number, is_image),) if number else () for number in numbers)
+        self.seen.padded.setdefault(self.path[-1], []).append(((numbers[0], numbers[1]), (before, after)))
+        _mark(outputs[0], channels.dim, (*before, *channels.segments, *after))
+        return True
+
+    def _shuffle(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
+        channels, groups = _channels(inputs[0]), _argument(args, kwargs, 1, "groups", 1)
+        assert channels is not None
+        part, rest = cut(channels.segments, _total(channels.segments) // groups)
+        while rest:
+            other, rest = cut(rest, _total(part))
+            tie(part, other)
+        _mark(outputs[0], channels.dim, flat(part) * groups)
+        return True
+
     def _permute(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         channels = _channels(inputs[0])
         dims = args[1] if len(args) == 2 and isinstance(args[1], Sequence) else args[1:] or kwargs["dims"]
@@ -610,6 +672,14 @@ class _Follow(TorchFunctionMode):
             return False
         dim, segments, _ = channels
         old, new, total = inputs[0].shape, out.shape, _total(channels.segments)
+        if dim == 1 and len(old) == 4 and tuple(new) == (old[0], math.prod(old[1:])) and total < new[1]:
+            out.gzoo_map = segments, tuple(old[2:])  # type: ignore[attr-defined]  # for a linear layer to read
+            return False
+        if dim == 1 and merges_channels(inputs[0], out):  # which are those of one part and of all others, in turn
+            self.seen.shuffled.add(self.path[-1])
+            self.seen.asymmetric.add(self.path[-1])
+            _mark(out, 1, segments * old[2])
+            return True
         before = math.prod(old[:dim])
         for e in range(len(new)):
             leading = math.prod(new[:e])
@@ -660,6 +730,8 @@ _FOLLOWED: dict[str, Callable[..., bool]] = {
     **dict.fromkeys(_SPLITS[:4], _Follow._split),
     "narrow": _Follow._narrow,
     "__getitem__": _Follow._getitem,
+    "pad": _Follow._pad,
+    "channel_shuffle": _Follow._shuffle,
     "permute": _Follow._permute,
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _Follow._transpose),
     "mT": lambda self, outputs, inputs, *_: self._transpose(outputs, inputs, (inputs[0], -2, -1), {}),

@@ -35,7 +35,16 @@ from torch import Tensor, nn
 from gzoo.bases import expand
 from gzoo.equivariant import SIGNATURE, Equivariant, copied, group_of
 from gzoo.groups import Group
-from gzoo.nn import FibreNorm, GroupEca, InvariantConv2d, InvariantLinear, LiftingConv2d, PerElement, Subset
+from gzoo.nn import (
+    FibreNorm,
+    GroupEca,
+    GroupMapLinear,
+    InvariantConv2d,
+    InvariantLinear,
+    LiftingConv2d,
+    PerElement,
+    Subset,
+)
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.plan import example
 from gzoo.trace import side_folded_by
@@ -211,6 +220,8 @@ def _fill(new: Any, plain: Any, group: Group, weights: Weights, folding: Any) ->
         if name == "weight" and isinstance(new, ExpandedLayer):
             if folding and isinstance(new, LiftingConv2d) and value.shape[1] != new.weight.shape[1]:
                 value = _on_pixels(value, folding)
+            if isinstance(new, GroupMapLinear) and weights == "transfer":
+                value = value.unflatten(1, (-1, new.kernel_size, new.kernel_size))
             if pooled and weights == "project":  # the mean over a fibre is nearest if each of its filters is
                 value = value.repeat_interleave(group.order, 1 if isinstance(plain, nn.ConvTranspose2d) else 0)
             kernels = _at_identity(new, value) if weights == "transfer" else _nearest(new, value, plain, group.order)
@@ -258,7 +269,8 @@ def _nearest(layer: Any, value: Tensor, plain: Any, order: int) -> Tensor:
             "its gates see neighbouring channels, which are no neighbouring fields; use weights='transfer'"
         )
     if isinstance(plain, nn.Linear):
-        value = value[..., None, None]
+        side = layer.kernel_size  # of a flattened map; else 1
+        value = value.unflatten(1, (-1, side, side))
     else:
         value = _with_groups(value, plain.groups, layer.groups)
         value = F.pad(value, [(layer.kernel_size - side) // 2 for side in value.shape[:1:-1] for _ in range(2)])

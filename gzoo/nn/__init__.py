@@ -4,7 +4,7 @@ from timm.models import register_notrace_module
 
 from gzoo.nn.condconv import GroupCondConv2d
 from gzoo.nn.continuous import Arc
-from gzoo.nn.conv import GroupConv2d, LiftingConv2d
+from gzoo.nn.conv import GroupConv2d, GroupMapLinear, LiftingConv2d
 from gzoo.nn.eca import GroupEca
 from gzoo.nn.element import PerElement
 from gzoo.nn.linear import (
@@ -36,6 +36,7 @@ __all__ = [
     "GroupConvTranspose2d",
     "GroupEca",
     "GroupLinear",
+    "GroupMapLinear",
     "GroupPixelShuffle",
     "GroupPixelUnshuffle",
     "GroupPool",

@@ -38,7 +38,7 @@ class _GroupConv2d(ExpandedLayer):
         super().__init__(out_fields, in_per_group, basis)
         self.group = group
         self.out_fields = out_fields
-        self.stride, self.dilation, self.groups = stride, dilation, groups
+        self.stride, self.dilation, self.groups = 2 * (stride,), 2 * (dilation,), groups  # as nn.Conv2d's are read
         self.window = window_of(self.kernel_size, stride, padding, dilation)
         self.padding_mode = padding_mode
         self.bias = nn.Parameter(torch.empty(self.out_fields)) if bias else None
@@ -81,8 +81,8 @@ class _GroupConv2d(ExpandedLayer):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.group.name}, {tuple(self.weight.shape)}, stride={self.stride}, "
-            f"padding={self.window.padding / 2:g}, dilation={self.dilation}, groups={self.groups}, "
+            f"{self.group.name}, {tuple(self.weight.shape)}, stride={self.window.stride}, "
+            f"padding={self.window.padding / 2:g}, dilation={self.window.dilation}, groups={self.groups}, "
             f"bias={self.bias is not None}"
         )
 
@@ -210,6 +210,47 @@ class GroupConv2d(_GroupConv2d):
     def forward(self, x: Tensor) -> Tensor:
         require_fields(x, 1, self.in_fields, self.group)
         return self._convolve(x)
+
+
+class GroupMapLinear(GroupConv2d):
+    """Linear map of a flattened map, a vector of all its pixels: a group convolution whose window is the whole map.
+
+    Exact as `GroupConv2d`.
+
+    Args:
+        group: any point group.
+        in_fields: number of regular fields in.
+        out_fields: number of regular fields out.
+        side: of the map, in pixels.
+        bias: whether each field has one.
+        basis: of the kernels, as of `GroupConv2d`.
+
+    Shape:
+        x: (B, in_fields * |G| * side * side); result: (B, out_fields * |G|). weight: as of `GroupConv2d`.
+
+    Raises:
+        ValueError: x has another length.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        in_fields: int,
+        out_fields: int,
+        side: int,
+        bias: bool = True,
+        basis: BasisName | None = None,
+    ) -> None:
+        super().__init__(group, in_fields, out_fields, side, bias=bias, basis=basis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = self.kernel_size
+        if x.shape[1] != self.in_channels * side**2:
+            raise ValueError(
+                f"a map of {self.in_channels} channels and {side}x{side} pixels has {self.in_channels * side**2} "
+                f"numbers, not {x.shape[1]}; give images of the size that the network was made for"
+            )
+        return super().forward(x.view(len(x), self.in_channels, side, side)).flatten(1)
 
 
 def window_of(kernel_size: int, stride: int, padding: Padding, dilation: int) -> Window:

@@ -19,7 +19,7 @@ class Front(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class of both exists in this process only, so copies and pickles name what it was made of.
-        return _rebuild, (self.front_class, self.plain_class), self.__dict__.copy()
+        return _rebuild, _made_of(type(self)), self.__dict__.copy()
 
 
 def put_in_front(module: nn.Module, front: type[Front]) -> None:
@@ -33,6 +33,13 @@ def _both(front: type[Front], plain: type[nn.Module]) -> type[Front]:
     return type(f"{front.prefix}{plain.__name__}", (front, plain), members)
 
 
-def _rebuild(front: type[Front], plain: type[nn.Module]) -> nn.Module:
-    cls = _both(front, plain)  # type: ignore[arg-type]  # mypy: a class is hashable
+def _made_of(cls: Any) -> tuple[type[nn.Module], ...]:
+    """The classes that one was made of, the foremost first."""
+    return (cls.front_class, *_made_of(cls.plain_class)) if "front_class" in vars(cls) else (cls,)
+
+
+def _rebuild(*classes: Any) -> nn.Module:
+    *fronts, cls = classes
+    for front in reversed(fronts):
+        cls = _both(front, cls)
     return cls.__new__(cls)

@@ -1,0 +1,256 @@
+"""Functions that a network's own forward calls, such as ``F.max_pool2d(x, 2)`` or ``x[..., ::2, ::2]``, made symmetric.
+
+`gzoo.convert` puts one module in the place of another; what a forward does without a module is met while it runs.
+`act_symmetrically` gives a module a class whose forward does so: windows go behind the resampling rule, and what counts
+or numbers channels goes by fields.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from gzoo.nn.front import Front, put_in_front
+from gzoo.nn.resample import SymmetricPool2d, centre
+
+
+class SymmetricForward(Front):
+    """A module whose forward calls symmetric functions; make one with `act_symmetrically`."""
+
+    prefix = ""
+    functions: tuple[int, Mapping[tuple[int, int], tuple[int, int]], bool, bool]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with _Symmetric(*self.functions):
+            return super().forward(*args, **kwargs)
+
+
+def act_symmetrically(
+    module: nn.Module,
+    order: int,
+    channel_pads: Mapping[tuple[int, int], tuple[int, int]] | None = None,
+    shuffles: bool = False,
+    crops: bool = False,
+) -> nn.Module:
+    """Lets the functions that the forward of ``module`` calls commute with the group; in place.
+
+    - Pools with a stride, and every second pixel (``x[:, :, ::2, ::2]``), follow the rule of `gzoo.nn.resample`.
+    - Interpolation measures from the middle; to the nearest pixel, or to the mean of two that are as near.
+    - A map that is padded or cropped more on one side stays in the middle; by an odd number, it is the mean of two.
+    - A map becomes vectors whatever number of channels the forward names (``x.view(-1, 512)``), channels that are
+      padded are as many as the fields, and a shuffle of channels is one of fields.
+
+    Args:
+        module: of a converted network.
+        order: |G|.
+        channel_pads: the channels before and after that the forward names -> those of the converted network.
+        shuffles: whether the forward merges two dimensions of channels, as a shuffle does at its end.
+        crops: whether the forward leaves out pixels on one side (``x[:, :, :-1, :-1]``), to fit one map to another.
+
+    Returns:
+        The module.
+    """
+    put_in_front(module, SymmetricForward)
+    module.functions = order, dict(channel_pads or {}), shuffles, crops  # type: ignore[assignment]
+    return module
+
+
+def is_asymmetric(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a function that a forward calls needs `act_symmetrically`, if not at this size then at another."""
+    x = args[0] if args else None
+    if not isinstance(x, Tensor) or x.ndim not in (4, 5):
+        return False
+    if name in ("max_pool2d", "avg_pool2d"):
+        kernel, stride = (_argument(args, kwargs, i, key) for i, key in ((1, "kernel_size"), (2, "stride")))
+        return _pair(stride or kernel) != (1, 1)  # also of a window that covers the map, of this size
+    if name == "interpolate":
+        mode = _argument(args, kwargs, 3, "mode") or "nearest"
+        return not is_whole(_argument(args, kwargs, 2, "scale_factor")) and (
+            mode.startswith("nearest") or _argument(args, kwargs, 1, "size") is None
+        )
+    if name == "__getitem__":
+        return _step(x, args[1]) > 1 or cropped(x, args[1]) is not None
+    if name in ("view", "reshape"):
+        return _flat_width(x, args[1:], kwargs) is not None
+    return name in ("pad", "channel_shuffle")
+
+
+class _Symmetric(TorchFunctionMode):
+    """Calls symmetric functions in place of others."""
+
+    def __init__(
+        self, order: int, channel_pads: Mapping[tuple[int, int], tuple[int, int]], shuffles: bool, crops: bool
+    ) -> None:
+        super().__init__()
+        self.order, self.channel_pads, self.shuffles, self.crops = order, channel_pads, shuffles, crops
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        symmetric = _SYMMETRIC.get(getattr(func, "__name__", ""))
+        if symmetric is None or not args or not isinstance(args[0], Tensor) or args[0].ndim not in (4, 5):
+            return func(*args, **kwargs)
+        return symmetric(self, func, *args, **kwargs)
+
+    def max_pool(
+        self,
+        func: Any,
+        x: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Tensor:
+        return _pooled(x, nn.MaxPool2d(kernel_size, stride or None, padding, dilation, ceil_mode=ceil_mode))
+
+    def avg_pool(self, func: Any, x: Tensor, kernel_size: Any, stride: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        return _pooled(x, nn.AvgPool2d(kernel_size, stride or None, *args, **kwargs))
+
+    def interpolate(
+        self,
+        func: Any,
+        x: Tensor,
+        size: Any = None,
+        scale_factor: Any = None,
+        mode: str = "nearest",
+        align_corners: bool | None = None,
+        recompute_scale_factor: bool | None = None,
+        antialias: bool = False,
+    ) -> Tensor:
+        if size is None and is_whole(scale_factor):
+            return func(x, None, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
+        if size is None:  # with a factor torch measures from one corner
+            size = [math.floor(n * factor) for n, factor in zip(x.shape[2:], _pair(scale_factor), strict=True)]
+        if mode.startswith("nearest"):
+            return _nearest(x, _pair(size))
+        return func(x, size, None, mode, align_corners, None, antialias)
+
+    def pad(self, func: Any, x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+        left, right, top, bottom, *channels = *pad, *(0,) * (4 - len(pad))
+        if tuple(channels[:2]) in self.channel_pads:
+            channels[:2] = self.channel_pads[channels[0], channels[1]]
+        more = top + bottom, left + right
+        shifts = any(first != second == -first for first, second in ((left, right), (top, bottom)))
+        if (left == right and top == bottom) or shifts:
+            return func(x, [left, right, top, bottom, *channels], mode, value)
+        down, across = (-(-pixels // 2) for pixels in more)
+        y = func(x, [across, across, down, down, *channels], mode, value)
+        return centre(y, [n + pixels for n, pixels in zip(x.shape[2:], more, strict=True)])
+
+    def getitem(self, func: Any, x: Tensor, index: Any) -> Tensor:
+        step, crop = _step(x, index), cropped(x, index) if self.crops else None
+        if step == 1 and not crop:
+            return func(x, index)
+        sizes = [n - sum(crop) if crop else (n - 1) // step * step + 1 for n in x.shape[2:]]
+        return func(centre(x, sizes, step), (*_full(x, index)[:2], slice(None), slice(None)))
+
+    def reshape(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        width = _flat_width(x, args, kwargs)
+        if width is not None and width != x[:1].numel():
+            return x.flatten(1)
+        y = func(x, *args, **kwargs)
+        if self.shuffles and merges_channels(x, y):  # (B, fields * |G|, groups, H, W): the elements go last
+            return x.unflatten(1, (-1, self.order)).transpose(2, 3).reshape(y.shape)
+        return y
+
+    def channel_shuffle(self, func: Any, x: Tensor, groups: int) -> Tensor:
+        return x.unflatten(1, (groups, -1, self.order)).transpose(1, 2).reshape(x.shape)
+
+
+_SYMMETRIC: dict[str, Callable[..., Tensor]] = {
+    "max_pool2d": _Symmetric.max_pool,
+    "avg_pool2d": _Symmetric.avg_pool,
+    "interpolate": _Symmetric.interpolate,
+    "pad": _Symmetric.pad,
+    "__getitem__": _Symmetric.getitem,
+    "view": _Symmetric.reshape,
+    "reshape": _Symmetric.reshape,
+    "channel_shuffle": _Symmetric.channel_shuffle,
+}
+
+
+def merges_channels(x: Tensor, y: Tensor) -> bool:
+    """Whether a reshape of x to y takes two dimensions of channels, in front of the pixels, for one."""
+    return x.ndim == 5 and y.ndim == 4 and y.shape[1] == x.shape[1] * x.shape[2] and y.shape[2:] == x.shape[3:]
+
+
+def _pooled(x: Tensor, pool: Any) -> Tensor:
+    """By a pool of one window or of many, whose windows then are symmetric."""
+    return pool(x) if _covers(x, pool.kernel_size) else SymmetricPool2d(pool)(x)
+
+
+def _nearest(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """The pixels of x that are nearest to those of ``size``; means of two that are as near."""
+    for axis in (2, 3):
+        n, m = x.shape[axis], size[axis - 2]
+        target = [m, x.shape[3]] if axis == 2 else [x.shape[2], m]
+        y = F.interpolate(x, target, mode="nearest-exact")
+        if n // math.gcd(n, m) % 2 == 0:  # then pixels lie half-way between two
+            y = (y + F.interpolate(x.flip(axis), target, mode="nearest-exact").flip(axis)) / 2
+        x = y
+    return x
+
+
+def _covers(x: Tensor, kernel: Any) -> bool:
+    return _pair(kernel) == tuple(x.shape[2:])
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    first, second = value if isinstance(value, list | tuple) and len(value) == 2 else 2 * tuple(_listed(value))
+    return first, second
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def is_whole(factors: Any) -> bool:
+    """Whether scale factors, one or one for each axis, are whole numbers."""
+    return all(factor and float(factor).is_integer() for factor in _listed(factors))
+
+
+def _full(x: Tensor, index: Any) -> tuple[Any, ...]:
+    """An index of all dimensions of x; shorter where it has other things than numbers, slices and an ellipsis."""
+    index = index if isinstance(index, tuple) else (index,)
+    if not all(i is ... or isinstance(i, int | slice) for i in index):
+        return ()
+    at = next((k for k, i in enumerate(index) if i is ...), len(index))
+    rest = [i for i in index if i is not ...]
+    return *rest[:at], *(slice(None),) * (x.ndim - len(rest)), *rest[at:]
+
+
+def _pixels(x: Tensor, index: Any) -> slice | None:
+    """What an index takes of a map along both axes alike; None if it takes something else, or x is no map."""
+    pixels = _full(x, index)[2:] if x.ndim == 4 else ()
+    same = len(pixels) == 2 and all(isinstance(i, slice) for i in pixels) and pixels[0] == pixels[1]
+    return pixels[0] if same else None
+
+
+def _step(x: Tensor, index: Any) -> int:
+    """The n of an index that takes every n-th pixel of a map, from the first to the last; else 1."""
+    taken = _pixels(x, index)
+    return taken.step or 1 if taken and taken.start in (None, 0) and taken.stop is None else 1
+
+
+def cropped(x: Tensor, index: Any) -> tuple[int, int] | None:
+    """How many pixels an index leaves out before and after, if more on one side of a map, along both axes; or None."""
+    taken = _pixels(x, index)
+    if not taken or taken.step not in (None, 1):
+        return None
+    before, after = taken.start or 0, -(taken.stop or 0)
+    return (before, after) if before >= 0 and after >= 0 and before != after else None
+
+
+def _flat_width(x: Tensor, args: tuple, kwargs: dict[str, Any]) -> int | None:
+    """The numbers a row that a reshape of a map to rows names; None if it does not, or makes something else."""
+    shape = kwargs.get("shape", kwargs.get("size", args[0] if len(args) == 1 else args))
+    is_rows = x.ndim == 4 and isinstance(shape, list | tuple) and len(shape) == 2
+    return None if not is_rows or shape[1] == -1 else shape[1]
+
+
+def _argument(args: tuple, kwargs: dict[str, Any], position: int, name: str) -> Any:
+    return args[position] if len(args) > position else kwargs.get(name)

@@ -1,0 +1,427 @@
+"""Networks as people write them: pools, strides, pads and flattened maps in functions of their forward."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gzoo
+from gzoo import groups
+from gzoo.nn import GroupConv2d, GroupMapLinear
+from gzoo.nn.functions import SymmetricForward, act_symmetrically
+from tests.conftest import GRID_GROUPS, random_fields, random_image, with_random_statistics, worst_error
+
+SIZES = ((16, 16), (17, 17), (15, 15), (18, 18), (17, 22), (19, 14))
+
+
+class Steps(nn.Module):
+    """Two convolutions, and a function between them."""
+
+    def __init__(self, step, width=6, after=1):
+        super().__init__()
+        self.step = step
+        self.first, self.second = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(after * width, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        y = self.first(x).relu()
+        return self.head(self.second(self.step(y)).relu().mean((2, 3)))
+
+
+STEPS = {
+    "max pool": lambda y: F.max_pool2d(y, 2),
+    "max pool of torch": lambda y: torch.max_pool2d(y, 3, 2, 1),
+    "overlapping max pool": lambda y: F.max_pool2d(y, kernel_size=3, stride=2, ceil_mode=True),
+    "average pool": lambda y: F.avg_pool2d(y, 3, stride=2, padding=1, count_include_pad=False),
+    "average pool of 2": lambda y: F.avg_pool2d(y, (2, 2)),
+    "adaptive pool": lambda y: F.adaptive_max_pool2d(y, 5),
+    "every second pixel": lambda y: y[:, :, ::2, ::2],
+    "every third pixel": lambda y: y[..., ::3, ::3],
+    "some channels of every second": lambda y: torch.cat((y[:, :2, ::2, ::2], y[:, 2:, ::2, ::2]), 1),
+    "nearest by a factor": lambda y: F.interpolate(y, scale_factor=2),
+    "nearest by no whole factor": lambda y: F.interpolate(y, scale_factor=1.5),
+    "nearest to a size": lambda y: F.interpolate(y, size=(11, 11)),
+    "nearest to half the size": lambda y: F.interpolate(y, size=[n // 2 for n in y.shape[2:]], mode="nearest"),
+    "nearest-exact to a third": lambda y: F.interpolate(y, size=[n // 3 for n in y.shape[2:]], mode="nearest-exact"),
+    "bilinear by no whole factor": lambda y: F.interpolate(y, scale_factor=1.3, mode="bilinear"),
+    "bicubic by two factors": lambda y: F.interpolate(y, scale_factor=(0.7, 0.7), mode="bicubic", align_corners=False),
+    "a pixel on one side": lambda y: F.pad(y, (0, 1, 0, 1)),
+    "three pixels, replicated": lambda y: F.pad(y, [1, 2, 1, 2], "replicate"),
+    "a row and a column left out": lambda y: y[:, :, :-1, :-1],
+    "to a multiple of four": lambda y: F.pad(y, (0, -y.shape[3] % 4, 0, -y.shape[2] % 4)),
+}
+
+
+@pytest.mark.parametrize("step", STEPS, ids=STEPS.keys())
+def test_a_function_of_pixels_in_a_forward_is_symmetric(step):
+    model = with_random_statistics(gzoo.convert(Steps(STEPS[step]), "p4m", match="width")).eval()
+    for size in SIZES:
+        assert gzoo.check(model, size).worst < 1e-12
+    assert worst_error(model, "p4m", random_image(3, (16, 16)), "image", "invariant") < 1e-11
+    assert worst_error(model, "p4m", random_image(3, (15, 18)), "image", "invariant") < 1e-11
+
+
+@pytest.mark.parametrize("step", STEPS, ids=STEPS.keys())
+def test_where_a_step_is_symmetric_it_is_what_the_plain_network_does(step):
+    """All are at some sizes, of fields of one element."""
+    plain, even, odd = Steps(STEPS[step]).double().eval(), random_image(6, (16, 16)), random_image(6, (15, 15))
+    symmetric = act_symmetrically(Calling(STEPS[step]), 1, crops=True)
+    same = [symmetric(x).shape == plain.step(x).shape and symmetric(x).allclose(plain.step(x)) for x in (even, odd)]
+    assert all(symmetric(x).shape == plain.step(x).shape for x in (even, odd))
+    never = (
+        "one side",
+        "left out",
+        "three pixels",
+        "to half",
+        "to a size",
+        "by no whole",
+        "two factors",
+    )  # or not at these sizes
+    assert any(same) or any(part in step for part in never)
+
+
+class Calling(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+def test_half_of_the_pixels_by_the_nearest_are_means_of_two_along_each_axis():
+    x = random_image(2, (8, 8))
+    found = act_symmetrically(Calling(lambda y: F.interpolate(y, size=4)), 1)(x)
+    assert found.allclose(F.avg_pool2d(x, 2))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda y: y[:, :, 1:, 1:] - y[:, :, :-1, :-1],  # cropped alike, the two would be one
+        lambda y: F.pad(y, (1, -1, 1, -1)),
+        lambda y: F.pad(y, (0, 1)),
+        lambda y: y[:, :, 1::2, 1::2],
+        lambda y: y[:, :, :, 1:],
+        lambda y: torch.cat((y, y.roll(1, 2)), 1)[:, :6],
+        lambda y: F.max_pool2d(y, (1, 2)),
+    ],
+    ids=["difference", "shift", "one axis", "odd pixels", "one axis cropped", "roll", "oblong pool"],
+)
+def test_a_step_that_prefers_a_side_or_an_axis_is_refused(step):
+    with pytest.raises(ValueError, match=r"not equivariant|exchanges|does not run"):
+        gzoo.convert(Steps(step), "p4m")
+
+
+class Sizes(nn.Module):
+    """The decoder of a U-Net that fits one map to another, as ``fit`` does it."""
+
+    def __init__(self, fit):
+        super().__init__()
+        self.fit = fit
+        self.down, self.lower = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 12, 3, stride=2, padding=1)
+        self.up, self.join, self.last = (
+            nn.ConvTranspose2d(12, 6, 2, 2),
+            nn.Conv2d(12, 8, 3, padding=1),
+            nn.Conv2d(8, 2, 1),
+        )
+
+    def forward(self, x):
+        skip = self.down(x).relu()
+        y = self.fit(self.up(F.max_pool2d(self.lower(skip).relu(), 3, 1, 1)), skip)
+        return self.last(self.join(torch.cat([skip, y], 1)).relu())
+
+
+def padded(y, skip):
+    more = [a - b for a, b in zip(skip.shape[2:], y.shape[2:], strict=True)]
+    return F.pad(y, [more[1] // 2, more[1] - more[1] // 2, more[0] // 2, more[0] - more[0] // 2])
+
+
+def nearest(y, skip):
+    return F.interpolate(y, size=skip.shape[2:], mode="nearest")
+
+
+def cut_off(y, skip):
+    return F.pad(y, (0, skip.shape[3] - y.shape[3], 0, skip.shape[2] - y.shape[2]), mode="replicate")
+
+
+@pytest.mark.parametrize("fit", [padded, nearest, cut_off])
+def test_a_decoder_that_fits_its_maps_by_functions_converts(fit):
+    model = with_random_statistics(gzoo.convert(Sizes(fit), "p4m")).eval()
+    for size in SIZES:
+        assert gzoo.check(model, size).worst < 1e-12
+
+
+# --- channels ---------------------------------------------------------------------------------------------------------
+
+
+class OptionA(nn.Module):
+    """The shortcut of He et al. 2015 for CIFAR-10: every second pixel, and zeros for new channels."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, width, 3, 2, 1)
+        self.norm, self.head, self.width = nn.BatchNorm2d(width), nn.Linear(width, 5), width
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        more = (self.width - 8) // 2
+        shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, more, self.width - 8 - more), "constant", 0)
+        y = (self.norm(self.conv(x)) + shortcut).relu()
+        return self.head(F.avg_pool2d(y, y.shape[2:]).view(len(y), -1))
+
+
+@pytest.mark.parametrize("width", [16, 19])
+@pytest.mark.parametrize("group", ["p4m", "c8"])
+def test_zeros_in_place_of_channels_are_as_many_as_the_fields(group, width):
+    model = with_random_statistics(gzoo.convert(OptionA(width), group)).eval()
+    for size in SIZES:
+        assert gzoo.check(model, size).worst < 1e-12
+
+
+def test_zeros_in_place_of_channels_are_carried_over():
+    plain = OptionA().eval()
+    model, x = gzoo.convert(plain, "p4m", weights="transfer").eval(), torch.randn(2, 3, 17, 17)
+    mean = sum(plain(y.rot90(r, (2, 3))) for y in (x, x.flip(3)) for r in range(4)) / 8
+    assert model(x).allclose(mean, atol=1e-5)
+
+
+class Shuffled(nn.Module):
+    """A unit of ShuffleNet (Zhang et al. 2018)."""
+
+    def __init__(self, shuffle):
+        super().__init__()
+        self.shuffle = shuffle
+        self.stem, self.head = nn.Conv2d(3, 12, 3, padding=1), nn.Linear(12, 5)
+        self.first, self.last = (nn.Conv2d(12, 12, 3, padding=1, groups=3) for _ in range(2))
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.head((x + self.last(self.shuffle(self.first(x).relu()))).mean((2, 3)))
+
+
+def by_hand(x, groups=3):
+    batch, channels, height, width = x.shape
+    return x.view(batch, groups, channels // groups, height, width).transpose(1, 2).reshape(batch, -1, height, width)
+
+
+def permuted(x, groups=3):
+    batch, _, height, width = x.shape
+    return (
+        x.reshape(batch, groups, -1, height, width).permute(0, 2, 1, 3, 4).contiguous().view(batch, -1, height, width)
+    )
+
+
+@pytest.mark.parametrize("group", ["p4m", "c8"])
+@pytest.mark.parametrize(
+    "shuffle", [by_hand, permuted, nn.ChannelShuffle(3), lambda x: torch.channel_shuffle(x, 3)], ids=str
+)
+def test_a_shuffle_of_channels_is_one_of_fields(shuffle, group):
+    plain = Shuffled(shuffle).eval()
+    model = with_random_statistics(gzoo.convert(plain, group)).eval()
+    assert gzoo.check(model, 9).worst < 1e-12
+    assert worst_error(model, group, random_image(3, (9, 9)), "image", "invariant") < 1e-11
+    if group == "p4m":
+        model, x = gzoo.convert(plain, "p4m", weights="transfer").eval(), torch.randn(2, 3, 9, 9)
+        mean = sum(plain(y.rot90(r, (2, 3))) for y in (x, x.flip(3)) for r in range(4)) / 8
+        assert model(x).allclose(mean, atol=1e-5)  # so the fields are in the order of the channels
+
+
+# --- a map as a vector ------------------------------------------------------------------------------------------------
+
+
+class Lenet(nn.Module):
+    """As tutorials have it: numbers in place of shapes."""
+
+    def __init__(self, flatten, pixels=4):
+        super().__init__()
+        self.flatten, self.pool = flatten, nn.MaxPool2d(2)
+        self.conv1, self.conv2 = nn.Conv2d(1, 6, 5, padding=2), nn.Conv2d(6, 16, 5)
+        self.fc1, self.fc2 = nn.Linear(16 * pixels**2, 12), nn.Linear(12, 10)
+        self.drop = nn.Dropout(0.1)
+        self.pretrained_cfg = {"input_size": (1, 24, 24) if pixels == 4 else (1, 12, 12)}
+
+    def forward(self, x):
+        x = self.pool(self.conv1(x).relu())
+        x = F.max_pool2d(self.conv2(x).relu(), 2)
+        return F.log_softmax(self.fc2(self.drop(self.fc1(self.flatten(x)).relu())), dim=1)
+
+
+FLAT = {
+    "flatten": lambda x: x.flatten(1),
+    "torch.flatten": lambda x: torch.flatten(x, start_dim=1),
+    "by numbers": lambda x: x.view(-1, 256),
+    "reshaped": lambda x: x.reshape((len(x), 256)),
+    "with dropout": lambda x: F.dropout(nn.Flatten()(x), 0.5, training=False),
+}
+
+
+@pytest.mark.parametrize("flatten", FLAT, ids=FLAT.keys())
+@pytest.mark.parametrize("group", GRID_GROUPS)
+def test_a_linear_layer_over_a_flattened_map_is_a_convolution_as_large_as_the_map(group, flatten):
+    model = with_random_statistics(gzoo.convert(Lenet(FLAT[flatten]), group)).eval()
+    assert isinstance(model.fc1, GroupMapLinear)
+    assert gzoo.check(model, 24).worst < 1e-12
+    assert worst_error(model, group, random_image(1, (24, 24)), "image", "invariant") < 1e-11
+
+
+def test_it_keeps_the_parameters_and_can_be_steerable():
+    plain = Lenet(FLAT["flatten"])
+    for model in (gzoo.convert(plain, "p4m"), gzoo.convert(plain, "c8"), gzoo.convert(plain, "p4", basis="steerable")):
+        ratio = sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in plain.parameters())
+        assert 0.9 < ratio < 1.1
+        assert gzoo.check(model, 24).worst < 1e-12
+
+
+def test_a_flattened_map_of_one_pixel_by_numbers():
+    """After global pooling ``x.view(-1, 16)`` is in every tutorial; the converted network has other widths."""
+    model = with_random_statistics(gzoo.convert(Lenet(lambda x: x.view(-1, 16), pixels=1), "p4m")).eval()
+    assert model(torch.randn(3, 1, 12, 12).double()).shape == (3, 10)
+    assert gzoo.check(model, 12).worst < 1e-12
+
+
+def test_it_takes_plain_weights_over():
+    plain = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 7)).eval()
+    plain.pretrained_cfg = {"input_size": (1, 8, 8)}
+    model, x = gzoo.convert(plain, "p4m", weights="transfer").eval(), torch.randn(2, 1, 8, 8)
+    mean = sum(plain(y.rot90(r, (2, 3))) for y in (x, x.flip(3)) for r in range(4)) / 8
+    assert model(x).allclose(mean, atol=1e-5)
+
+
+def test_it_takes_back_the_filters_of_an_equivariant_network_that_was_made_plain():
+    plain = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 8), nn.ReLU(), nn.Linear(8, 7))
+    plain.pretrained_cfg = {"input_size": (1, 8, 8)}
+    first = gzoo.convert(plain, "p4", weights="project").eval()
+    with torch.no_grad():
+        for number in (0, 3):
+            plain[number].weight.copy_(first[number].filter().reshape_as(plain[number].weight))
+            plain[number].bias.copy_(first[number].channel_bias())
+    again = gzoo.convert(plain, "p4", weights="project").eval()
+    for number in (0, 3):
+        assert again[number].weight.allclose(first[number].weight, atol=1e-6)
+
+
+def test_a_classifier_of_a_flattened_map_says_no_pose():
+    plain = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 7))
+    plain.pretrained_cfg = {"input_size": (1, 8, 8)}
+    with pytest.raises(ValueError, match="3: it makes logits of a flattened map; head='pose' wants"):
+        gzoo.convert(plain, "p4m", head="pose")
+    behind = nn.Sequential(*plain, nn.ReLU(), nn.Linear(7, 4))
+    behind.pretrained_cfg = plain.pretrained_cfg
+    model, x, group = (
+        gzoo.convert(behind, "p4m", head="pose").double().eval(),
+        random_image(1, (8, 8)),
+        groups.get("p4m"),
+    )
+    for g in range(8):
+        turned = group.transform_features(model(x).flatten(1), g).view(2, 4, 8)
+        assert model(group.transform_image(x, g)).allclose(turned)
+
+
+def test_a_flattened_oblong_map_is_refused():
+    plain = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Flatten(), nn.Linear(6 * 24, 7))
+    plain.pretrained_cfg = {"input_size": (1, 8, 6)}
+    with pytest.raises(ValueError, match="6x4 pixels, whose sides a quarter turn exchanges"):
+        gzoo.convert(plain, "p4m")
+
+
+def test_another_size_of_image_is_refused_by_a_network_that_flattens():
+    model = gzoo.convert(Lenet(FLAT["flatten"]), "p4m")
+    with pytest.raises(ValueError, match="4x4 pixels has"):
+        model(torch.rand(1, 1, 32, 32))
+
+
+@pytest.mark.parametrize("group", [*GRID_GROUPS, "c8", "d3"])
+@pytest.mark.parametrize("side", [1, 4, 5])
+def test_the_layer_itself_is_equivariant(group, side):
+    G = groups.get(group)
+    layer = GroupMapLinear(G, 3, 4, side).double()
+    layer.bias.data.normal_()
+    flat = nn.Sequential(nn.Flatten(), layer)
+    x = random_fields(group, 3, (side, side))
+    y = flat(x)
+    assert y.shape == (2, 4 * G.order)
+    for g in G.grid_elements:
+        assert flat(G.transform_features(x, g)).allclose(G.transform_features(y, g), atol=1e-12)
+
+
+def test_the_layer_is_the_group_convolution_of_the_map():
+    layer = GroupMapLinear(groups.get("p4"), 2, 3, 5)
+    twin = GroupConv2d(groups.get("p4"), 2, 3, 5)
+    twin.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 8, 5, 5)
+    assert layer(x.flatten(1)).equal(twin(x).flatten(1))
+
+
+# --- what networks do besides -------------------------------------------------------------------------------------
+
+
+def model_with_functions():
+    return with_random_statistics(gzoo.convert(Steps(STEPS_OF_A_CLASS), "p4m")).eval()
+
+
+def STEPS_OF_A_CLASS(y):
+    """Can be pickled."""
+    return F.interpolate(F.max_pool2d(y, 3, 2), size=(9, 9))[:, :, ::2, ::2]
+
+
+def test_it_is_copied_and_pickled():
+    model, x = model_with_functions(), random_image(3, (17, 17))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False), copy.copy(model)):
+        assert isinstance(twin, SymmetricForward)
+        assert isinstance(twin, Steps)
+        assert twin(x).equal(model(x))
+        assert gzoo.check(twin, 18).worst < 1e-12
+
+
+def test_it_compiles_and_exports():
+    model, x = model_with_functions().float(), torch.randn(2, 3, 17, 17)
+    y = model(x)
+    assert torch.compile(model, backend="eager", fullgraph=True)(x).allclose(y, atol=1e-5)
+    assert torch.export.export(model, (x,)).module()(x).allclose(y, atol=1e-5)
+
+
+def test_the_plain_network_stays_as_it_is():
+    plain = Steps(STEPS_OF_A_CLASS)
+    gzoo.convert(plain, "p4m")
+    assert type(plain) is Steps
+
+
+def test_what_never_runs_is_left_out_with_a_warning_and_refuses_to_run():
+    plain = Steps(lambda y: y)
+    plain.spare = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    with pytest.warns(UserWarning, match="they run on no image, neither in evaluation nor in training: spare"):
+        model = gzoo.convert(plain, "p4m")
+    with pytest.raises(ValueError, match="spare ran on no image when the network was converted"):
+        model.spare(torch.rand(1, 3, 9, 9))
+    with pytest.warns(UserWarning, match="spare"):
+        gzoo.convert(plain, "p4m", weights="transfer")
+
+
+def test_a_module_whose_weights_another_one_uses_is_not_left_out():
+    plain = Bare()
+    with pytest.raises(ValueError, match=r"^bare: it has weights"):
+        gzoo.convert(plain, "p4m")
+
+
+class Bare(Steps):
+    def __init__(self):
+        super().__init__(None)
+        self.bare = nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, x):
+        return self.head(self.second(F.conv2d(self.first(x), self.bare.weight, padding=1)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("side", [32, 28])
+def test_a_network_for_small_images_need_not_say_so(side):
+    plain = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(4 * ((side - 2) // 4) ** 2, 3)
+    )
+    assert gzoo.check(gzoo.convert(plain, "p4m"), side).worst < 1e-12
