@@ -19,7 +19,7 @@ from gzoo import groups
 from gzoo.equivariant import copied, group_of, like, removing, require_network, tensors_in
 from gzoo.equivarify import Canonicalized, Equivarified
 from gzoo.fields import level_groups, transform_features
-from gzoo.groups import Group, Pairs
+from gzoo.groups import Directions, Group
 from gzoo.nn import (
     FibreNorm,
     GroupConv2d,
@@ -302,8 +302,8 @@ def _has_vectors(model: nn.Module) -> bool:
     return any(module.vectors for module in around) or any(isinstance(m, VectorPool) for m in model.modules())
 
 
-def _vector_channels(model: Any, names: list[str]) -> dict[str, Pairs] | None:
-    """The pairs of channels that are vectors in each output; None if they are not known, as inside another network."""
+def _vector_channels(model: Any, names: list[str]) -> dict[str, Directions] | None:
+    """The channels that are vectors in each output; None if they are not known, as inside another network."""
     if isinstance(model, Equivarified | Canonicalized):
         return dict.fromkeys(names, model.vectors)
     if not _has_vectors(model):

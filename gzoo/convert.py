@@ -116,10 +116,12 @@ def convert(
             f(0) != 0.
         soft: whether each convolution gets a plain one beside it, which starts at zero and which `gzoo.soft.penalty`
             holds there: see `gzoo.soft`. Not with ``partial``.
-        vectors: where numbers are directions, such as a flow: the pairs of channels (right, down) that are vectors, by
-            the path of the convolution or linear layer that makes them, as in {"flow": [(0, 1)]}. They turn with the
-            image; the layer's other channels are logits. For numbers up, give the negative to the loss. Not with
-            ``partial``, ``head="pose"`` and "project".
+        vectors: where numbers have directions: the channels that are vectors (right, down), such as a flow, by the path
+            of the convolution or linear layer that makes them, as in {"flow": [(0, 1)]}. They turn with the image; the
+            layer's other channels are logits. For numbers up, give the negative to the loss. More channels than two are
+            numbers of as many directions, evenly spaced, from the left clockwise, which change places: the distances of
+            a pixel to the sides of a box, {"box": [(0, 1, 2, 3)]} for left, top, right and bottom, or 32 rays to the
+            border of a cell. Not with ``partial``, ``head="pose"`` and "project".
 
     Returns:
         The network; ``model.group`` is its group, the last one of several. Feature maps are (B, fields * |G|, H, W).
@@ -285,8 +287,11 @@ def convert_in_place(
 
 def _coupling(model: nn.Module, planned: Plan) -> list[tuple[str, Any]]:
     """The modules that make channels depend on each other by no rule of ours, by path; logits of a classifier may."""
-    logits = [planned.trace.outputs.get(path) for path in planned.classifiers]
-    coupled = [(path, model.get_submodule(path)) for path, own in planned.trace.coupled if own not in logits]
+    outputs = planned.trace.outputs
+    logits = {part for path in planned.classifiers for part in flat(outputs.get(path, ()))}
+    coupled = [
+        (path, model.get_submodule(path)) for path, own in planned.trace.coupled if not logits.issuperset(flat(own))
+    ]
     softmax = nn.Softmax, nn.LogSoftmax, nn.Softmax2d  # whose rule leaves them as they are
     return [(path, module) for path, module in coupled if type(module) not in RULES or isinstance(module, softmax)]
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gzoo import groups
 from gzoo.equivariant import group_of, like, require_network
-from gzoo.groups import Group, Pairs
+from gzoo.groups import Directions, Group
 from gzoo.nn.linear import Head, Pooling
 
 Mode = Literal["whole", "layerwise"]
@@ -29,7 +29,7 @@ def equivarify(
     pool: Pooling | nn.Module = "mean",
     batched: bool = True,
     mode: Mode = "whole",
-    vectors: Pairs = (),
+    vectors: Directions = (),
 ) -> "Equivarified":
     """The G-product of any network on images: out(x)[g] = net(g^-1 x). Exact for every net, at |G| times its cost.
 
@@ -49,8 +49,8 @@ def equivarify(
             batch norm takes its statistics over all poses of a batch, or over one.
         mode: "layerwise" applies each layer of an nn.Sequential to all poses before the next, "whole" the network; the
             result is the same.
-        vectors: the pairs of channels of the result that are vectors (right, down), such as a flow: they are turned
-            back like the map, as in [(0, 1)].
+        vectors: the channels of the result that are vectors (right, down), such as a flow, or numbers of more
+            directions, as `gzoo.convert` has them: they are turned back like the map, as in [(0, 1)].
 
     Raises:
         ValueError: an option is unknown; elements of the group turn pixels between pixels; the net is no nn.Sequential.
@@ -72,7 +72,7 @@ def equivarify(
             f"mode='layerwise' needs an nn.Sequential, not a {type(net).__name__}, and no forward of its own; take "
             "mode='whole'"
         )
-    groups.require_pairs(vectors, sys.maxsize)  # the channels are known when it runs
+    groups.require_directions(vectors, sys.maxsize)  # the channels are known when it runs
     if vectors and (head == "pose" or pool == "max"):
         raise ValueError(f"vectors={vectors!r} are turned back and averaged; leave head='pose' and pool='max' out")
     return Equivarified(net, _grid_group(group), head, pool, batched, mode, vectors)
@@ -118,7 +118,7 @@ class Equivarified(_AroundNet):
         pool: Pooling | nn.Module,
         batched: bool,
         mode: Mode,
-        vectors: Pairs,
+        vectors: Directions,
     ) -> None:
         super().__init__()
         self.net, self.group, self.head, self.pool = net, group, head, pool
@@ -168,7 +168,7 @@ class Equivarified(_AroundNet):
         return _map(lambda *parts: torch.stack(parts), *each)
 
 
-def canonicalize(net: nn.Module, group: str | Group, canonizer: nn.Module, vectors: Pairs = ()) -> "Canonicalized":
+def canonicalize(net: nn.Module, group: str | Group, canonizer: nn.Module, vectors: Directions = ()) -> "Canonicalized":
     """A network on the one pose that ``canonizer`` chooses: invariant at about the cost of ``net``.
 
     Args:
@@ -185,7 +185,7 @@ def canonicalize(net: nn.Module, group: str | Group, canonizer: nn.Module, vecto
     """
     require_network("net", net)
     require_network("canonizer", canonizer)
-    groups.require_pairs(vectors, sys.maxsize)
+    groups.require_directions(vectors, sys.maxsize)
     group, own = _grid_group(group), group_of(canonizer)
     if own not in (None, group):  # of a group as large (p4 and d2) its scores would have the same shape
         raise ValueError(
@@ -213,7 +213,7 @@ class Canonicalized(_AroundNet):
         ValueError: as `Equivarified`; or the canonizer's output is not (B, 1, |G|).
     """
 
-    def __init__(self, net: nn.Module, group: Group, canonizer: nn.Module, vectors: Pairs) -> None:
+    def __init__(self, net: nn.Module, group: Group, canonizer: nn.Module, vectors: Directions) -> None:
         super().__init__()
         self.net, self.group, self.canonizer, self.vectors = net, group, canonizer, vectors
 
@@ -352,7 +352,7 @@ def _on_batch(layer: nn.Module, x: Tensor) -> Any:
     return y
 
 
-def _require_one(output: Any, vectors: Pairs) -> None:
+def _require_one(output: Any, vectors: Directions) -> None:
     """Raises ValueError for several outputs, of which ``vectors`` would not say whose channels it has."""
     if vectors and not isinstance(output, Tensor):
         raise ValueError(

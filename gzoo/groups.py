@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from escnn.gspaces import GSpace
     from escnn.nn import FieldType
 
-Pairs = Sequence[tuple[int, int]]  # of channels, each a vector: how far to the right, and how far down
+# Of channels: pairs are vectors, how far to the right and how far down; more than two are numbers of as many
+# directions, evenly spaced from the left clockwise, such as the distances (left, top, right, bottom) to sides of a box.
+Directions = Sequence[tuple[int, ...]]
 
 _ALIASES = {"c4": "p4", "d4": "p4m"}
 _GRAMMAR = (
@@ -131,35 +133,50 @@ class Group:
         y = x.unflatten(1, (-1, self.order)).index_select(2, source).flatten(1, 2)
         return self.transform_image(y, g) if x.ndim > 2 else y
 
-    def transform_vectors(self, x: Tensor, g: int, pairs: Pairs = ((0, 1),)) -> Tensor:
-        """g.x for maps of vectors, such as a flow: moves pixels, and turns the vectors with them.
+    def transform_vectors(self, x: Tensor, g: int, vectors: Directions = ((0, 1),)) -> Tensor:
+        """g.x for maps of directions, such as a flow: moves pixels, and turns the directions with them.
 
         Args:
             x: (B, C, H, W); or (B, C) without pixels.
             g: an element of `grid_elements`; without pixels any element.
-            pairs: the channels of each vector: how far to the right, and how far down (as rows count). The other
-                channels are numbers, which only move.
+            vectors: the channels of each: a pair is a vector, how far to the right and how far down (as rows count).
+                More are numbers of that many directions from the left clockwise, such as (left, top, right, bottom).
+                The other channels are numbers, which only move.
 
         Raises:
-            ValueError: as `transform_image`, or a pair is none of two channels of x.
+            ValueError: as `transform_image` and `turn`, or ``vectors`` names no channels of x.
         """
         self.require_element(g)
-        require_pairs(pairs, x.shape[1])
-        (a, b), (c, d) = self.matrix(g)
-        if pairs:
+        require_directions(vectors, x.shape[1])
+        if vectors:
             channels = list(x.unbind(1))
-            for right, down in pairs:
-                u, v = x[:, right], x[:, down]
-                channels[right], channels[down] = a * u + b * v, c * u + d * v
+            for places in vectors:
+                for place, row in zip(places, self.turn(g, len(places)), strict=True):
+                    parts = [factor * x[:, source] for factor, source in zip(row, places, strict=True) if factor]
+                    channels[place] = torch.stack(parts).sum(0)
             x = torch.stack(channels, 1)
         return self.transform_image(x, g) if x.ndim > 2 else x
 
-    def matrix(self, g: int) -> tuple[tuple[float, float], tuple[float, float]]:
-        """What g does to a vector (right, down): exact numbers for multiples of 90 degrees."""
-        angle = 2 * math.pi * (g % self.rotations) / self.rotations
-        cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
-        side = -1.0 if g >= self.rotations else 1.0  # a reflection acts first
-        return (side * cos, sin), (-side * sin, cos)
+    def turn(self, g: int, numbers: int) -> tuple[tuple[float, ...], ...]:
+        """The matrix of g for a vector (right, down), exact for multiples of 90 degrees; or for more numbers than two,
+        of as many directions, evenly spaced, from the left clockwise.
+
+        Raises:
+            ValueError: the group takes some of these directions to none of them.
+        """
+        if numbers == 2:
+            angle = 2 * math.pi * (g % self.rotations) / self.rotations
+            cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+            side = -1.0 if g >= self.rotations else 1.0  # a reflection acts first
+            return (side * cos, sin), (-side * sin, cos)
+        if numbers % self.rotations or (self.reflections and numbers % 2):
+            raise ValueError(
+                f"{self.name} takes some of {numbers} directions between two others; it permutes multiples of "
+                f"{math.lcm(self.rotations, 2 if self.reflections else 1)}"
+            )
+        step = g % self.rotations * numbers // self.rotations  # counterclockwise
+        came_from = [i + step if g < self.rotations else numbers // 2 - i - step for i in range(numbers)]
+        return tuple(tuple(float(j == source % numbers) for j in range(numbers)) for source in came_from)
 
     def element(self, g: int, other: "Group") -> int | None:
         """Element g of another group as one of this group, with the same mirror axis; None if it is not in it."""
@@ -275,16 +292,16 @@ def _gspace(group: Group) -> "GSpace":
     return gspaces.rot2dOnR2(group.rotations) if group.rotations > 1 else gspaces.trivialOnR2()
 
 
-def require_pairs(pairs: Any, channels: int) -> None:
-    """Raises ValueError unless each of ``pairs`` is two of so many channels, and no channel is in two of them."""
+def require_directions(vectors: Any, channels: int) -> None:
+    """Raises ValueError unless each of ``vectors`` is two or more of so many channels, and no channel is in two."""
     try:
-        flat = [channel for right, down in pairs for channel in (right, down)]
-    except (TypeError, ValueError):
+        flat = [channel for places in vectors for channel in (*places, *(() if len(places) > 1 else (None,)))]
+    except TypeError:
         flat = [None]
     if not all(type(channel) is int and 0 <= channel < channels for channel in flat) or len(set(flat)) < len(flat):
         raise ValueError(
-            f"the pairs of channels that are vectors are {pairs!r}; accepted are pairs (right, down) of two of the "
-            f"{channels} channels, each channel in one pair at most, as in [(0, 1)]"
+            f"the channels that are vectors are {vectors!r}; accepted are pairs (right, down) of two of the {channels} "
+            "channels, as in [(0, 1)], or distances (left, top, right, bottom), each channel in one at most"
         )
 
 

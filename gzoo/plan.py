@@ -25,7 +25,7 @@ from gzoo import groups
 from gzoo.bases import BasisName, lifting_basis, regular_basis
 from gzoo.check import in_channels, input_size
 from gzoo.equivariant import classifiers, group_of, like, tensors_in
-from gzoo.groups import Group, Pairs
+from gzoo.groups import Directions, Group
 from gzoo.trace import Segment, Segments, Trace, channels_of, flat, trace
 
 Match = Literal["params", "flops", "width"]
@@ -36,7 +36,7 @@ SCALE: dict[Match, Callable[[int], float]] = {
     "width": lambda order: 1.0,
 }
 
-Vectors = Mapping[str, Pairs]
+Vectors = Mapping[str, Directions]
 
 WHOLE_NETWORK = "gzoo.equivarify and gzoo.canonicalize take any network that gives vectors or maps, as it is"
 
@@ -88,10 +88,10 @@ class Plan:
         match: what of the plain network to keep.
         trace: what a run of the plain network showed.
         classifiers: paths of the layers that make logits, which stay as many as they are.
-        vectors: pairs of channels, by path, of those of them that make vectors.
+        vectors: the channels that are vectors, by path, of those of them that make vectors.
         idle: paths of modules with parameters that run neither in evaluation nor in training.
         side: of the images that the plain network ran on, in pixels.
-        vector_outputs: pairs of channels of each tensor that the network gives, by the number of these tensors, which
+        vector_outputs: the same of each tensor that the network gives, by the number of these tensors, which
             may be more in training.
         widths: plain channels -> fields, where they are given.
         basis: of the kernels, as `gzoo.nn.GroupConv2d` takes it.
@@ -114,7 +114,7 @@ class Plan:
     vectors: Vectors = field(default_factory=dict)
     idle: frozenset[str] = frozenset()
     side: int = SIDES[0]
-    vector_outputs: dict[int, list[Pairs]] = field(default_factory=dict)
+    vector_outputs: dict[int, list[Directions]] = field(default_factory=dict)
     _known: dict[Segment, int] = field(default_factory=dict)
 
     @property
@@ -363,7 +363,7 @@ def plan(
             `gzoo.convert` says.
         fit: whether widths may give way, to keep what ``match`` says of the whole network; else ``match`` holds for
             each width, and where C / |G| is no whole number, `Plan.fields` is an error.
-        vectors: pairs of channels that are vectors, by the path of the layer that makes them.
+        vectors: channels that are vectors, by the path of the layer that makes them.
 
     Raises:
         ValueError: the network is equivariant already, has no convolution or a linear layer over pixels, does not run,
@@ -456,20 +456,20 @@ def _require_convolution(model: nn.Module) -> None:
 
 
 def _require_vectors(model: nn.Module, vectors: Any) -> None:
-    """Raises ValueError unless ``vectors`` has pairs of channels by the path of a layer that can make vectors."""
+    """Raises ValueError unless ``vectors`` has channels by the path of a layer that can make vectors."""
     layers = dict(model.named_modules())
     if not isinstance(vectors, Mapping):
-        raise ValueError(f"vectors is {vectors!r:.60}; it takes pairs of channels by path, as in {{'flow': [(0, 1)]}}")
-    for path, pairs in vectors.items():
+        raise ValueError(f"vectors is {vectors!r:.60}; it takes channels by path, as in {{'flow': [(0, 1)]}}")
+    for path, given in vectors.items():
         layer: Any = layers.get(path)
-        if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) or not pairs:
+        if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) or not given:
             raise ValueError(
-                f"vectors has {path!r}: {pairs!r:.60}; it takes the path of a convolution or Linear of "
-                f"{type(model).__name__} that makes vectors, as named_modules() spells it, and its pairs of channels"
+                f"vectors has {path!r}: {given!r:.60}; it takes the path of a convolution or Linear of "
+                f"{type(model).__name__} that makes vectors, as named_modules() spells it, and its channels"
             )
         channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         try:
-            groups.require_pairs(pairs, channels)
+            groups.require_directions(given, channels)
         except ValueError as error:
             raise ValueError(f"vectors of {path}: {error}") from error
 
@@ -490,23 +490,27 @@ def _require_last(model: nn.Module, vectors: Vectors, seen: Trace) -> None:
             raise ValueError(f"vectors has {path!r}, which is linear at each pixel; use a 1x1 convolution in its place")
 
 
-def _vector_outputs(seen: Trace, vectors: Vectors) -> list[Pairs]:
-    """The pairs of channels that are vectors in each tensor that the network gives."""
-    origin: dict[Segment, list[tuple[str, int]]] = {}
+def _vector_outputs(seen: Trace, vectors: Vectors) -> list[Directions]:
+    """The channels that are vectors in each tensor that the network gives."""
+    # A part may stand several times in one output, where a forward reads C channels as several times the same ones.
+    origin: dict[Segment, list[list[tuple[str, int]]]] = {}
     for path in vectors:
         channel = 0
         for part in flat(seen.outputs.get(path, ())):
-            origin[part] = [(path, channel + i) for i in range(part.size)]
+            origin.setdefault(part, []).append([(path, channel + i) for i in range(part.size)])
             channel += part.size
-    found: list[Pairs] = []
+    found: list[Directions] = []
     for y in (y for y in tensors_in(seen.result) if y.ndim):
         parts = flat(channels_of(y))
-        made = [place for part in parts for place in origin.get(part, [("", 0)] * part.size)]
-        pairs: list[tuple[int, int]] = []
-        for path, (right, down) in ((path, pair) for path, own in vectors.items() for pair in own):
-            firsts, seconds = ([i for i, place in enumerate(made) if place == (path, c)] for c in (right, down))
-            pairs += zip(firsts, seconds, strict=False)  # none where one of the two stands in another tensor
-        found.append(pairs)
+        made: list[tuple[str, int]] = []
+        for i, part in enumerate(parts):
+            held = origin.get(part, [[("", 0)] * part.size])
+            made += held[parts[:i].count(part) % len(held)]
+        given: list[tuple[int, ...]] = []
+        for path, channels in ((path, channels) for path, own in vectors.items() for channels in own):
+            places = [[i for i, place in enumerate(made) if place == (path, channel)] for channel in channels]
+            given += zip(*places, strict=False)  # none where one of them stands in another tensor
+        found.append(given)
     return found
 
 

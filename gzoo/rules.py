@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]
 
 from gzoo.bases import balance
-from gzoo.groups import Group, Pairs
+from gzoo.groups import Directions, Group
 from gzoo.nn import (
     FibreNorm,
     FourierPosition,
@@ -138,8 +138,8 @@ class Recipe:
         return max(segment.folded for segment in self._seen(self.plan.trace.inputs))
 
     @property
-    def vectors(self) -> Pairs:
-        """The pairs of channels that the module makes as vectors."""
+    def vectors(self) -> Directions:
+        """The channels that the module makes as vectors."""
         return self.plan.vectors.get(self.path, ())
 
     @property

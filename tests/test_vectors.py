@@ -76,6 +76,90 @@ def test_vectors_turn_with_the_image_in_value_and_gradient(group, kernel_size):
     assert gzoo.check(model, (13, 18)).worst < 1e-12
 
 
+class Boxes(nn.Module):
+    """Distances to the sides of a box, as anchor-free detectors give them, and rays to the border of a cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.down = nn.Conv2d(16, 32, 3, stride=2, padding=1)
+        self.box, self.bins, self.rays = nn.Conv2d(32, 4, 3, padding=1), nn.Conv2d(32, 12, 1), nn.Conv2d(32, 16, 1)
+        self.kind = nn.Conv2d(32, 5, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.down(self.body(x)).relu()
+        shares = self.bins(y).unflatten(1, (4, 3)).softmax(2)  # of each distance, as in distribution focal loss
+        named = {"box": self.box(y).exp(), "bins": shares.flatten(1, 2), "rays": nn.functional.softplus(self.rays(y))}
+        return named | {"kind": self.kind(y)}
+
+
+BINS = [(i, 3 + i, 6 + i, 9 + i) for i in range(3)]
+DIRECTIONS = {"box": [(0, 1, 2, 3)], "bins": BINS, "rays": [tuple(range(16))]}
+
+
+@pytest.mark.parametrize("group", [*GRID_GROUPS, "d2"])
+def test_distances_to_the_sides_change_places_as_the_image_turns(group):
+    model = with_random_statistics(gzoo.convert(Boxes(), group, vectors=DIRECTIONS)).eval()
+    for size in SIZES:
+        x = random_image(3, size)
+        y = model(x)
+        for g in model.group.grid_elements:
+            z = model(model.group.transform_image(x, g))
+            for name, vectors in (DIRECTIONS | {"kind": ()}).items():
+                assert relative_error(z[name], model.group.transform_vectors(y[name], g, vectors)) < 1e-12
+        assert gzoo.check(model, size).worst < 1e-12
+    left, top, right, bottom = model(x)["box"].unbind(1)
+    if group == "p4":  # counterclockwise, what was above is at the left
+        turned = model(x.rot90(1, (2, 3)))["box"]
+        assert relative_error(turned, torch.stack((top, right, bottom, left), 1).rot90(1, (2, 3))) < 1e-12
+    if group == "d1":
+        mirrored = model(x.flip(3))["box"]
+        assert relative_error(mirrored, torch.stack((right, top, left, bottom), 1).flip(3)) < 1e-12
+
+
+def test_transferred_distances_are_the_mean_of_the_plain_ones_turned_back():
+    plain = Boxes().eval()
+    model = gzoo.convert(plain, "p4m", weights="transfer", vectors=DIRECTIONS).eval()
+    x, G, mean = torch.randn(1, 3, 17, 17), model.group, 0
+    for g in range(8):
+        rays = nn.functional.softplus(plain.rays(plain.down(plain.body(G.transform_image(x, G.inverse(g)))).relu()))
+        mean = mean + G.transform_vectors(rays.expm1().log(), g, DIRECTIONS["rays"]) / 8  # before the softplus
+    assert relative_error(model(x)["rays"], nn.functional.softplus(mean)) < 1e-5
+
+
+def test_directions_between_which_a_group_turns_are_refused():
+    gzoo.convert(Boxes(), "c8", vectors={"rays": DIRECTIONS["rays"]})  # 16 rays, which 8 turns permute
+    with pytest.raises(ValueError, match=r"box: c8 takes some of 4 directions between two others; .* multiples of 8"):
+        gzoo.convert(Boxes(), "c8", vectors=DIRECTIONS)
+    with pytest.raises(ValueError, match=r"d1 takes some of 3 directions between two others; .* multiples of 2"):
+        groups.get("d1").turn(1, 3)
+
+
+def test_a_layer_makes_vectors_of_one_length():
+    with pytest.raises(ValueError, match=r"rays: the vectors of one layer have lengths \[2, 4\]"):
+        gzoo.convert(Boxes(), "p4", vectors={"rays": [(0, 1), (2, 3, 4, 5)]})
+
+
+@pytest.mark.parametrize("group", ["p4m", "c8", "d6"])
+@pytest.mark.parametrize("numbers", [2, 24])
+def test_the_turns_of_directions_are_a_representation(group, numbers):
+    G = groups.get(group)
+    matrices = [torch.tensor(G.turn(g, numbers)).double() for g in range(G.order)]
+    for g in range(G.order):
+        for h in range(G.order):
+            assert torch.allclose(matrices[G.multiply(g, h)], matrices[g] @ matrices[h], atol=1e-12)
+
+
+def test_more_directions_turn_as_the_vectors_that_they_are_along():
+    """Of a vector as many numbers as there are directions: how far it goes along each."""
+    G, vector = groups.get("d6"), torch.randn(5, 2, dtype=torch.float64)
+    angles = torch.arange(12, dtype=torch.float64) * torch.pi / 6
+    along = torch.stack((-angles.cos(), -angles.sin()))  # (right, down): left first, then up
+    for g in range(12):
+        turned = G.transform_vectors(vector, g) @ along
+        assert torch.allclose(turned, G.transform_vectors(vector @ along, g, [tuple(range(12))]), atol=1e-12)
+
+
 def test_without_vectors_the_same_layers_give_numbers_that_do_not_turn():
     model = with_random_statistics(gzoo.convert(joined(), "p4")).eval()
     x = random_image(3, (16, 16))
@@ -217,10 +301,11 @@ def test_the_meta_device_keeps_the_turns():
 @pytest.mark.parametrize(
     ("vectors", "message"),
     [
-        ([(0, 1)], "it takes pairs of channels by path, as in {'flow': "),
+        ([(0, 1)], "it takes channels by path, as in {'flow': "),
         ({"ofset": [(0, 1)]}, "takes the path of a convolution or Linear of Instances that makes vectors"),
         ({"body.1": [(0, 1)]}, "takes the path of a convolution or Linear of Instances that makes vectors"),
-        ({"offset": []}, "and its pairs of channels"),
+        ({"offset": []}, "and its channels"),
+        ({"offset": [(0,)]}, "accepted are pairs"),
         ({"offset": [(0, 2)]}, r"vectors of offset: .* of two of the 2 channels"),
         ({"body.0": [(0, 1)]}, "'body.0', whose channels 'body.3' reads"),
     ],

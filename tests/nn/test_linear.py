@@ -64,7 +64,7 @@ def test_vector_pooling_leaves_the_other_channels_numbers(pool, dim):
     assert torch.allclose(y[:, 2], GroupPool(8, pool)(x)[:, 2])
     for right, down in ((3, 1), (0, 4)):
         pairs = fibres[:, [right, down]]  # (B, 2, |G|, H, W)
-        turned = torch.stack([torch.tensor(group.matrix(g)).double() for g in range(8)])
+        turned = torch.stack([torch.tensor(group.turn(g, 2)).double() for g in range(8)])
         assert torch.allclose(y[:, [right, down]], torch.einsum("gij,bjghw->bihw", turned, pairs) / 8)
 
 
