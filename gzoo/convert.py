@@ -31,6 +31,7 @@ from gzoo.equivariant import EquivariantClassifier, group_of, make_equivariant, 
 from gzoo.groups import Group
 from gzoo.nn import FibreNorm, PoseConv2d, PoseLinear, Restriction, restrict_output
 from gzoo.nn.expand import ExpandedLayer
+from gzoo.nn.fibre import share_along_fibre
 from gzoo.nn.functions import act_symmetrically
 from gzoo.nn.linear import Head, Pooling
 from gzoo.nn.resample import Window
@@ -387,6 +388,7 @@ def _walk(module: nn.Module, recipe: Recipe, done: dict[nn.Module, nn.Module]) -
             return new
         except ValueError as error:
             raise ValueError(f"{path or type(module).__name__}: {error}") from error
+    own = _share_own(module, own, recipe)
     if own or (is_leaf and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and _is_known(module)):
         raise ValueError(_unknown(path, module, own))
     if path in seen.asymmetric:
@@ -395,6 +397,30 @@ def _walk(module: nn.Module, recipe: Recipe, done: dict[nn.Module, nn.Module]) -
         crops = len(seen.cropped.get(path, ())) == 1  # of several, the difference may be meant
         return act_symmetrically(module, recipe.group.order, pads, path in seen.shuffled, crops)
     return module
+
+
+def _share_own(module: nn.Module, own: list[str], recipe: Recipe) -> list[str]:
+    """Shares parameters that hold one number a channel along the fibre, in place.
+
+    Single numbers, and such of the image's channels, stay as they are. Returns the names of those that are none of
+    these.
+    """
+    unknown = []
+    for name in own:
+        tensor: Tensor = getattr(module, name)
+        if tensor.numel() == 1:
+            continue
+        channels = flat(recipe.plan.trace.own.get(recipe.path, {}).get(name, ()))
+        is_image = {segment.image for segment in channels}
+        if not channels or not recipe.plan.followed.issuperset(channels) or len(is_image) > 1:
+            unknown.append(name)
+        elif not is_image.pop():
+            if name in module._buffers:
+                unknown.append(name)
+            else:
+                dim = next(dim for dim, size in enumerate(tensor.shape) if size > 1)
+                share_along_fibre(module, (name,), recipe.group.order, recipe.plan.fields(channels, recipe.path), dim)
+    return unknown
 
 
 def _rule_for(module: nn.Module) -> Rule | None:

@@ -168,6 +168,12 @@ class Plan:
                 homes.setdefault(segment, self.group_at(name))
         return homes
 
+    @cached_property
+    def followed(self) -> set[Segment]:
+        """The channels of all maps that layers are given or give."""
+        maps = (*self.trace.inputs.values(), *self.trace.outputs.values())
+        return {part for segments in maps for part in flat(segments)}
+
     def channels(self, segments: Segments) -> int:
         """Channels in place of some plain ones; of the image's, their own number."""
         return sum(self._segment_channels(segment) for segment in flat(segments))

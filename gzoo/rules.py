@@ -36,7 +36,7 @@ from timm.models import (
 )
 from timm.models.inception_v3 import InceptionB, InceptionD  # the name in timm.models is the function
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d  # type: ignore[import-untyped]
+from torchvision.ops import FrozenBatchNorm2d, Permute, StochasticDepth  # type: ignore[import-untyped]
 
 from gzoo.bases import balance
 from gzoo.groups import Directions, Group
@@ -580,6 +580,18 @@ def _channel_scale(plain: Any, recipe: Recipe) -> nn.Module:
     return plain
 
 
+@rule(nn.LocalResponseNorm)
+def _local_response_norm(plain: nn.LocalResponseNorm, recipe: Recipe) -> nn.Module:
+    """Over neighbouring fields, for each element by itself."""
+    return PerElement(plain, recipe.group.order)
+
+
+@rule(nn.GLU)
+def _gated_linear_unit(plain: nn.GLU, recipe: Recipe) -> nn.Module:
+    """The gates are whole fields, as the trace ties one half of the channels to the other."""
+    return plain
+
+
 @rule(GlobalResponseNorm)
 def _response_norm(plain: GlobalResponseNorm, recipe: Recipe) -> nn.Module:
     if recipe.per_element:
@@ -593,6 +605,12 @@ def _response_norm(plain: GlobalResponseNorm, recipe: Recipe) -> nn.Module:
 @rule(nn.MaxPool2d, nn.AvgPool2d)
 def _pool(plain: Any, recipe: Recipe) -> nn.Module:
     return SymmetricPool2d(plain)
+
+
+@rule(nn.LPPool2d)
+def _lp_pool(plain: nn.LPPool2d, recipe: Recipe) -> nn.Module:
+    kernel, stride = square(plain.kernel_size, "kernel_size"), square(plain.stride or plain.kernel_size, "stride")
+    return SymmetricPool2d(plain, Window(kernel, stride, 0, ceil_mode=plain.ceil_mode))
 
 
 @rule(MaxPool2dSame, tl.AvgPool2dSame)
@@ -779,7 +797,7 @@ def _prelu(plain: nn.PReLU, recipe: Recipe) -> nn.Module:
     *(nn.RReLU, nn.Hardshrink, nn.Softshrink),
     *(tl.Swish, tl.Mish, tl.Sigmoid, tl.Tanh, tl.HardSwish, tl.HardSigmoid, tl.HardMish, tl.GELU, tl.GELUTanh),
     *(tl.QuickGELU, nfnet.GammaAct, metaformer.StarReLU, hgnet.LearnableAffineBlock, nfnet.NormFreeBlock),
-    *(RadixSoftmax, selecsls.SelectSeq),
+    *(RadixSoftmax, selecsls.SelectSeq, StochasticDepth, Permute),
     # These reduce all pixels alike; a flattened map that still has pixels is met by an error at the next layer.
     *REDUCTIONS,
     *(tl.SelectAdaptivePool2d, tl.AdaptiveAvgMaxPool2d, AdaptiveCatAvgMaxPool2d, FastAdaptiveAvgPool),
@@ -790,7 +808,7 @@ def _unchanged(plain: nn.Module, recipe: Recipe) -> nn.Module:
 
 ON_IMAGE = (
     *(_conv, _standardized_conv, _transposed_conv, _linear),
-    *(_pool, _same_pool, _blur_pool, _pad, _upsample, _space_to_depth, _pixel_shuffle, _hgnet_stem),
+    *(_pool, _lp_pool, _same_pool, _blur_pool, _pad, _upsample, _space_to_depth, _pixel_shuffle, _hgnet_stem),
 )
 """Rules that replace a module that sees the image, too; others leave it, as it acts on each channel alike."""
 

@@ -124,6 +124,7 @@ class Trace:
             them, or by products of queries and keys; with these channels.
         over_pixels: linear layers over something else than channels.
         flattened: height and width of the maps that linear layers are given as vectors, if they have several pixels.
+        own: what may be channels of the parameters and buffers that a module holds itself, by their names.
         asymmetric: modules whose own forward calls functions that `gzoo.nn.functions` makes symmetric.
         padded: channels that a module's own forward puts before and after others, with their numbers.
         cropped: pixels that a module's own forward leaves out of maps before and after, if more on one side.
@@ -145,6 +146,7 @@ class Trace:
     coupled: list[tuple[str, Segments]] = field(default_factory=list)
     over_pixels: list[str] = field(default_factory=list)
     flattened: dict[str, tuple[int, int]] = field(default_factory=dict)
+    own: dict[str, dict[str, Segments]] = field(default_factory=dict)
     asymmetric: set[str] = field(default_factory=set)
     padded: dict[str, list[tuple[tuple[int, int], tuple[Segments, Segments]]]] = field(default_factory=dict)
     cropped: dict[str, set[tuple[int, int]]] = field(default_factory=dict)
@@ -199,6 +201,7 @@ def _run(model: nn.Module, x: Tensor) -> Trace:
     seen = Trace()
     follow = _Follow(seen)
     for name, module in model.named_modules():
+        _mark_own(module, seen.own.setdefault(name, {}))
         _make_followable(module)
         module.register_forward_pre_hook(follow.enter(name), with_kwargs=True)
         module.register_forward_hook(follow.leave(name), with_kwargs=True)
@@ -258,6 +261,20 @@ def _splits(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[str]
     with torch.no_grad(), Log(), contextlib.suppress(Exception):  # a forward may fail in any way with a wrong number
         module(*args, **kwargs)
     return log
+
+
+def _mark_own(module: nn.Module, own: dict[str, Segments]) -> None:
+    """Marks the parameters and buffers of a module of another library that may hold one number a channel.
+
+    What they are combined with ties them to its channels.
+    """
+    if type(module).__module__.startswith(("torch.", "timm.", "torchvision.ops.")):
+        return
+    for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        wide = [dim for dim, size in enumerate(tensor.shape) if size > 1]
+        if len(wide) == 1:
+            own[name] = (Segment(tensor.shape[wide[0]]),)
+            _mark(tensor, wide[0], own[name])
 
 
 def _make_followable(module: Any) -> None:
@@ -561,6 +578,16 @@ class _Follow(TorchFunctionMode):
         _mark(outputs[0], channels.dim, (*before, *channels.segments, *after))
         return True
 
+    def _glu(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
+        """One half of the channels gates the other."""
+        channels, dim = _channels(inputs[0]), _argument(args, kwargs, 1, "dim", -1) % inputs[0].ndim
+        if channels is None or dim != channels.dim:
+            return self._inherit(outputs, inputs, args, kwargs)
+        half, gates = cut(channels.segments, _total(channels.segments) // 2)
+        tie(half, gates)
+        _mark(outputs[0], dim, flat(half))
+        return True
+
     def _shuffle(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         channels, groups = _channels(inputs[0]), _argument(args, kwargs, 1, "groups", 1)
         assert channels is not None
@@ -732,6 +759,7 @@ _FOLLOWED: dict[str, Callable[..., bool]] = {
     "__getitem__": _Follow._getitem,
     "pad": _Follow._pad,
     "channel_shuffle": _Follow._shuffle,
+    "glu": _Follow._glu,
     "permute": _Follow._permute,
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _Follow._transpose),
     "mT": lambda self, outputs, inputs, *_: self._transpose(outputs, inputs, (inputs[0], -2, -1), {}),

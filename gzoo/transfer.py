@@ -237,8 +237,9 @@ def _fill(new: Any, plain: Any, group: Group, weights: Weights, folding: Any) ->
 
 def _per_field(value: Tensor, target: Tensor, order: int) -> Tensor:
     """One number a field: the channel's own if there are as many channels as fields, else the mean along the fibre."""
-    if value.shape != target.shape and len(value) == len(target) * order:
-        value = value.unflatten(0, (-1, order)).mean(1)
+    dims = [dim for dim, (a, b) in enumerate(zip(value.shape, target.shape, strict=False)) if a == b * order > b]
+    if value.shape != target.shape and len(dims) == 1:
+        value = value.unflatten(dims[0], (-1, order)).mean(dims[0] + 1)
     _require_layout(value, target.shape)
     return value
 

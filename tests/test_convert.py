@@ -139,6 +139,9 @@ KINDS = {
         sizes=[8],
         head=nn.Sequential(*head(8)),
     ),
+    "local response norm": lambda: nn.Sequential(conv(3, 16), nn.ReLU(), nn.LocalResponseNorm(3, alpha=1.0), *head(16)),
+    "gated linear unit": lambda: nn.Sequential(conv(3, 24), nn.GLU(1), conv(12, 16), nn.GLU(dim=1), *head(8)),
+    "pool by a power": lambda: nn.Sequential(conv(3, 8), nn.Softplus(), nn.LPPool2d(3, 2), conv(8, 16), *head(16)),
     "residual": lambda: Network(
         lambda self, x: self.head((self.stem(x) + self.body(self.stem(x))).relu()),
         stem=conv(3, 16),
@@ -1481,12 +1484,12 @@ REFUSED = {
         "^gate: it makes or reads channels that have no fibre",
     ),
     "unknown module": (
-        lambda: nn.Sequential(conv(3, 16), type("Slope", (nn.PReLU,), {})(), *head(16)),
+        lambda: nn.Sequential(conv(3, 16), type("Slope", (nn.PReLU,), {})(16), *head(16)),
         r"^1 is a .*\.Slope with parameters or buffers of its own \(weight\), .* with gzoo.rule\.",
     ),
     "unknown module without parameters": (
-        lambda: nn.Sequential(conv(3, 16), nn.LocalResponseNorm(2), conv(16, 8), *head(8)),
-        r"^1 is a torch\.nn\.modules\.normalization\.LocalResponseNorm, which gzoo has no equivariant counterpart for",
+        lambda: nn.Sequential(conv(3, 16), nn.FractionalMaxPool2d(2, 9), conv(16, 8), *head(8)),
+        r"^1 is a torch\.nn\.modules\.pooling\.FractionalMaxPool2d, which gzoo has no equivariant counterpart for",
     ),
     "unknown module before the first convolution": (
         lambda: nn.Sequential(nn.ZeroPad2d((0, 1, 0, 0)), conv(3, 16), *head(16)),
@@ -1825,9 +1828,9 @@ def test_the_checkpoint_of_another_band_limit_is_refused_where_all_shapes_are_th
 
 
 def test_a_refused_network_is_left_as_it_was():
-    plain = nn.Sequential(conv(3, 16), nn.BatchNorm2d(16), nn.LocalResponseNorm(4), *head(16))
+    plain = nn.Sequential(conv(3, 16), nn.BatchNorm2d(16), nn.FractionalMaxPool2d(2, 9), *head(16))
     before = repr(plain)
-    with pytest.raises(ValueError, match="LocalResponseNorm"):
+    with pytest.raises(ValueError, match="FractionalMaxPool2d"):
         gzoo.convert(plain, "p4")
     assert repr(plain) == before
 
@@ -1836,14 +1839,14 @@ def test_a_refused_network_is_left_as_it_was():
 
 
 class Scale(nn.Module):
-    """Multiplies each channel by a number of its own."""
+    """Multiplies each channel by a number of its own, and adds one, in a table that gzoo knows nothing of."""
 
     def __init__(self, channels):
         super().__init__()
-        self.factor = nn.Parameter(torch.randn(channels, 1, 1))
+        self.factor = nn.Parameter(torch.randn(2, channels, 1, 1))
 
     def forward(self, x):
-        return x * self.factor
+        return x * self.factor[0] + self.factor[1]
 
 
 class FibreScale(Scale):
@@ -1852,7 +1855,8 @@ class FibreScale(Scale):
         self.order = order
 
     def forward(self, x):
-        return x * self.factor.repeat_interleave(self.order, 0)
+        factor, offset = self.factor.repeat_interleave(self.order, 1)
+        return x * factor + offset
 
 
 @pytest.fixture

@@ -230,6 +230,117 @@ def test_a_shuffle_of_channels_is_one_of_fields(shuffle, group):
         assert model(x).allclose(mean, atol=1e-5)  # so the fields are in the order of the channels
 
 
+# --- parameters of a module itself ------------------------------------------------------------------------------------
+
+
+class OwnNorm(nn.Module):
+    """The layer norm of ConvNeXt's own repository (Liu et al. 2022), which takes maps as well."""
+
+    def __init__(self, width, last):
+        super().__init__()
+        self.weight, self.bias, self.last = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width)), last
+
+    def forward(self, x):
+        if self.last:
+            return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, 1e-6)
+        centred = x - x.mean(1, keepdim=True)
+        x = centred / torch.sqrt(centred.pow(2).mean(1, keepdim=True) + 1e-6)
+        return self.weight[:, None, None] * x + self.bias[:, None, None]
+
+
+class OwnBlock(nn.Module):
+    """A block with a scale a channel, and a single number."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.depthwise, self.norm = nn.Conv2d(width, width, 7, padding=3, groups=width), OwnNorm(width, last=True)
+        self.mix, self.back = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.gamma, self.share = nn.Parameter(1e-6 * torch.ones(width)), nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        y = self.gamma * self.back(F.gelu(self.mix(y)))
+        return x + self.share * y.permute(0, 3, 1, 2)
+
+
+class OwnNumbers(nn.Module):
+    """Also of the image, and in the module that calls functions."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.register_buffer("mean", torch.rand(1, 3, 1, 1))
+        self.std = nn.Parameter(torch.rand(3, 1, 1) + 0.5)
+        self.stem, self.norm, self.block = nn.Conv2d(3, width, 4, 4), OwnNorm(width, last=False), OwnBlock(width)
+        self.scale, self.head = nn.Parameter(torch.ones(1, width, 1, 1)), nn.Linear(width, 5)
+
+    def forward(self, x):
+        y = self.block(self.norm(self.stem((x - self.mean) / self.std))) * self.scale.exp()
+        return self.head(y[:, :, ::2, ::2].mean((2, 3)))
+
+
+@pytest.mark.parametrize("group", ["p4m", "c8"])
+def test_parameters_of_a_module_that_hold_one_number_a_channel_hold_one_a_field(group):
+    plain = OwnNumbers()
+    model = with_random_statistics(gzoo.convert(plain, group)).eval()
+    order, fields = model.group.order, model.stem.out_fields
+    assert model.scale.shape == (1, fields * order, 1, 1)
+    assert dict(model.named_parameters())["scale"].shape == (1, fields, 1, 1)
+    assert dict(model.named_parameters())["block.gamma"].shape == (fields,)
+    assert model.std.shape == (3, 1, 1)
+    for size in ((16, 16), (17, 17), (32, 44)):
+        assert gzoo.check(model, size).worst < 1e-12
+    assert worst_error(model, group, random_image(3, (32, 24)), "image", "invariant") < 1e-11
+    assert 0.9 < sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in plain.parameters()) < 1.1
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    x = random_image(3, (16, 16))
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert twin(x).equal(model(x))
+
+
+class Scaled(Steps):
+    """A scale a channel, of any shape."""
+
+    def __init__(self, *shape):
+        super().__init__(None)
+        self.scale = nn.Parameter(torch.randn(*shape))
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).relu() * self.scale).mean((2, 3)))
+
+
+@pytest.mark.parametrize("weights", ["transfer", "project"])
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1, 1), (1,)])
+def test_such_parameters_are_carried_over(weights, shape):
+    plain = Scaled(*shape)
+    plain.first, plain.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+    model = gzoo.convert(plain.eval(), "p4", weights=weights).eval()
+    if weights == "transfer":
+        x = torch.randn(2, 3, 9, 9)
+        assert model(x).allclose(sum(plain(x.rot90(r, (2, 3))) for r in range(4)) / 4, atol=1e-5)
+    else:
+        mean = plain.scale if shape == (1,) else plain.scale.flatten().view(2, 4).mean(1)
+        assert dict(model.named_parameters())["scale"].flatten().equal(mean)
+
+
+@pytest.mark.parametrize("shape", [(6, 9, 1), (9, 1), (1, 1, 1, 9), (1, 6, 9, 9)])
+def test_a_parameter_that_holds_a_number_a_pixel_is_refused(shape):
+    plain = Scaled(*shape)
+    plain.pretrained_cfg = {"input_size": (3, 9, 9)}
+    with pytest.raises(ValueError, match=r"Scaled with parameters or buffers of its own \(scale\)"):
+        gzoo.convert(plain, "p4")
+
+
+def test_a_buffer_of_features_is_refused():
+    """A number a channel that nothing learns may be meant for that channel."""
+    plain = Scaled(1)
+    del plain.scale
+    plain.register_buffer("scale", torch.randn(6, 1, 1))
+    with pytest.raises(ValueError, match=r"Scaled with parameters or buffers of its own \(scale\)"):
+        gzoo.convert(plain, "p4")
+
+
 # --- a map as a vector ------------------------------------------------------------------------------------------------
 
 

@@ -88,10 +88,10 @@ def _is_as_it_was(weight: Tensor, before: Tensor, version: int, memory: Tensor |
     return memory is None or weight.data_ptr() == memory.data_ptr()
 
 
-def along_fibre(numbers: Tensor, order: int) -> Tensor:
-    """One number a field, (fields, ...), to one a channel, (fields * order, ...).
+def along_fibre(numbers: Tensor, order: int, dim: int = 0) -> Tensor:
+    """One number a field, (fields, ...), to one a channel, (fields * order, ...); or along another dimension.
 
     A stack, because torch.compile of torch 2.5 to 2.7 takes no view as the bias of a convolution, such as
     `repeat_interleave` becomes there, and ONNX none of those without a dimension.
     """
-    return torch.stack(order * [numbers], 1).flatten(0, 1)
+    return torch.stack(order * [numbers], dim + 1).flatten(dim, dim + 1)

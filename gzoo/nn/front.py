@@ -1,9 +1,24 @@
-"""Classes in front of a module's own: it keeps what its class can do, its forward first of all, and does more."""
+"""Classes that are made at run time, of others: in front of a module's own, which keeps what its class can do."""
 
+import copyreg
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from torch import nn
+
+
+class Made(type):
+    """The class of classes that exist in this process only: pickles name how one is made, not where it is.
+
+    Attributes:
+        made_by: a function and its arguments.
+    """
+
+    made_by: tuple[Callable[..., type], tuple[Any, ...]]
+
+
+copyreg.pickle(Made, lambda cls: cls.made_by)  # type: ignore[arg-type,return-value]  # typeshed knows instances only
 
 
 class Front(nn.Module):
@@ -14,12 +29,6 @@ class Front(nn.Module):
     """
 
     prefix: str
-    front_class: type["Front"]
-    plain_class: type[nn.Module]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class of both exists in this process only, so copies and pickles name what it was made of.
-        return _rebuild, _made_of(type(self)), self.__dict__.copy()
 
 
 def put_in_front(module: nn.Module, front: type[Front]) -> None:
@@ -29,17 +38,6 @@ def put_in_front(module: nn.Module, front: type[Front]) -> None:
 
 @cache
 def _both(front: type[Front], plain: type[nn.Module]) -> type[Front]:
-    members = {"__module__": __name__, "front_class": front, "plain_class": plain}
-    return type(f"{front.prefix}{plain.__name__}", (front, plain), members)
-
-
-def _made_of(cls: Any) -> tuple[type[nn.Module], ...]:
-    """The classes that one was made of, the foremost first."""
-    return (cls.front_class, *_made_of(cls.plain_class)) if "front_class" in vars(cls) else (cls,)
-
-
-def _rebuild(*classes: Any) -> nn.Module:
-    *fronts, cls = classes
-    for front in reversed(fronts):
-        cls = _both(front, cls)
-    return cls.__new__(cls)
+    members = {"__module__": __name__, "made_by": (_both, (front, plain))}
+    made: Any = Made(f"{front.prefix}{plain.__name__}", (front, plain), members)
+    return made
