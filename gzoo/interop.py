@@ -27,6 +27,7 @@ from gzoo.nn import (
     FibreNorm,
     GroupCondConv2d,
     GroupConv2d,
+    GroupMapLinear,
     GroupPool,
     LiftingConv2d,
     QuotientConv2d,
@@ -107,9 +108,9 @@ def to_escnn(model: nn.Module) -> nn.Module:
     equal at every image size. What acts on each number or channel alike (activations, dropout, global pooling) stays as
     it is.
 
-    Without a counterpart in escnn, and so still gzoo's own: `GroupLinear`, `GroupConvTranspose2d`, `GroupPixelShuffle`
-    and `GroupPixelUnshuffle`, convolutions with weight standardization or with experts (CondConv), what
-    `gzoo.reparameterize` merged, group pooling by mean, the linear map of a classifier, layer norm, group norm,
+    Without a counterpart in escnn, and so still gzoo's own: `GroupLinear`, `GroupMapLinear`, `GroupConvTranspose2d`,
+    `GroupPixelShuffle` and `GroupPixelUnshuffle`, convolutions with weight standardization or with experts (CondConv),
+    what `gzoo.reparameterize` merged, group pooling by mean, the linear map of a classifier, layer norm, group norm,
     instance norm, layer scale, other pools than torch's two, average pools that do not count padding, and pools that
     the network runs on maps of several widths: an escnn module has one type. So is `Restriction`, in networks of
     several groups by stage: escnn's ``RestrictionModule`` leaves the channels where they are, as fields of |G|
@@ -145,7 +146,9 @@ def to_escnn(model: nn.Module) -> nn.Module:
         if isinstance(module, GroupCondConv2d):
             return module
         if isinstance(module, QuotientConv2d) or (
-            isinstance(module, LiftingConv2d | GroupConv2d) and module.standardize is None
+            isinstance(module, LiftingConv2d | GroupConv2d)
+            and not isinstance(module, GroupMapLinear)
+            and module.standardize is None
         ):
             return EscnnLayer(_r2conv(path, module), module.window)
         if isinstance(module, QuotientNorm):

@@ -30,6 +30,7 @@ from gzoo.nn import (
     GroupConv2d,
     GroupConvTranspose2d,
     GroupLinear,
+    GroupMapLinear,
     GroupPool,
     LiftingConv2d,
     PerElement,
@@ -121,6 +122,11 @@ def _dropped(module: nn.Module | None, y: Tensor, group: Group) -> Tensor:
     return channels.unflatten(1, (-1, group.order))[:, :, 1:]
 
 
+def _given(module: nn.Module, x: Tensor) -> Tensor:
+    """What a layer is given, as (B, C, ...) also where it is a flattened map."""
+    return x.unflatten(1, (module.in_channels, -1)) if isinstance(module, GroupMapLinear) else x
+
+
 def _unkept_maps(model: nn.Module, group: Group, x: Tensor) -> list[nn.Module]:
     """The maps from which a dropped element reaches another one, the head or the output past the subsets there are.
 
@@ -135,7 +141,7 @@ def _unkept_maps(model: nn.Module, group: Group, x: Tensor) -> list[nn.Module]:
         return leaf.clone()  # which an activation may overwrite
 
     def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(_weighed(_dropped(module, inputs[0], group)))
+        seen.append(_weighed(_dropped(module, _given(module, inputs[0]), group)))
 
     maps = [module for module in model.modules() if isinstance(module, _MAPS)]
     handles = [module.register_forward_hook(cut) for module in maps]
@@ -167,7 +173,7 @@ def _first_unkept(model: nn.Module, group: Group, x: Tensor) -> nn.Module | None
     found: list[nn.Module] = []
 
     def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if _dropped(module, inputs[0], group).any():
+        if _dropped(module, _given(module, inputs[0]), group).any():
             found.append(module)
 
     with torch.no_grad():

@@ -498,6 +498,83 @@ def test_it_compiles_and_exports():
     assert torch.export.export(model, (x,)).module()(x).allclose(y, atol=1e-5)
 
 
+def dynamic(y):
+    return F.interpolate(F.max_pool2d(y, 2), size=y.shape[2:])[:, :, ::2, ::2]
+
+
+def test_it_exports_for_images_of_any_size():
+    model = with_random_statistics(gzoo.convert(Steps(dynamic), "p4m")).float().eval()
+    shapes = ({2: 8 * torch.export.Dim("height"), 3: 8 * torch.export.Dim("width")},)
+    program = torch.export.export(model, (torch.randn(2, 3, 48, 48),), dynamic_shapes=shapes)
+    x = torch.randn(2, 3, 64, 80)
+    assert program.module()(x).allclose(model(x), atol=1e-5)
+
+
+def functions_and_a_flattened_map():
+    return Lenet(lambda x: F.pad(x[:, :, ::2, ::2], (0, 2, 0, 2)).view(-1, 256))
+
+
+def test_it_goes_to_escnn_and_back():
+    model, x = (
+        with_random_statistics(gzoo.convert(functions_and_a_flattened_map(), "p4")).eval(),
+        random_image(1, (24, 24)),
+    )
+    twin = gzoo.to_escnn(model)
+    assert twin(x).allclose(model(x), atol=1e-5)
+    assert gzoo.from_escnn(twin)(x).allclose(model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"partial": True}, {"soft": True}], ids=str)
+def test_it_can_be_partial_or_soft(options):
+    model = gzoo.convert(functions_and_a_flattened_map(), "p4", **options)
+    assert gzoo.check(model, 24).worst < 1e-12
+    if "partial" in options:
+        for _, subset in gzoo.partial.subsets(model):
+            subset.keep([0, 2])
+        assert gzoo.check(model, 24).worst < 1e-12
+        assert gzoo.partial.symmetry(model) == (0, 2)
+
+
+def test_it_grows():
+    small, large = (
+        gzoo.convert(functions_and_a_flattened_map(), group, match="width").eval() for group in ("c2", "p4")
+    )
+    gzoo.grow(large, small)
+    x = torch.randn(2, 1, 24, 24)
+    logits = [logits_of(small, x.rot90(r, (2, 3))) for r in (0, 1)]
+    assert logits_of(large, x).allclose(sum(logits) / 2, atol=1e-5)
+
+
+def logits_of(model, x):
+    """Before the softmax."""
+    found = []
+    with model.fc2.register_forward_hook(lambda module, inputs, y: found.append(y)):
+        model(x)
+    return found[0]
+
+
+class Block(nn.Module):
+    """A stage that starts with a shortcut of zeros, and ends with a pool."""
+
+    def __init__(self, width, more):
+        super().__init__()
+        self.conv, self.more = nn.Conv2d(width, width + more, 3, padding=1), more
+
+    def forward(self, x):
+        return F.max_pool2d((self.conv(x) + F.pad(x, (0, 0, 0, 0, self.more, 0))).relu(), 2)
+
+
+def test_stages_have_groups_of_their_own():
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), Block(8, 4), Block(12, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    plain.append(nn.Linear(16, 5))
+    plain.feature_info = [{"module": f"{i}", "num_chs": 4 + 8 * i, "reduction": 2**i} for i in (1, 2)]
+    model = with_random_statistics(gzoo.convert(plain, "p4m:p4")).eval()
+    for size in SIZES:
+        report = gzoo.check(model, size)
+        assert report.worst < 1e-12
+        assert max(report.given_up.values()) > 1e-6
+
+
 def test_the_plain_network_stays_as_it_is():
     plain = Steps(STEPS_OF_A_CLASS)
     gzoo.convert(plain, "p4m")

@@ -189,7 +189,8 @@ def _nearest(x: Tensor, size: tuple[int, int]) -> Tensor:
         n, m = x.shape[axis], size[axis - 2]
         target = [m, x.shape[3]] if axis == 2 else [x.shape[2], m]
         y = F.interpolate(x, target, mode="nearest-exact")
-        if n // math.gcd(n, m) % 2 == 0:  # then pixels lie half-way between two
+        is_known = type(n) is type(m) is int  # not a symbol of an export with dynamic shapes
+        if not is_known or n // math.gcd(n, m) % 2 == 0:  # then pixels lie half-way between two
             y = (y + F.interpolate(x.flip(axis), target, mode="nearest-exact").flip(axis)) / 2
         x = y
     return x
