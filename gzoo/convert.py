@@ -32,7 +32,7 @@ from gzoo.groups import Group
 from gzoo.nn import FibreNorm, PoseConv2d, PoseLinear, Restriction, restrict_output
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.fibre import share_along_fibre
-from gzoo.nn.functions import act_symmetrically
+from gzoo.nn.functions import Calls, act_symmetrically
 from gzoo.nn.linear import Head, Pooling
 from gzoo.nn.resample import Window
 from gzoo.partial import make_partial
@@ -395,7 +395,8 @@ def _walk(module: nn.Module, recipe: Recipe, done: dict[nn.Module, nn.Module]) -
         channels = recipe.plan.channels
         pads = {named: (channels(before), channels(after)) for named, (before, after) in seen.padded.get(path, ())}
         crops = len(seen.cropped.get(path, ())) == 1  # of several, the difference may be meant
-        return act_symmetrically(module, recipe.group.order, pads, path in seen.shuffled, crops)
+        rows = frozenset(seen.rows.get(path, ()))
+        return act_symmetrically(module, Calls(recipe.group.order, pads, rows, path in seen.shuffled, crops))
     return module
 
 

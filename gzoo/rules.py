@@ -66,7 +66,7 @@ from gzoo.nn import (
 )
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.fibre import share_along_fibre
-from gzoo.nn.functions import act_symmetrically, is_whole
+from gzoo.nn.functions import Calls, act_symmetrically, is_whole
 from gzoo.nn.linear import Head, Pooling
 from gzoo.nn.mixed import Run
 from gzoo.nn.norm import CHANNELS_FIRST, channel_dim
@@ -736,7 +736,7 @@ def _pad(plain: Any, recipe: Recipe) -> nn.Module:
             f"it pads {plain.padding} pixels (left, right, top, bottom): a quarter turn exchanges the axes, and a "
             "shift of the map has no counterpart; pad as many along both axes"
         )
-    return plain if left == right else act_symmetrically(plain, recipe.group.order)
+    return plain if left == right else act_symmetrically(plain, Calls(recipe.group.order))
 
 
 @rule(tl.SpaceToDepth, nn.PixelUnshuffle)
@@ -772,12 +772,16 @@ def _require_turning_squares(recipe: Recipe) -> None:
 @rule(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
 def _upsample(plain: nn.Upsample, recipe: Recipe) -> nn.Module:
     is_asymmetric = plain.size is None or plain.mode.startswith("nearest")
-    return plain if is_whole(plain.scale_factor) or not is_asymmetric else act_symmetrically(plain, recipe.group.order)
+    return (
+        plain
+        if is_whole(plain.scale_factor) or not is_asymmetric
+        else act_symmetrically(plain, Calls(recipe.group.order))
+    )
 
 
 @rule(nn.ChannelShuffle)
 def _channel_shuffle(plain: nn.ChannelShuffle, recipe: Recipe) -> nn.Module:
-    return act_symmetrically(plain, recipe.group.order)
+    return act_symmetrically(plain, Calls(recipe.group.order))
 
 
 @rule(nn.PReLU)

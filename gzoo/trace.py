@@ -20,7 +20,7 @@ from timm.models.mobilevit import MobileVitBlock
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gzoo.nn.functions import cropped, is_asymmetric, merges_channels
+from gzoo.nn.functions import cropped, is_asymmetric, merges_channels, rows_named
 
 
 class Segment:
@@ -128,6 +128,7 @@ class Trace:
         asymmetric: modules whose own forward calls functions that `gzoo.nn.functions` makes symmetric.
         padded: channels that a module's own forward puts before and after others, with their numbers.
         cropped: pixels that a module's own forward leaves out of maps before and after, if more on one side.
+        rows: numbers a row of the flattened maps that a module's own forward makes by naming that number.
         shuffled: modules whose own forward shuffles channels, or is a shuffle.
         lost: leaf modules whose input could not be followed, with the operation that lost it.
         functions: those of feature maps that ran, in order, with the channels that they were given.
@@ -150,6 +151,7 @@ class Trace:
     asymmetric: set[str] = field(default_factory=set)
     padded: dict[str, list[tuple[tuple[int, int], tuple[Segments, Segments]]]] = field(default_factory=dict)
     cropped: dict[str, set[tuple[int, int]]] = field(default_factory=dict)
+    rows: dict[str, set[int]] = field(default_factory=dict)
     shuffled: set[str] = field(default_factory=set)
     lost: dict[str, str] = field(default_factory=dict)
     functions: list[tuple[str, Segments]] = field(default_factory=list)
@@ -699,9 +701,13 @@ class _Follow(TorchFunctionMode):
             return False
         dim, segments, _ = channels
         old, new, total = inputs[0].shape, out.shape, _total(channels.segments)
-        if dim == 1 and len(old) == 4 and tuple(new) == (old[0], math.prod(old[1:])) and total < new[1]:
-            out.gzoo_map = segments, tuple(old[2:])  # type: ignore[attr-defined]  # for a linear layer to read
-            return False
+        if dim == 1 and len(old) == 4 and tuple(new) == (old[0], math.prod(old[1:])):
+            if (named := rows_named(inputs[0], args[1:], kwargs)) is not None:
+                self.seen.rows.setdefault(self.path[-1], set()).add(named)
+                self.seen.asymmetric.add(self.path[-1])
+            if total < new[1]:
+                out.gzoo_map = segments, tuple(old[2:])  # type: ignore[attr-defined]  # for a linear layer to read
+                return False
         if dim == 1 and merges_channels(inputs[0], out):  # which are those of one part and of all others, in turn
             self.seen.shuffled.add(self.path[-1])
             self.seen.asymmetric.add(self.path[-1])

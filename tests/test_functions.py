@@ -11,7 +11,7 @@ from torch import nn
 import gzoo
 from gzoo import groups
 from gzoo.nn import GroupConv2d, GroupMapLinear
-from gzoo.nn.functions import SymmetricForward, act_symmetrically
+from gzoo.nn.functions import Calls, SymmetricForward, act_symmetrically
 from tests.conftest import GRID_GROUPS, random_fields, random_image, with_random_statistics, worst_error
 
 SIZES = ((16, 16), (17, 17), (15, 15), (18, 18), (17, 22), (19, 14))
@@ -68,7 +68,7 @@ def test_a_function_of_pixels_in_a_forward_is_symmetric(step):
 def test_where_a_step_is_symmetric_it_is_what_the_plain_network_does(step):
     """All are at some sizes, of fields of one element."""
     plain, even, odd = Steps(STEPS[step]).double().eval(), random_image(6, (16, 16)), random_image(6, (15, 15))
-    symmetric = act_symmetrically(Calling(STEPS[step]), 1, crops=True)
+    symmetric = act_symmetrically(Calling(STEPS[step]), Calls(1, crops=True))
     same = [symmetric(x).shape == plain.step(x).shape and symmetric(x).allclose(plain.step(x)) for x in (even, odd)]
     assert all(symmetric(x).shape == plain.step(x).shape for x in (even, odd))
     never = (
@@ -92,9 +92,30 @@ class Calling(nn.Module):
         return self.function(*args)
 
 
+def test_an_input_that_is_named_is_one_all_the_same():
+    def step(y):
+        return F.interpolate(input=F.avg_pool2d(input=F.max_pool2d(input=y, kernel_size=2), kernel_size=2), size=9)
+
+    model = with_random_statistics(gzoo.convert(Steps(step), "p4")).eval()
+    assert gzoo.check(model, 19).worst < 1e-12
+    assert gzoo.check(model, 18).worst < 1e-12
+
+
+def test_rows_of_pixels_are_no_flattened_maps():
+    """As a softmax over the pixels of each channel is written."""
+
+    def spatial_softmax(y):
+        batch, channels, height, width = y.shape
+        return y * y.view(-1, height * width).softmax(1).view(batch, channels, height, width)
+
+    plain = Steps(spatial_softmax).eval()
+    model, x = gzoo.convert(plain, "p4", weights="transfer").eval(), torch.randn(2, 3, 9, 9)
+    assert model(x).allclose(sum(plain(x.rot90(r, (2, 3))) for r in range(4)) / 4, atol=1e-5)
+
+
 def test_half_of_the_pixels_by_the_nearest_are_means_of_two_along_each_axis():
     x = random_image(2, (8, 8))
-    found = act_symmetrically(Calling(lambda y: F.interpolate(y, size=4)), 1)(x)
+    found = act_symmetrically(Calling(lambda y: F.interpolate(y, size=4)), Calls(1))(x)
     assert found.allclose(F.avg_pool2d(x, 2))
 
 

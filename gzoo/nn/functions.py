@@ -6,7 +6,8 @@ or numbers channels goes by fields.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,24 +18,37 @@ from gzoo.nn.front import Front, put_in_front
 from gzoo.nn.resample import SymmetricPool2d, centre
 
 
+@dataclass(frozen=True)
+class Calls:
+    """What the functions that a forward calls go by in a converted network.
+
+    Attributes:
+        order: |G|.
+        channel_pads: how many channels the forward pads, before and after -> those of the converted network.
+        rows: how many numbers a row of a flattened map has, as the forward names them (512 in ``x.view(-1, 512)``).
+        shuffles: whether the forward merges two dimensions of channels, as a shuffle does at its end.
+        crops: whether the forward leaves out pixels on one side (``x[:, :, :-1, :-1]``), to fit one map to another.
+    """
+
+    order: int
+    channel_pads: Mapping[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    rows: Collection[int] = ()
+    shuffles: bool = False
+    crops: bool = False
+
+
 class SymmetricForward(Front):
     """A module whose forward calls symmetric functions; make one with `act_symmetrically`."""
 
     prefix = ""
-    functions: tuple[int, Mapping[tuple[int, int], tuple[int, int]], bool, bool]
+    calls: Calls
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _Symmetric(*self.functions):
+        with _Symmetric(self.calls):
             return super().forward(*args, **kwargs)
 
 
-def act_symmetrically(
-    module: nn.Module,
-    order: int,
-    channel_pads: Mapping[tuple[int, int], tuple[int, int]] | None = None,
-    shuffles: bool = False,
-    crops: bool = False,
-) -> nn.Module:
+def act_symmetrically(module: nn.Module, calls: Calls) -> nn.Module:
     """Lets the functions that the forward of ``module`` calls commute with the group; in place.
 
     - Pools with a stride, and every second pixel (``x[:, :, ::2, ::2]``), follow the rule of `gzoo.nn.resample`.
@@ -45,21 +59,19 @@ def act_symmetrically(
 
     Args:
         module: of a converted network.
-        order: |G|.
-        channel_pads: the channels before and after that the forward names -> those of the converted network.
-        shuffles: whether the forward merges two dimensions of channels, as a shuffle does at its end.
-        crops: whether the forward leaves out pixels on one side (``x[:, :, :-1, :-1]``), to fit one map to another.
+        calls: what they go by.
 
     Returns:
         The module.
     """
     put_in_front(module, SymmetricForward)
-    module.functions = order, dict(channel_pads or {}), shuffles, crops  # type: ignore[assignment]
+    module.calls = calls  # type: ignore[assignment]
     return module
 
 
 def is_asymmetric(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether a function that a forward calls needs `act_symmetrically`, if not at this size then at another."""
+    args, kwargs = with_input_first(args, kwargs)
     x = args[0] if args else None
     if not isinstance(x, Tensor) or x.ndim not in (4, 5):
         return False
@@ -73,23 +85,19 @@ def is_asymmetric(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
         )
     if name == "__getitem__":
         return _step(x, args[1]) > 1 or cropped(x, args[1]) is not None
-    if name in ("view", "reshape"):
-        return _flat_width(x, args[1:], kwargs) is not None
     return name in ("pad", "channel_shuffle")
 
 
 class _Symmetric(TorchFunctionMode):
     """Calls symmetric functions in place of others."""
 
-    def __init__(
-        self, order: int, channel_pads: Mapping[tuple[int, int], tuple[int, int]], shuffles: bool, crops: bool
-    ) -> None:
+    def __init__(self, calls: Calls) -> None:
         super().__init__()
-        self.order, self.channel_pads, self.shuffles, self.crops = order, channel_pads, shuffles, crops
+        self.calls = calls
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
         symmetric = _SYMMETRIC.get(getattr(func, "__name__", ""))
+        args, kwargs = with_input_first(args, kwargs or {})
         if symmetric is None or not args or not isinstance(args[0], Tensor) or args[0].ndim not in (4, 5):
             return func(*args, **kwargs)
         return symmetric(self, func, *args, **kwargs)
@@ -131,8 +139,8 @@ class _Symmetric(TorchFunctionMode):
 
     def pad(self, func: Any, x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
         left, right, top, bottom, *channels = *pad, *(0,) * (4 - len(pad))
-        if tuple(channels[:2]) in self.channel_pads:
-            channels[:2] = self.channel_pads[channels[0], channels[1]]
+        if tuple(channels[:2]) in self.calls.channel_pads:
+            channels[:2] = self.calls.channel_pads[channels[0], channels[1]]
         more = top + bottom, left + right
         shifts = any(first != second == -first for first, second in ((left, right), (top, bottom)))
         if (left == right and top == bottom) or shifts:
@@ -142,23 +150,22 @@ class _Symmetric(TorchFunctionMode):
         return centre(y, [n + pixels for n, pixels in zip(x.shape[2:], more, strict=True)])
 
     def getitem(self, func: Any, x: Tensor, index: Any) -> Tensor:
-        step, crop = _step(x, index), cropped(x, index) if self.crops else None
+        step, crop = _step(x, index), cropped(x, index) if self.calls.crops else None
         if step == 1 and not crop:
             return func(x, index)
         sizes = [n - sum(crop) if crop else (n - 1) // step * step + 1 for n in x.shape[2:]]
         return func(centre(x, sizes, step), (*_full(x, index)[:2], slice(None), slice(None)))
 
     def reshape(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        width = _flat_width(x, args, kwargs)
-        if width is not None and width != x[:1].numel():
+        if rows_named(x, args, kwargs) in self.calls.rows:
             return x.flatten(1)
         y = func(x, *args, **kwargs)
-        if self.shuffles and merges_channels(x, y):  # (B, fields * |G|, groups, H, W): the elements go last
-            return x.unflatten(1, (-1, self.order)).transpose(2, 3).reshape(y.shape)
+        if self.calls.shuffles and merges_channels(x, y):  # (B, fields * |G|, groups, H, W): the elements go last
+            return x.unflatten(1, (-1, self.calls.order)).transpose(2, 3).reshape(y.shape)
         return y
 
     def channel_shuffle(self, func: Any, x: Tensor, groups: int) -> Tensor:
-        return x.unflatten(1, (groups, -1, self.order)).transpose(1, 2).reshape(x.shape)
+        return x.unflatten(1, (groups, -1, self.calls.order)).transpose(1, 2).reshape(x.shape)
 
 
 _SYMMETRIC: dict[str, Callable[..., Tensor]] = {
@@ -246,11 +253,18 @@ def cropped(x: Tensor, index: Any) -> tuple[int, int] | None:
     return (before, after) if before >= 0 and after >= 0 and before != after else None
 
 
-def _flat_width(x: Tensor, args: tuple, kwargs: dict[str, Any]) -> int | None:
-    """The numbers a row that a reshape of a map to rows names; None if it does not, or makes something else."""
+def rows_named(x: Tensor, args: tuple, kwargs: dict[str, Any]) -> int | None:
+    """How many numbers a row has that the arguments of a reshape name, which makes a row of each map; else None."""
     shape = kwargs.get("shape", kwargs.get("size", args[0] if len(args) == 1 else args))
-    is_rows = x.ndim == 4 and isinstance(shape, list | tuple) and len(shape) == 2
+    is_rows = x.ndim == 4 and isinstance(shape, list | tuple) and len(shape) == 2 and shape[0] in (-1, len(x))
     return None if not is_rows or shape[1] == -1 else shape[1]
+
+
+def with_input_first(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a function with what it acts on as the first, also where a call names it."""
+    if args or "input" not in kwargs:
+        return args, kwargs
+    return (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
 
 
 def _argument(args: tuple, kwargs: dict[str, Any], position: int, name: str) -> Any:
