@@ -32,7 +32,7 @@ from gzoo.groups import Group
 from gzoo.nn import FibreNorm, PoseConv2d, PoseLinear, Restriction, restrict_output
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.fibre import share_along_fibre
-from gzoo.nn.functions import Calls, act_symmetrically
+from gzoo.nn.functions import Calls, SymmetricForward, act_symmetrically
 from gzoo.nn.linear import Head, Pooling
 from gzoo.nn.resample import Window
 from gzoo.partial import make_partial
@@ -640,7 +640,10 @@ def _outputs(network: nn.Module, x: Tensor, paths: Collection[str]) -> list[tupl
 
 @contextmanager
 def _windows_fit(model: nn.Module) -> Iterator[list[bool]]:
-    """Collects whether the windows of each layer that runs cover its input symmetrically, as they stand."""
+    """Collects whether the windows of each layer that runs cover its input symmetrically, as they stand.
+
+    And whether the functions in a forward are symmetric as they stand. ``model`` is a copy, made for this.
+    """
     fits: list[bool] = []
 
     def record(module: nn.Module, inputs: Any) -> None:
@@ -648,6 +651,9 @@ def _windows_fit(model: nn.Module) -> Iterator[list[bool]]:
         rooms = [size + window.padding - window.extent for size in inputs[0].shape[2:]]
         fits.append(window.padding % 2 == 0 and all(room % window.stride == 0 for room in rooms))
 
+    for module in model.modules():
+        if isinstance(module, SymmetricForward):
+            module.fits = fits
     layers = [module for module in model.modules() if isinstance(getattr(module, "window", None), Window)]
     with removing([module.register_forward_pre_hook(record) for module in layers]):
         yield fits

@@ -92,6 +92,18 @@ class Calling(nn.Module):
         return self.function(*args)
 
 
+FITTING = {"max pool": 16, "max pool of torch": 17, "every second pixel": 19, "nearest to half the size": 0}
+
+
+@pytest.mark.parametrize("step", FITTING)
+def test_transferred_weights_give_the_mean_where_the_step_is_symmetric_as_it_stands(step):
+    plain, size = Steps(STEPS[step]).eval(), FITTING[step]
+    model = gzoo.convert(plain, "p4", weights="transfer").eval()
+    x = torch.randn(2, 3, size or 16, size or 16)
+    mean = sum(plain(x.rot90(r, (2, 3))) for r in range(4)) / 4
+    assert model(x).allclose(mean, atol=1e-5) == (size > 0)
+
+
 def test_an_input_that_is_named_is_one_all_the_same():
     def step(y):
         return F.interpolate(input=F.avg_pool2d(input=F.max_pool2d(input=y, kernel_size=2), kernel_size=2), size=9)

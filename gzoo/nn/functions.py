@@ -38,13 +38,19 @@ class Calls:
 
 
 class SymmetricForward(Front):
-    """A module whose forward calls symmetric functions; make one with `act_symmetrically`."""
+    """A module whose forward calls symmetric functions; make one with `act_symmetrically`.
+
+    Attributes:
+        calls: what they go by.
+        fits: if a list, it gets whether each function of pixels gives what the plain one does.
+    """
 
     prefix = ""
     calls: Calls
+    fits: list[bool] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _Symmetric(self.calls):
+        with _Symmetric(self.calls, self.fits):
             return super().forward(*args, **kwargs)
 
 
@@ -91,16 +97,20 @@ def is_asymmetric(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
 class _Symmetric(TorchFunctionMode):
     """Calls symmetric functions in place of others."""
 
-    def __init__(self, calls: Calls) -> None:
+    def __init__(self, calls: Calls, fits: list[bool] | None) -> None:
         super().__init__()
-        self.calls = calls
+        self.calls, self.fits = calls, fits
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         symmetric = _SYMMETRIC.get(getattr(func, "__name__", ""))
         args, kwargs = with_input_first(args, kwargs or {})
         if symmetric is None or not args or not isinstance(args[0], Tensor) or args[0].ndim not in (4, 5):
             return func(*args, **kwargs)
-        return symmetric(self, func, *args, **kwargs)
+        y = symmetric(self, func, *args, **kwargs)
+        if self.fits is not None and symmetric in _OF_PIXELS:
+            plain = func(*args, **kwargs)
+            self.fits.append(plain.shape[2:] == y.shape[2:] and (plain.shape != y.shape or plain.allclose(y)))
+        return y
 
     def max_pool(
         self,
@@ -178,6 +188,9 @@ _SYMMETRIC: dict[str, Callable[..., Tensor]] = {
     "reshape": _Symmetric.reshape,
     "channel_shuffle": _Symmetric.channel_shuffle,
 }
+
+
+_OF_PIXELS = (_Symmetric.max_pool, _Symmetric.avg_pool, _Symmetric.interpolate, _Symmetric.pad, _Symmetric.getitem)
 
 
 def merges_channels(x: Tensor, y: Tensor) -> bool:
