@@ -140,8 +140,15 @@ _LIBRARIES = ("gzoo", *_COUNTERPARTS)
 
 
 def _window(module: LiftingConv2d | GroupConv2d) -> dict[str, Any]:
-    options = {name: getattr(module, name) for name in ("stride", "dilation", "groups", "padding_mode")}
-    return options | {"padding": (module.window.padding + 1) // 2, "bias": module.bias is not None}
+    window = module.window
+    return {
+        "stride": window.stride,
+        "dilation": window.dilation,
+        "groups": module.groups,
+        "padding_mode": module.padding_mode,
+        "padding": (window.padding + 1) // 2,
+        "bias": module.bias is not None,
+    }
 
 
 def bench(

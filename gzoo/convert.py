@@ -26,13 +26,14 @@ from torch.nn.utils import parametrize
 
 from gzoo import groups
 from gzoo.bases import BasisName
-from gzoo.check import KeepDouble, first_broken_layer, in_channels, input_size, relative_error
+from gzoo.check import KeepDouble, check, first_broken_layer, in_channels, input_size, relative_error
 from gzoo.equivariant import EquivariantClassifier, group_of, make_equivariant, removing, tensors_in
 from gzoo.groups import Group
 from gzoo.nn import FibreNorm, PoseConv2d, PoseLinear, Restriction, restrict_output
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.fibre import share_along_fibre
-from gzoo.nn.functions import Calls, SymmetricForward, act_symmetrically
+from gzoo.nn.functions import SymmetricForward, act_symmetrically
+from gzoo.nn.idle import Idle
 from gzoo.nn.linear import Head, Pooling
 from gzoo.nn.resample import Window
 from gzoo.partial import make_partial
@@ -339,25 +340,6 @@ def _require_agreement(
         )
 
 
-class Idle(nn.Module):
-    """In the place of a module that ran on no image, neither in evaluation nor in training, which makes running it an
-    error.
-
-    Args:
-        path: of the module.
-    """
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self.path = path
-
-    def forward(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(
-            f"{self.path} ran on no image when the network was converted, so it was left out. If an image of another "
-            "size would have it run, name that size before: model.pretrained_cfg = {'input_size': (3, height, width)}"
-        )
-
-
 def _walk(module: nn.Module, recipe: Recipe, done: dict[nn.Module, nn.Module]) -> nn.Module:
     path, seen = recipe.path, recipe.plan.trace
     for name, child in list(module._modules.items()):
@@ -391,13 +373,12 @@ def _walk(module: nn.Module, recipe: Recipe, done: dict[nn.Module, nn.Module]) -
     own = _share_own(module, own, recipe)
     if own or (is_leaf and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and _is_known(module)):
         raise ValueError(_unknown(path, module, own))
-    if path in seen.asymmetric:
-        channels = recipe.plan.channels
-        pads = {named: (channels(before), channels(after)) for named, (before, after) in seen.padded.get(path, ())}
-        crops = len(seen.cropped.get(path, ())) == 1  # of several, the difference may be meant
-        rows = frozenset(seen.rows.get(path, ()))
-        return act_symmetrically(module, Calls(recipe.group.order, pads, rows, path in seen.shuffled, crops))
-    return module
+    if path in seen.one_sided and recipe.per_element:
+        raise ValueError(
+            f"{path or type(module).__name__}: its forward pads or crops one side of a map, and no mean over poses "
+            "does; pad or crop as many pixels on either side, or convert with fresh weights"
+        )
+    return act_symmetrically(module, recipe.plan.calls) if path in seen.asymmetric else module
 
 
 def _share_own(module: nn.Module, own: list[str], recipe: Recipe) -> list[str]:
@@ -549,6 +530,23 @@ def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
         for image in flatten([x], odd_images(probe, x)):
             for own, stage in stages:
                 _check_poses(probe, image, own, tolerance, own.grid_generators, stage)
+    if any(isinstance(module, SymmetricForward) for module in probe.modules()):
+        _check_oblong(probe, x, tolerance)
+
+
+def _check_oblong(probe: nn.Module, x: Tensor, tolerance: float) -> None:
+    """Raises ValueError if the outputs do not follow an image a pixel wider, whose sides a function may take unlike."""
+    size = x.shape[2], x.shape[3] + 1
+    try:
+        calibrate(probe, F.pad(x, (0, 1), mode="reflect"))
+        report = check(probe, size)
+    except Exception:  # a network for squares, or for other sizes, says so in any way
+        return
+    if not report.worst < tolerance:
+        raise ValueError(
+            f"{type(probe).__name__} is not equivariant at {size[0]}x{size[1]} pixels, though it is on squares: look "
+            "for a function in its forward that treats height and width unlike"
+        )
 
 
 def _has_idle_layers(probe: nn.Module, x: Tensor) -> bool:
@@ -653,7 +651,7 @@ def _windows_fit(model: nn.Module) -> Iterator[list[bool]]:
 
     for module in model.modules():
         if isinstance(module, SymmetricForward):
-            module.fits = fits
+            module.gzoo_fits = fits
     layers = [module for module in model.modules() if isinstance(getattr(module, "window", None), Window)]
     with removing([module.register_forward_pre_hook(record) for module in layers]):
         yield fits

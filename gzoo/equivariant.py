@@ -138,7 +138,7 @@ class Equivariant(Constants, Front):
     """A converted network of any kind."""
 
     constants: ClassVar[tuple[str, ...]] = (SIGNATURE,)
-    prefix = "Equivariant"
+    gzoo_prefix = "Equivariant"
     group: Group
     chain: tuple[Group, ...]
     group_pool: GroupPool

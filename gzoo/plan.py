@@ -26,6 +26,7 @@ from gzoo.bases import BasisName, lifting_basis, regular_basis
 from gzoo.check import in_channels, input_size
 from gzoo.equivariant import classifiers, group_of, like, tensors_in
 from gzoo.groups import Directions, Group
+from gzoo.nn.functions import Calls
 from gzoo.trace import Segment, Segments, Trace, channels_of, flat, trace
 
 Match = Literal["params", "flops", "width"]
@@ -173,6 +174,21 @@ class Plan:
         """The channels of all maps that layers are given or give."""
         maps = (*self.trace.inputs.values(), *self.trace.outputs.values())
         return {part for segments in maps for part in flat(segments)}
+
+    @cached_property
+    def calls(self) -> Calls:
+        """What the functions that the network calls go by, in these widths."""
+        seen = self.trace
+        sides = set(flatten.from_iterable(seen.one_sided.values()))
+        return Calls(
+            channel_pads={
+                (*named, self.channels(around[1])): (self.channels(around[0]), self.channels(around[2]))
+                for named, around in seen.padded
+            },
+            rows=frozenset(seen.rows),
+            shuffles={(self.channels(part), n): self.group_at(path).order for path, part, n in seen.shuffled},
+            crops=len(sides) == 1,  # where both sides are cropped or padded, the difference may be meant
+        )
 
     def channels(self, segments: Segments) -> int:
         """Channels in place of some plain ones; of the image's, their own number."""
@@ -392,6 +408,12 @@ def plan(
     x, evaluation = first_run(model)
     training = _training(model, x)
     seen = training if training and _has_more_layers(training, evaluation) else evaluation
+    for other in (evaluation, training, _at_odd_size(model, x)):
+        if other and other is not seen:
+            seen.asymmetric |= other.asymmetric
+            seen.rows |= other.rows
+            for path, sides in other.one_sided.items():
+                seen.one_sided.setdefault(path, set()).update(sides)
     if seen.over_pixels:
         raise ValueError(
             f"{seen.over_pixels[0]} is linear over pixels or tokens, each with a weight of its own, which has no "
@@ -417,7 +439,8 @@ def plan(
             raise ValueError(f"widths gives {channels} channels {fields!r} fields; the least is 1, and they are whole")
     scale = fitted.scale if fitted else SCALE[match](chain[0].order)
     made = Plan(model, chain, match, seen, found, widths or {}, basis, scale, fit, vectors=vectors, side=x.shape[-1])
-    made.idle = _idle(model, evaluation.ran | (training.ran if training else set()))
+    if training:  # else it may want more than images then, and run what stays idle in evaluation
+        made.idle = _idle(model, evaluation.ran | training.ran)
     for run in (training, evaluation) if vectors else ():
         pairs = _vector_outputs(run, vectors) if run else []
         made.vector_outputs[len(pairs)] = pairs
@@ -437,13 +460,24 @@ def plan(
     return made
 
 
+def _at_odd_size(model: nn.Module, x: Tensor) -> Trace | None:
+    """What a run on images a pixel larger shows, which may be the first to pad; of timm's networks that is known."""
+    if hasattr(model, "get_classifier"):
+        return None
+    try:
+        return trace(model, torch.nn.functional.pad(x, (0, 1, 0, 1)))
+    except ValueError:
+        return None
+
+
 def _idle(model: nn.Module, ran: set[str]) -> frozenset[str]:
-    """The modules with parameters in which nothing ran, the outermost of them."""
+    """The modules with parameters in which nothing ran, the outermost of them; of lists their members."""
     idle: list[str] = []
     for name, module in model.named_modules():
         is_inside = any(name.startswith(f"{path}.") for path in idle)
+        is_list = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
         runs = any(other == name or other.startswith(f"{name}.") for other in ran)
-        if name and not is_inside and not runs and any(True for _ in module.parameters()):
+        if name and not (is_inside or is_list or runs) and any(True for _ in module.parameters()):
             idle.append(name)
     return frozenset(idle)
 
@@ -621,12 +655,19 @@ def first_run(model: nn.Module) -> tuple[Tensor, Trace]:
         ValueError: it does not run on any.
     """
     reason: ValueError | None = None
+    mixed: tuple[Tensor, Trace] | None = None  # where x.view(-1, 1024) makes other rows than images, a size for others
     for side in SIDES[:1] if input_size(model) else SIDES:
         x = example(model, side=side)
         try:
-            return x, trace(model, x)
+            seen = trace(model, x)
         except ValueError as error:
             reason = reason or error
+            continue
+        if not seen.rows_mixed:
+            return x, seen
+        mixed = mixed or (x, seen)
+    if mixed:
+        return mixed
     assert reason is not None
     raise reason
 

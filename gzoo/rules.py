@@ -66,7 +66,7 @@ from gzoo.nn import (
 )
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.fibre import share_along_fibre
-from gzoo.nn.functions import Calls, act_symmetrically, is_whole
+from gzoo.nn.functions import act_symmetrically, is_whole
 from gzoo.nn.linear import Head, Pooling
 from gzoo.nn.mixed import Run
 from gzoo.nn.norm import CHANNELS_FIRST, channel_dim
@@ -162,7 +162,8 @@ class Recipe:
             raise ValueError(self.plan.why_lost(self.path))
         raise ValueError(
             "it has weights, but runs on an image neither in eval mode nor in training (as far as the network takes "
-            "images alone then), so its width is unknown; remove it from the plain network, or have it run"
+            "images alone, and of this size, then), so its width is unknown; remove it from the plain network, have it "
+            "run, or name a size at which it does: model.pretrained_cfg = {'input_size': (3, height, width)}"
         )
 
 
@@ -370,6 +371,11 @@ def _map_linear(plain: nn.Linear, recipe: Recipe) -> nn.Module:
         )
     if recipe.is_classifier and recipe.head == "pose":
         raise ValueError("it makes logits of a flattened map; head='pose' wants a linear layer on vectors behind it")
+    if recipe.is_classifier and hasattr(recipe.plan.model, "get_classifier"):
+        raise ValueError(
+            "it makes logits of a flattened map, and timm's calls for classifiers take what it is given for a vector; "
+            "pool the map before it, or make the network one without get_classifier"
+        )
     gives = [Run(plain.out_features, True)] if recipe.is_classifier else recipe.out_runs
     fields, bias = sum(run.size for run in gives), plain.bias is not None
     if recipe.per_element and not all(run.regular for run in gives):
@@ -736,7 +742,13 @@ def _pad(plain: Any, recipe: Recipe) -> nn.Module:
             f"it pads {plain.padding} pixels (left, right, top, bottom): a quarter turn exchanges the axes, and a "
             "shift of the map has no counterpart; pad as many along both axes"
         )
-    return plain if left == right else act_symmetrically(plain, Calls(recipe.group.order))
+    if left == right and top == bottom:
+        return plain
+    if recipe.per_element:
+        raise ValueError(
+            f"it pads {plain.padding} pixels, more on one side, and no mean over poses does; pad both alike"
+        )
+    return act_symmetrically(plain, recipe.plan.calls)
 
 
 @rule(tl.SpaceToDepth, nn.PixelUnshuffle)
@@ -772,16 +784,12 @@ def _require_turning_squares(recipe: Recipe) -> None:
 @rule(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
 def _upsample(plain: nn.Upsample, recipe: Recipe) -> nn.Module:
     is_asymmetric = plain.size is None or plain.mode.startswith("nearest")
-    return (
-        plain
-        if is_whole(plain.scale_factor) or not is_asymmetric
-        else act_symmetrically(plain, Calls(recipe.group.order))
-    )
+    return plain if is_whole(plain.scale_factor) or not is_asymmetric else act_symmetrically(plain, recipe.plan.calls)
 
 
 @rule(nn.ChannelShuffle)
 def _channel_shuffle(plain: nn.ChannelShuffle, recipe: Recipe) -> nn.Module:
-    return act_symmetrically(plain, Calls(recipe.group.order))
+    return act_symmetrically(plain, recipe.plan.calls)
 
 
 @rule(nn.PReLU)

@@ -20,7 +20,7 @@ from timm.models.mobilevit import MobileVitBlock
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gzoo.nn.functions import cropped, is_asymmetric, merges_channels, rows_named
+from gzoo.nn.functions import is_asymmetric, merges_channels, rows_named, sides_treated
 
 
 class Segment:
@@ -126,10 +126,11 @@ class Trace:
         flattened: height and width of the maps that linear layers are given as vectors, if they have several pixels.
         own: what may be channels of the parameters and buffers that a module holds itself, by their names.
         asymmetric: modules whose own forward calls functions that `gzoo.nn.functions` makes symmetric.
-        padded: channels that a module's own forward puts before and after others, with their numbers.
-        cropped: pixels that a module's own forward leaves out of maps before and after, if more on one side.
-        rows: numbers a row of the flattened maps that a module's own forward makes by naming that number.
-        shuffled: modules whose own forward shuffles channels, or is a shuffle.
+        one_sided: of the modules that pad or crop maps more on one side themselves, "start" or "end".
+        padded: numbers of channels that are put before and after others, with those, the others, and those after.
+        rows: numbers a row of the flattened maps that are made by naming that number.
+        shuffled: channels of the parts that are shuffled, by the module, and the number of the parts.
+        rows_mixed: whether a linear layer is given rows that are no images.
         lost: leaf modules whose input could not be followed, with the operation that lost it.
         functions: those of feature maps that ran, in order, with the channels that they were given.
         after_layers: how many of them ran before the last convolution or linear layer was done.
@@ -149,10 +150,11 @@ class Trace:
     flattened: dict[str, tuple[int, int]] = field(default_factory=dict)
     own: dict[str, dict[str, Segments]] = field(default_factory=dict)
     asymmetric: set[str] = field(default_factory=set)
-    padded: dict[str, list[tuple[tuple[int, int], tuple[Segments, Segments]]]] = field(default_factory=dict)
-    cropped: dict[str, set[tuple[int, int]]] = field(default_factory=dict)
-    rows: dict[str, set[int]] = field(default_factory=dict)
-    shuffled: set[str] = field(default_factory=set)
+    one_sided: dict[str, set[str]] = field(default_factory=dict)
+    padded: list[tuple[tuple[int, int], tuple[Segments, Segments, Segments]]] = field(default_factory=list)
+    rows: set[int] = field(default_factory=set)
+    shuffled: list[tuple[str, Segments, int]] = field(default_factory=list)
+    rows_mixed: bool = False
     lost: dict[str, str] = field(default_factory=dict)
     functions: list[tuple[str, Segments]] = field(default_factory=list)
     after_layers: int = 0
@@ -201,7 +203,7 @@ def _without_numbers(model: nn.Module) -> nn.Module:
 
 def _run(model: nn.Module, x: Tensor) -> Trace:
     seen = Trace()
-    follow = _Follow(seen)
+    follow = _Follow(seen, len(x))
     for name, module in model.named_modules():
         _mark_own(module, seen.own.setdefault(name, {}))
         _make_followable(module)
@@ -319,9 +321,9 @@ def channels_of(x: Tensor) -> Segments:
 class _Follow(TorchFunctionMode):
     """Hands the channels on from the arguments of every torch function to its results."""
 
-    def __init__(self, seen: Trace) -> None:
+    def __init__(self, seen: Trace, images: int) -> None:
         super().__init__()
-        self.seen = seen
+        self.seen, self.images = seen, images
         self.path = [""]
         self.made: dict[str, Segments] = {}
         self.attending: set[str] = set()  # modules whose own forward multiplies queries with keys
@@ -342,6 +344,8 @@ class _Follow(TorchFunctionMode):
                 seen.order.append(name)
                 if x is None and inputs and isinstance(inputs[0], Tensor) and not _reads_map(module, inputs[0]):
                     seen.lost[name] = getattr(inputs[0], "gzoo_lost", "the network")
+            if isinstance(module, nn.Linear) and inputs and inputs[0].ndim == 2 and len(inputs[0]) != self.images:
+                seen.rows_mixed = True
             if x is None and inputs and _reads_map(module, inputs[0]):
                 segments, seen.flattened[name] = inputs[0].gzoo_map
             elif x is None:
@@ -408,15 +412,14 @@ class _Follow(TorchFunctionMode):
         self.used.update(id(x) for x in inputs if isinstance(x, nn.Parameter))
         if is_asymmetric(name, args, kwargs):
             self.seen.asymmetric.add(self.path[-1])
-        if name == "__getitem__" and (crop := cropped(*args)):
-            self.seen.cropped.setdefault(self.path[-1], set()).add(crop)
+        if sides := sides_treated(name, args, kwargs):
+            self.seen.one_sided.setdefault(self.path[-1], set()).update(sides)
         comes_back = name == "unsqueeze" and hasattr(inputs[0], "gzoo_reduced")
         if not comes_back and not any(_channels(x) for x in inputs):
             lost = next((x.gzoo_lost for x in inputs if hasattr(x, "gzoo_lost")), None)
             for x in outputs if lost else ():
                 x.gzoo_lost = lost  # type: ignore[attr-defined]
-                if (whole := getattr(inputs[0], "gzoo_map", None)) and x.shape == inputs[0].shape:
-                    x.gzoo_map = whole  # type: ignore[attr-defined]
+                self._follow_map(name, x, inputs)
             return out
         if name == "__get__":  # a property: x.mT
             name = func.__self__.__name__
@@ -440,6 +443,16 @@ class _Follow(TorchFunctionMode):
             elif spread.issuperset(flat(channels.segments)):
                 _mark(x, channels.dim, channels.segments, spread=True)
         return out
+
+    def _follow_map(self, name: str, out: Tensor, inputs: list[Tensor]) -> None:
+        """Results of flattened maps, which are as long, are such maps, and as many of them are of the same channels."""
+        maps = [x.gzoo_map for x in inputs if hasattr(x, "gzoo_map") and x.shape == out.shape]
+        if maps and name in _OVER_ROWS:
+            self._couple(maps[0][0])
+        for segments, _ in maps[1:]:
+            tie(maps[0][0], segments)
+        if maps:
+            out.gzoo_map = maps[0]  # type: ignore[attr-defined]
 
     def _inherit(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         """Results with as many channels at the same place have those of the arguments."""
@@ -576,7 +589,7 @@ class _Follow(TorchFunctionMode):
             return False
         is_image = all(segment.image for segment in flat(channels.segments))
         before, after = ((Segment(number, is_image),) if number else () for number in numbers)
-        self.seen.padded.setdefault(self.path[-1], []).append(((numbers[0], numbers[1]), (before, after)))
+        self.seen.padded.append(((numbers[0], numbers[1]), (before, channels.segments, after)))
         _mark(outputs[0], channels.dim, (*before, *channels.segments, *after))
         return True
 
@@ -597,6 +610,7 @@ class _Follow(TorchFunctionMode):
         while rest:
             other, rest = cut(rest, _total(part))
             tie(part, other)
+        self.seen.shuffled.append((self.path[-1], part, groups))
         _mark(outputs[0], channels.dim, flat(part) * groups)
         return True
 
@@ -703,13 +717,13 @@ class _Follow(TorchFunctionMode):
         old, new, total = inputs[0].shape, out.shape, _total(channels.segments)
         if dim == 1 and len(old) == 4 and tuple(new) == (old[0], math.prod(old[1:])):
             if (named := rows_named(inputs[0], args[1:], kwargs)) is not None:
-                self.seen.rows.setdefault(self.path[-1], set()).add(named)
+                self.seen.rows.add(named)
                 self.seen.asymmetric.add(self.path[-1])
             if total < new[1]:
                 out.gzoo_map = segments, tuple(old[2:])  # type: ignore[attr-defined]  # for a linear layer to read
                 return False
         if dim == 1 and merges_channels(inputs[0], out):  # which are those of one part and of all others, in turn
-            self.seen.shuffled.add(self.path[-1])
+            self.seen.shuffled.append((self.path[-1], segments, old[2]))
             self.seen.asymmetric.add(self.path[-1])
             _mark(out, 1, segments * old[2])
             return True
@@ -748,6 +762,7 @@ _REDUCTIONS = (
     *("mean", "sum", "amax", "amin", "max", "min", "std", "var", "logsumexp", "prod", "median"),
     *("std_mean", "var_mean"),
 )
+_OVER_ROWS = ("softmax", "log_softmax", "normalize", "layer_norm")
 _SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split", "narrow", "__getitem__")
 # Of hidden layers; what makes probabilities or bounded numbers of logits is none.
 _ACTIVATIONS = {

@@ -46,6 +46,7 @@ from gzoo.nn import (
     Subset,
 )
 from gzoo.nn.expand import ExpandedLayer
+from gzoo.nn.idle import Idle
 from gzoo.plan import example
 from gzoo.trace import side_folded_by
 
@@ -207,7 +208,7 @@ def _fill(new: Any, plain: Any, group: Group, weights: Weights, folding: Any) ->
         plain = plain.conv
     elif isinstance(new, nn.Sequential) and isinstance(plain, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
         new, pooled = new[0], True  # behind it comes a group pooling
-    elif new is None:  # inside of what was replaced as a whole
+    elif new is None or isinstance(new, Idle):  # inside of what was replaced as a whole, or left out
         return
     own = new._parameters | new._buffers  # not by attribute: a shared parameter reads as one number a channel
     standardized = getattr(new, "standardize", None) is not None

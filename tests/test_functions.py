@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import gzoo
 from gzoo import groups
@@ -68,7 +69,7 @@ def test_a_function_of_pixels_in_a_forward_is_symmetric(step):
 def test_where_a_step_is_symmetric_it_is_what_the_plain_network_does(step):
     """All are at some sizes, of fields of one element."""
     plain, even, odd = Steps(STEPS[step]).double().eval(), random_image(6, (16, 16)), random_image(6, (15, 15))
-    symmetric = act_symmetrically(Calling(STEPS[step]), Calls(1, crops=True))
+    symmetric = act_symmetrically(Calling(STEPS[step]), Calls(crops=True))
     same = [symmetric(x).shape == plain.step(x).shape and symmetric(x).allclose(plain.step(x)) for x in (even, odd)]
     assert all(symmetric(x).shape == plain.step(x).shape for x in (even, odd))
     never = (
@@ -127,7 +128,7 @@ def test_rows_of_pixels_are_no_flattened_maps():
 
 def test_half_of_the_pixels_by_the_nearest_are_means_of_two_along_each_axis():
     x = random_image(2, (8, 8))
-    found = act_symmetrically(Calling(lambda y: F.interpolate(y, size=4)), Calls(1))(x)
+    found = act_symmetrically(Calling(lambda y: F.interpolate(y, size=4)), Calls())(x)
     assert found.allclose(F.avg_pool2d(x, 2))
 
 
@@ -181,11 +182,124 @@ def cut_off(y, skip):
     return F.pad(y, (0, skip.shape[3] - y.shape[3], 0, skip.shape[2] - y.shape[2]), mode="replicate")
 
 
-@pytest.mark.parametrize("fit", [padded, nearest, cut_off])
+def if_needed(y, skip):
+    return y if y.shape[2:] == skip.shape[2:] else padded(y, skip)
+
+
+def cropped(y, skip):
+    """The skip, that is, which a decoder returns no more of than it needs."""
+    return F.pad(y, (0, 1, 0, 1))[:, :, : skip.shape[2], : skip.shape[3]]
+
+
+def cropped_before(y, skip):
+    y = F.pad(y, (1, 0, 1, 0))
+    return y[:, :, y.shape[2] - skip.shape[2] :, y.shape[3] - skip.shape[3] :]
+
+
+@pytest.mark.parametrize("fit", [padded, nearest, cut_off, if_needed, cropped, cropped_before])
 def test_a_decoder_that_fits_its_maps_by_functions_converts(fit):
     model = with_random_statistics(gzoo.convert(Sizes(fit), "p4m")).eval()
     for size in SIZES:
         assert gzoo.check(model, size).worst < 1e-12
+
+
+class Timms(nn.Module):
+    """Calls its functions in a method that is called by itself as well, and computes its activations again."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+        self.stem, self.body, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def pooled(self, y):
+        return F.max_pool2d(self.body(y).tanh(), 2)
+
+    def forward_features(self, x):
+        y = self.stem(x)
+        return checkpoint(self.pooled, y, use_reentrant=self.reentrant) if self.training else self.pooled(y)
+
+    def forward(self, x):
+        return self.head(self.forward_features(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_all_methods_of_a_module_call_symmetric_functions(reentrant):
+    model, x = with_random_statistics(gzoo.convert(Timms(reentrant), "p4")).eval(), random_image(3, (17, 17))
+    turned = model.forward_features(x.rot90(1, (2, 3)))
+    assert turned.allclose(model.group.transform_features(model.forward_features(x), 1), atol=1e-12)
+    gradients = []
+    for mode in (False, True):
+        model.train(mode).zero_grad()
+        model(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(a.allclose(b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_module_with_functions_in_another_one_with_others_is_met_once():
+    class Inner(OptionA):
+        def forward(self, x):
+            more = F.pad(x, (0, 0, 0, 0, 0, 4))
+            return F.max_pool2d(self.conv(more).relu(), 2)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.inner, self.head = nn.Conv2d(3, 8, 3), Inner(), nn.Linear(24, 5)
+            self.inner.conv = nn.Conv2d(12, 16, 3, padding=1)
+            for name in ("stem", "norm", "head"):
+                delattr(self.inner, name)
+
+        def forward(self, x):
+            y = F.pad(self.inner(self.stem(x)), (0, 0, 0, 0, 0, 8))
+            return self.head(by_hand(y, 4).mean((2, 3)))
+
+    model = with_random_statistics(gzoo.convert(Outer(), "p4m")).eval()
+    assert gzoo.check(model, 17).worst < 1e-12
+    assert gzoo.check(model, (20, 17)).worst < 1e-12
+
+
+def test_pads_of_the_image_and_of_features_by_one_number_are_told_apart():
+    plain = Network(
+        lambda self, x: self.b(F.pad(self.a(F.pad(x, (0, 0, 0, 0, 0, 1))), (0, 0, 0, 0, 0, 1))).mean((2, 3))
+    )
+    plain.a, plain.b, plain.pretrained_cfg = nn.Conv2d(4, 7, 3), nn.Conv2d(8, 5, 3), {"input_size": (3, 9, 9)}
+    assert gzoo.check(with_random_statistics(gzoo.convert(plain, "p4m")).eval(), 9).worst < 1e-12
+
+
+class Network(nn.Module):
+    """A forward given as a function; with names of its own that gzoo might use."""
+
+    prefix, functions, calls, fits = "wide", [], 3, None
+
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+
+    def forward(self, x):
+        assert self.prefix == "wide"
+        assert self.calls == 3
+        return self.run(self, x)
+
+
+def test_both_sides_cropped_in_two_modules_are_a_difference():
+    first, second = (
+        Calling(lambda y, before=before: y[:, :, before : n(before), before : n(before)]) for before in (1, 0)
+    )
+    plain = Network(lambda self, x: self.b(first(self.a(x)) - second(self.a(x))).mean((2, 3)))
+    plain.a, plain.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3)
+    plain.first, plain.second = first, second
+    with pytest.raises(ValueError, match="not equivariant"):
+        gzoo.convert(plain, "p4")
+
+
+def n(before):
+    return None if before else -1
+
+
+def test_what_pads_one_side_is_not_transferred():
+    for step in (STEPS["a pixel on one side"], STEPS["a row and a column left out"], nn.ZeroPad2d((0, 1, 0, 1))):
+        with pytest.raises(ValueError, match=r"one side,? .*no mean over poses does"):
+            gzoo.convert(Steps(step), "p4", weights="transfer")
 
 
 # --- channels ---------------------------------------------------------------------------------------------------------
@@ -472,6 +586,48 @@ def test_a_flattened_oblong_map_is_refused():
         gzoo.convert(plain, "p4m")
 
 
+@pytest.mark.parametrize("side", [8, 7])
+def test_a_size_at_which_a_view_mixes_images_is_not_the_networks_own(side):
+    """The networks of tutorials for CIFAR-10 and MNIST run on 64 and 224 pixels, with other rows than images."""
+    first = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, padding=1))
+    plain = Network(lambda self, x: self.b(F.max_pool2d(self.a(x).relu(), 2).view(-1, 4 * side**2)))
+    plain.a, plain.b = first, nn.Linear(4 * side**2, 5)
+    assert gzoo.check(with_random_statistics(gzoo.convert(plain, "p4")).eval(), 4 * side).worst < 1e-12
+
+
+def test_sums_of_flattened_maps_and_functions_of_them():
+    class Twice(Lenet):
+        def __init__(self):
+            super().__init__(None)
+            self.conv3 = nn.Conv2d(6, 16, 5)
+
+        def forward(self, x):
+            y = self.pool(self.conv1(x).relu())
+            rows = [F.max_pool2d(conv(y), 2).flatten(1) for conv in (self.conv2, self.conv3)]
+            return self.fc2(self.fc1(F.normalize(rows[0] + rows[1].relu(), dim=1)).relu())
+
+    plain = Twice()
+    assert gzoo.check(with_random_statistics(gzoo.convert(plain, "p4m")).eval(), 24).worst < 1e-12
+    with pytest.raises(ValueError, match="norm, softmax or product over channels, which is the same for all poses"):
+        gzoo.convert(plain, "p4m", weights="transfer")
+
+
+def test_timms_classifier_of_a_flattened_map_is_refused():
+    class Timm(Lenet):
+        num_classes = 10
+
+        def get_classifier(self):
+            return self.fc1
+
+        def forward(self, x):
+            return self.fc1(F.max_pool2d(self.conv2(self.pool(self.conv1(x).relu())).relu(), 2).flatten(1))
+
+    model = Timm(None)
+    del model.fc2
+    with pytest.raises(ValueError, match=r"^fc1: it makes logits of a flattened map, and timm's calls"):
+        gzoo.convert(model, "p4")
+
+
 def test_another_size_of_image_is_refused_by_a_network_that_flattens():
     model = gzoo.convert(Lenet(FLAT["flatten"]), "p4m")
     with pytest.raises(ValueError, match="4x4 pixels has"):
@@ -616,13 +772,34 @@ def test_the_plain_network_stays_as_it_is():
 
 def test_what_never_runs_is_left_out_with_a_warning_and_refuses_to_run():
     plain = Steps(lambda y: y)
-    plain.spare = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-    with pytest.warns(UserWarning, match="they run on no image, neither in evaluation nor in training: spare"):
+    plain.spare, plain.more = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Linear(3, 4)
+    with pytest.warns(
+        UserWarning, match=r"they run on no image, neither in evaluation nor in training: more, spare\.0"
+    ):
         model = gzoo.convert(plain, "p4m")
-    with pytest.raises(ValueError, match="spare ran on no image when the network was converted"):
+    with pytest.raises(ValueError, match=r"spare\.0 ran on no image when the network was converted"):
         model.spare(torch.rand(1, 3, 9, 9))
     with pytest.warns(UserWarning, match="spare"):
         gzoo.convert(plain, "p4m", weights="transfer")
+
+
+class Targets(Steps):
+    """An auxiliary head that runs in training alone, when there are labels."""
+
+    def __init__(self):
+        super().__init__(lambda y: y)
+        self.aux = nn.Linear(8, 5)
+
+    def forward(self, x, target=None):
+        y = self.second(self.first(x).relu()).mean((2, 3))
+        if self.training:
+            return F.cross_entropy(self.head(y), target) + F.cross_entropy(self.aux(y), target)
+        return self.head(y)
+
+
+def test_what_may_run_in_training_with_labels_is_not_left_out():
+    with pytest.raises(ValueError, match=r"^aux: it has weights, but runs on an image neither"):
+        gzoo.convert(Targets(), "p4m")
 
 
 def test_a_module_whose_weights_another_one_uses_is_not_left_out():

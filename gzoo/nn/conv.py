@@ -38,7 +38,7 @@ class _GroupConv2d(ExpandedLayer):
         super().__init__(out_fields, in_per_group, basis)
         self.group = group
         self.out_fields = out_fields
-        self.stride, self.dilation, self.groups = 2 * (stride,), 2 * (dilation,), groups  # as nn.Conv2d's are read
+        self.stride, self.dilation, self.groups = 2 * (stride,), 2 * (dilation,), groups  # as networks read nn.Conv2d's
         self.window = window_of(self.kernel_size, stride, padding, dilation)
         self.padding_mode = padding_mode
         self.bias = nn.Parameter(torch.empty(self.out_fields)) if bias else None

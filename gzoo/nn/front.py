@@ -2,7 +2,7 @@
 
 import copyreg
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -25,10 +25,10 @@ class Front(nn.Module):
     """A class that `put_in_front` can put in front of another.
 
     Attributes:
-        prefix: before the name of the other.
+        gzoo_prefix: before the name of the other.
     """
 
-    prefix: str
+    gzoo_prefix: str
 
 
 def put_in_front(module: nn.Module, front: type[Front]) -> None:
@@ -39,17 +39,5 @@ def put_in_front(module: nn.Module, front: type[Front]) -> None:
 @cache
 def _both(front: type[Front], plain: type[nn.Module]) -> type[Front]:
     members: dict[str, Any] = {"__module__": __name__, "made_by": (_both, (front, plain))}
-    if "forward" in vars(front):
-        members["forward"] = _with_arguments_of(plain.forward, front.forward)
-    made: Any = Made(f"{front.prefix}{plain.__name__}", (front, plain), members)
+    made: Any = Made(f"{front.gzoo_prefix}{plain.__name__}", (front, plain), members)
     return made
-
-
-def _with_arguments_of(plain: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """``forward`` with the arguments of another in its signature, which torch.export reads."""
-
-    @wraps(plain)
-    def forward_of_both(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs)
-
-    return forward_of_both

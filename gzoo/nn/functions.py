@@ -1,67 +1,64 @@
 """Functions that a network's own forward calls, such as ``F.max_pool2d(x, 2)`` or ``x[..., ::2, ::2]``, made symmetric.
 
 `gzoo.convert` puts one module in the place of another; what a forward does without a module is met while it runs.
-`act_symmetrically` gives a module a class whose forward does so: windows go behind the resampling rule, and what counts
-or numbers channels goes by fields.
+`act_symmetrically` gives a module a class whose methods do so: windows go behind the resampling rule, and what counts
+channels goes by fields. One `Calls` holds for a whole network, so it does not matter in which of its modules a
+function is met, or whether activations are computed again.
 """
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, wraps
+from types import FunctionType
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from gzoo.nn.front import Front, put_in_front
+from gzoo.nn.front import Made
 from gzoo.nn.resample import SymmetricPool2d, centre
 
 
 @dataclass(frozen=True)
 class Calls:
-    """What the functions that a forward calls go by in a converted network.
+    """What the functions that a network calls go by once it is converted.
 
     Attributes:
-        order: |G|.
-        channel_pads: how many channels the forward pads, before and after -> those of the converted network.
-        rows: how many numbers a row of a flattened map has, as the forward names them (512 in ``x.view(-1, 512)``).
-        shuffles: whether the forward merges two dimensions of channels, as a shuffle does at its end.
-        crops: whether the forward leaves out pixels on one side (``x[:, :, :-1, :-1]``), to fit one map to another.
+        channel_pads: how many channels it pads before and after, and how many channels those are in the converted
+            network to which it does -> how many to pad there.
+        rows: how many numbers a row of a flattened map has, as it names them (512 in ``x.view(-1, 512)``).
+        shuffles: channels of a part, and parts, of the maps whose channels it shuffles -> |G|.
+        crops: whether it leaves out pixels on one side (``x[:, :, :-1, :-1]``) to fit one map to another.
     """
 
-    order: int
-    channel_pads: Mapping[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    channel_pads: Mapping[tuple[int, int, int], tuple[int, int]] = field(default_factory=dict)
     rows: Collection[int] = ()
-    shuffles: bool = False
+    shuffles: Mapping[tuple[int, int], int] = field(default_factory=dict)
     crops: bool = False
 
 
-class SymmetricForward(Front):
-    """A module whose forward calls symmetric functions; make one with `act_symmetrically`.
+class SymmetricForward(nn.Module):
+    """A module whose methods call symmetric functions; `act_symmetrically` makes one.
 
     Attributes:
-        calls: what they go by.
-        fits: if a list, it gets whether each function of pixels gives what the plain one does.
+        gzoo_calls: what they go by.
+        gzoo_fits: if a list, it gets whether each function of pixels gives what the plain one does.
     """
 
-    prefix = ""
-    calls: Calls
-    fits: list[bool] | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _Symmetric(self.calls, self.fits):
-            return super().forward(*args, **kwargs)
+    gzoo_calls: Calls
+    gzoo_fits: list[bool] | None = None
 
 
 def act_symmetrically(module: nn.Module, calls: Calls) -> nn.Module:
-    """Lets the functions that the forward of ``module`` calls commute with the group; in place.
+    """Lets the functions that ``module`` calls commute with the group; in place.
 
     - Pools with a stride, and every second pixel (``x[:, :, ::2, ::2]``), follow the rule of `gzoo.nn.resample`.
     - Interpolation measures from the middle; to the nearest pixel, or to the mean of two that are as near.
     - A map that is padded or cropped more on one side stays in the middle; by an odd number, it is the mean of two.
-    - A map becomes vectors whatever number of channels the forward names (``x.view(-1, 512)``), channels that are
-      padded are as many as the fields, and a shuffle of channels is one of fields.
+    - A map becomes vectors whatever number of channels is named (``x.view(-1, 512)``), channels that are padded are as
+      many as the fields, and a shuffle of channels is one of fields.
 
     Args:
         module: of a converted network.
@@ -70,9 +67,30 @@ def act_symmetrically(module: nn.Module, calls: Calls) -> nn.Module:
     Returns:
         The module.
     """
-    put_in_front(module, SymmetricForward)
-    module.calls = calls  # type: ignore[assignment]
+    module.__class__ = _symmetric_class(type(module))  # type: ignore[arg-type]  # mypy: a class is hashable
+    module.gzoo_calls = calls  # type: ignore[assignment]
     return module
+
+
+@cache
+def _symmetric_class(plain: type[nn.Module]) -> type[nn.Module]:
+    members: dict[str, Any] = {"__module__": __name__, "made_by": (_symmetric_class, (plain,))}
+    for cls in reversed(plain.__mro__[: plain.__mro__.index(nn.Module)]):
+        own = {name: method for name, method in vars(cls).items() if not name.startswith("__")}
+        members |= {name: _symmetrically(method) for name, method in own.items() if isinstance(method, FunctionType)}
+    made: Any = Made(plain.__name__, (SymmetricForward, plain), members)
+    return made
+
+
+def _symmetrically(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)  # with its signature, which torch.export reads
+    def wrapped(self: SymmetricForward, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(mode, _Symmetric) for mode in _get_current_function_mode_stack()):  # of the same network
+            return method(self, *args, **kwargs)
+        with _Symmetric(self.gzoo_calls, self.gzoo_fits):
+            return method(self, *args, **kwargs)
+
+    return wrapped
 
 
 def is_asymmetric(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -90,7 +108,7 @@ def is_asymmetric(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
             mode.startswith("nearest") or _argument(args, kwargs, 1, "size") is None
         )
     if name == "__getitem__":
-        return _step(x, args[1]) > 1 or cropped(x, args[1]) is not None
+        return _step(x, args[1]) > 1 or one_sided_crops(x, args[1]) is not None
     return name in ("pad", "channel_shuffle")
 
 
@@ -149,8 +167,8 @@ class _Symmetric(TorchFunctionMode):
 
     def pad(self, func: Any, x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
         left, right, top, bottom, *channels = *pad, *(0,) * (4 - len(pad))
-        if tuple(channels[:2]) in self.calls.channel_pads:
-            channels[:2] = self.calls.channel_pads[channels[0], channels[1]]
+        if len(channels) > 1:
+            channels[:2] = self.calls.channel_pads.get((channels[0], channels[1], x.shape[1]), channels[:2])
         more = top + bottom, left + right
         shifts = any(first != second == -first for first, second in ((left, right), (top, bottom)))
         if (left == right and top == bottom) or shifts:
@@ -160,22 +178,25 @@ class _Symmetric(TorchFunctionMode):
         return centre(y, [n + pixels for n, pixels in zip(x.shape[2:], more, strict=True)])
 
     def getitem(self, func: Any, x: Tensor, index: Any) -> Tensor:
-        step, crop = _step(x, index), cropped(x, index) if self.calls.crops else None
-        if step == 1 and not crop:
+        step, crops = _step(x, index), one_sided_crops(x, index) if self.calls.crops else None
+        if step == 1 and not crops:
             return func(x, index)
-        sizes = [n - sum(crop) if crop else (n - 1) // step * step + 1 for n in x.shape[2:]]
+        sizes = [(n - 1) // step * step + 1 for n in x.shape[2:]]
+        if crops:
+            sizes = [n - before - after for n, (before, after) in zip(x.shape[2:], crops, strict=True)]
         return func(centre(x, sizes, step), (*_full(x, index)[:2], slice(None), slice(None)))
 
     def reshape(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if rows_named(x, args, kwargs) in self.calls.rows:
             return x.flatten(1)
         y = func(x, *args, **kwargs)
-        if self.calls.shuffles and merges_channels(x, y):  # (B, fields * |G|, groups, H, W): the elements go last
-            return x.unflatten(1, (-1, self.calls.order)).transpose(2, 3).reshape(y.shape)
+        if merges_channels(x, y) and (order := self.calls.shuffles.get((x.shape[1], x.shape[2]))):
+            return x.unflatten(1, (-1, order)).transpose(2, 3).reshape(y.shape)  # (B, fields * |G|, parts, H, W)
         return y
 
     def channel_shuffle(self, func: Any, x: Tensor, groups: int) -> Tensor:
-        return x.unflatten(1, (groups, -1, self.calls.order)).transpose(1, 2).reshape(x.shape)
+        order = self.calls.shuffles.get((x.shape[1] // groups, groups), 1)
+        return x.unflatten(1, (groups, -1, order)).transpose(1, 2).reshape(x.shape)
 
 
 _SYMMETRIC: dict[str, Callable[..., Tensor]] = {
@@ -186,6 +207,7 @@ _SYMMETRIC: dict[str, Callable[..., Tensor]] = {
     "__getitem__": _Symmetric.getitem,
     "view": _Symmetric.reshape,
     "reshape": _Symmetric.reshape,
+    "flatten": _Symmetric.reshape,
     "channel_shuffle": _Symmetric.channel_shuffle,
 }
 
@@ -244,26 +266,47 @@ def _full(x: Tensor, index: Any) -> tuple[Any, ...]:
     return *rest[:at], *(slice(None),) * (x.ndim - len(rest)), *rest[at:]
 
 
-def _pixels(x: Tensor, index: Any) -> slice | None:
-    """What an index takes of a map along both axes alike; None if it takes something else, or x is no map."""
-    pixels = _full(x, index)[2:] if x.ndim == 4 else ()
-    same = len(pixels) == 2 and all(isinstance(i, slice) for i in pixels) and pixels[0] == pixels[1]
-    return pixels[0] if same else None
-
-
 def _step(x: Tensor, index: Any) -> int:
-    """The n of an index that takes every n-th pixel of a map, from the first to the last; else 1."""
-    taken = _pixels(x, index)
-    return taken.step or 1 if taken and taken.start in (None, 0) and taken.stop is None else 1
+    """The n of an index that takes every n-th pixel of a map, from the first on, along both axes; else 1."""
+    pixels = _full(x, index)[2:] if x.ndim == 4 else ()
+    if len(pixels) != 2 or not all(isinstance(i, slice) and i.step not in (None, 1) for i in pixels):
+        return 1
+    first, second = pixels
+    from_first = all(i.start in (None, 0) for i in pixels)
+    to_last = all(i.stop is None or i.stop >= n for i, n in zip(pixels, x.shape[2:], strict=True))
+    return first.step if first.step == second.step > 1 and from_first and to_last else 1
 
 
-def cropped(x: Tensor, index: Any) -> tuple[int, int] | None:
-    """How many pixels an index leaves out before and after, if more on one side of a map, along both axes; or None."""
-    taken = _pixels(x, index)
-    if not taken or taken.step not in (None, 1):
+def one_sided_crops(x: Tensor, index: Any) -> list[tuple[int, int]] | None:
+    """How many pixels of each axis of a map an index leaves out before and after.
+
+    None if as many, or if it names one axis alone, or no map.
+    """
+    pixels = _full(x, index)[2:] if x.ndim == 4 else ()
+    if len(pixels) != 2 or not all(isinstance(i, slice) and i.step in (None, 1) for i in pixels):
         return None
-    before, after = taken.start or 0, -(taken.stop or 0)
-    return (before, after) if before >= 0 and after >= 0 and before != after else None
+    if slice(None) in pixels:
+        return None
+    crops = []
+    for i, n in zip(pixels, x.shape[2:], strict=True):
+        start, stop, _ = i.indices(n)
+        crops.append((start, n - stop))
+    return crops if any(before != after for before, after in crops) else None
+
+
+def sides_treated(name: str, args: tuple, kwargs: dict[str, Any]) -> set[str]:
+    """Of a function of a map: "start" or "end" where it pads or crops more pixels on that side."""
+    args, kwargs = with_input_first(args, kwargs)
+    if not args or not isinstance(args[0], Tensor) or args[0].ndim != 4:
+        return set()
+    amounts: Sequence[tuple[int, int]] = ()
+    if name == "__getitem__":
+        amounts = one_sided_crops(args[0], args[1]) or ()
+    elif name == "pad":
+        pads: Sequence[int] = _argument(args, kwargs, 1, "pad")
+        left, right, top, bottom, *_ = *pads, 0, 0, 0, 0
+        amounts = (top, bottom), (left, right)
+    return {"start" if before > after else "end" for before, after in amounts if before != after}
 
 
 def rows_named(x: Tensor, args: tuple, kwargs: dict[str, Any]) -> int | None:

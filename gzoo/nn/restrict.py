@@ -53,7 +53,7 @@ class Restriction(Constants):
 class RestrictedOutput(Restriction, Front):
     """What `restrict_output` puts in front of the class of a module: a restriction of the module's result."""
 
-    prefix = "Restricted"
+    gzoo_prefix = "Restricted"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(super(Restriction, self).forward(*args, **kwargs))  # the inner one is of the plain class
