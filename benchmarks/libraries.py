@@ -29,10 +29,7 @@ NETWORKS: list[tuple[str, str, dict[str, Any], tuple[int, int]]] = [
     *((TORCHVISION, name, {}, USUAL) for name in ("alexnet", "squeezenet1_1", "shufflenet_v2_x1_0", "mnasnet1_0")),
     *((TORCHVISION, name, PLAIN, LARGE) for name in ("googlenet", "inception_v3")),
     *((TORCHVISION, name, {}, USUAL) for name in ("mobilenet_v3_large", "regnet_y_400mf", "efficientnet_b0")),
-    *(
-        (SEGMENTATION, name, BARE, USUAL)
-        for name in ("fcn_resnet50", "deeplabv3_resnet50", "lraspp_mobilenet_v3_large")
-    ),
+    *((SEGMENTATION, name, BARE, USUAL) for name in ("fcn_resnet50", "lraspp_mobilenet_v3_large")),
     *((SMP, name, {}, USUAL) for name in ("Unet", "UnetPlusPlus", "Linknet", "FPN", "PSPNet")),
     *((SMP, name, {}, USUAL) for name in ("DeepLabV3", "DeepLabV3Plus", "UPerNet", "Segformer", "MAnet")),
     *((SMP, "Unet", {"encoder_name": name}, USUAL) for name in ("mobilenet_v2", "densenet121", "tu-convnext_atto")),

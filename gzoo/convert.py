@@ -791,7 +791,8 @@ def _check_poses(
             f"{broken} ({type(module).__name__}) is not equivariant {at_size}: neither its output nor any permutation "
             "of it follows the image. Look for a step just before it that treats some pixels or channels unlike "
             "others: a shift, a padding or a crop of one axis, a step along pixels that does not start at the first, a "
-            "position embedding, a split of channels"
+            "pool that returns indices, steps or pads of maps with channels last, a position embedding, a split of "
+            "channels"
         )
     if broken is not None:
         raise ValueError(

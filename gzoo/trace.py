@@ -20,7 +20,7 @@ from timm.models.mobilevit import MobileVitBlock
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gzoo.nn.functions import is_asymmetric, merges_channels, rows_named, sides_treated
+from gzoo.nn.functions import argument, is_asymmetric, merges_channels, rows_named, sides_treated
 
 
 class Segment:
@@ -484,7 +484,7 @@ class _Follow(TorchFunctionMode):
 
     def _cat(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         out = outputs[0]
-        dim = _argument(args, kwargs, 1, "dim", 0) % out.ndim
+        dim = argument(args, kwargs, 1, "dim", 0) % out.ndim
         known = [_channels(x) for x in inputs if x.numel()]  # a map without channels adds none
         if any(channels is None for channels in known) or len({c.dim for c in known if c}) > 1:
             return False
@@ -495,7 +495,7 @@ class _Follow(TorchFunctionMode):
 
     def _stack(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         out = outputs[0]
-        new = _argument(args, kwargs, 1, "dim", 0) % out.ndim
+        new = argument(args, kwargs, 1, "dim", 0) % out.ndim
         known = [_channels(x) for x in inputs]
         first = known[0]
         if first is None or any(channels is None or channels.dim != first.dim for channels in known):
@@ -522,7 +522,7 @@ class _Follow(TorchFunctionMode):
 
     def _split(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         channels = _channels(inputs[0])
-        dim = _argument(args, kwargs, 2, "dim", 0) % inputs[0].ndim
+        dim = argument(args, kwargs, 2, "dim", 0) % inputs[0].ndim
         if channels is None or dim != channels.dim:
             return self._inherit(outputs, inputs, args, kwargs)
         start = 0
@@ -533,10 +533,10 @@ class _Follow(TorchFunctionMode):
 
     def _narrow(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         channels = _channels(inputs[0])
-        dim = _argument(args, kwargs, 1, "dim", 0) % inputs[0].ndim
+        dim = argument(args, kwargs, 1, "dim", 0) % inputs[0].ndim
         if channels is None or dim != channels.dim:
             return self._inherit(outputs, inputs, args, kwargs)
-        start = _argument(args, kwargs, 2, "start", 0)
+        start = argument(args, kwargs, 2, "start", 0)
         self._piece(outputs[0], channels, start, start + outputs[0].shape[dim])
         return True
 
@@ -579,7 +579,7 @@ class _Follow(TorchFunctionMode):
 
     def _pad(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         """Zeros before and after the channels, which as many channels stand for as are added to them."""
-        channels, pads = _channels(inputs[0]), _argument(args, kwargs, 1, "pad", ())
+        channels, pads = _channels(inputs[0]), argument(args, kwargs, 1, "pad", ())
         assert channels is not None
         place = 2 * (inputs[0].ndim - 1 - channels.dim)
         numbers = tuple(pads[place : place + 2])
@@ -595,7 +595,7 @@ class _Follow(TorchFunctionMode):
 
     def _glu(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         """One half of the channels gates the other."""
-        channels, dim = _channels(inputs[0]), _argument(args, kwargs, 1, "dim", -1) % inputs[0].ndim
+        channels, dim = _channels(inputs[0]), argument(args, kwargs, 1, "dim", -1) % inputs[0].ndim
         if channels is None or dim != channels.dim:
             return self._inherit(outputs, inputs, args, kwargs)
         half, gates = cut(channels.segments, _total(channels.segments) // 2)
@@ -604,7 +604,7 @@ class _Follow(TorchFunctionMode):
         return True
 
     def _shuffle(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
-        channels, groups = _channels(inputs[0]), _argument(args, kwargs, 1, "groups", 1)
+        channels, groups = _channels(inputs[0]), argument(args, kwargs, 1, "groups", 1)
         assert channels is not None
         part, rest = cut(channels.segments, _total(channels.segments) // groups)
         while rest:
@@ -624,8 +624,8 @@ class _Follow(TorchFunctionMode):
     def _transpose(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         channels, ndim = _channels(inputs[0]), inputs[0].ndim
         assert channels is not None
-        first = _argument(args, kwargs, 1, "dim0", 0) % ndim
-        second = _argument(args, kwargs, 2, "dim1", 0) % ndim
+        first = argument(args, kwargs, 1, "dim0", 0) % ndim
+        second = argument(args, kwargs, 2, "dim1", 0) % ndim
         dim = {first: second, second: first}.get(channels.dim, channels.dim)
         _mark(outputs[0], dim, channels.segments)
         return True
@@ -633,7 +633,7 @@ class _Follow(TorchFunctionMode):
     def _reduce(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict, place: int = 1) -> bool:
         """``dim`` is argument number ``place``."""
         x, channels = inputs[0], _channels(inputs[0])
-        dims = _argument(args, kwargs, place, "dim", None)
+        dims = argument(args, kwargs, place, "dim", None)
         if isinstance(dims, Tensor):  # torch.max of two tensors
             return self._inherit(outputs, inputs, args, kwargs)
         if channels is None:
@@ -692,7 +692,7 @@ class _Follow(TorchFunctionMode):
     def _over(self, given: Any, place: int, default: int | None) -> bool:
         """A norm or softmax: over the dimension that is argument number ``place``, or over all of an image."""
         _, inputs, args, kwargs = given
-        channels, dim = _channels(inputs[0]), _argument(args, kwargs, place, "dim", default)
+        channels, dim = _channels(inputs[0]), argument(args, kwargs, place, "dim", default)
         if channels and (dim is None or dim % inputs[0].ndim == channels.dim):
             self._couple(channels.segments)
         return self._inherit(*given)
@@ -703,7 +703,7 @@ class _Follow(TorchFunctionMode):
     def _unsqueeze(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         """A maximum over channels, (B, H, W), becomes a map of one channel again."""
         x, out = inputs[0], outputs[0]
-        dim = _argument(args, kwargs, 1, "dim", 0) % out.ndim
+        dim = argument(args, kwargs, 1, "dim", 0) % out.ndim
         if dim == getattr(x, "gzoo_reduced", None):
             _mark(out, dim, (Segment(1, image=True),))
             return True
@@ -847,7 +847,3 @@ def _tensors(value: Any) -> Iterable[Tensor]:
             yield from _tensors(item)
     elif isinstance(value, dict):
         yield from _tensors(tuple(value.values()))
-
-
-def _argument(args: tuple, kwargs: dict, position: int, name: str, default: Any) -> Any:
-    return args[position] if len(args) > position else kwargs.get(name, default)

@@ -100,12 +100,12 @@ def is_asymmetric(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
     if not isinstance(x, Tensor) or x.ndim not in (4, 5):
         return False
     if name in ("max_pool2d", "avg_pool2d"):
-        kernel, stride = (_argument(args, kwargs, i, key) for i, key in ((1, "kernel_size"), (2, "stride")))
+        kernel, stride = (argument(args, kwargs, i, key) for i, key in ((1, "kernel_size"), (2, "stride")))
         return _pair(stride or kernel) != (1, 1)  # also of a window that covers the map, of this size
     if name == "interpolate":
-        mode = _argument(args, kwargs, 3, "mode") or "nearest"
-        return not is_whole(_argument(args, kwargs, 2, "scale_factor")) and (
-            mode.startswith("nearest") or _argument(args, kwargs, 1, "size") is None
+        mode = argument(args, kwargs, 3, "mode") or "nearest"
+        return not is_whole(argument(args, kwargs, 2, "scale_factor")) and (
+            mode.startswith("nearest") or argument(args, kwargs, 1, "size") is None
         )
     if name == "__getitem__":
         return _step(x, args[1]) > 1 or one_sided_crops(x, args[1]) is not None
@@ -303,7 +303,7 @@ def sides_treated(name: str, args: tuple, kwargs: dict[str, Any]) -> set[str]:
     if name == "__getitem__":
         amounts = one_sided_crops(args[0], args[1]) or ()
     elif name == "pad":
-        pads: Sequence[int] = _argument(args, kwargs, 1, "pad")
+        pads: Sequence[int] = argument(args, kwargs, 1, "pad")
         left, right, top, bottom, *_ = *pads, 0, 0, 0, 0
         amounts = (top, bottom), (left, right)
     return {"start" if before > after else "end" for before, after in amounts if before != after}
@@ -323,5 +323,6 @@ def with_input_first(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[s
     return (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
 
 
-def _argument(args: tuple, kwargs: dict[str, Any], position: int, name: str) -> Any:
-    return args[position] if len(args) > position else kwargs.get(name)
+def argument(args: tuple, kwargs: dict[str, Any], position: int, name: str, default: Any = None) -> Any:
+    """One argument of a call, by place or by name."""
+    return args[position] if len(args) > position else kwargs.get(name, default)

@@ -90,6 +90,11 @@ def centre(x: Tensor, size: list[int], step: int = 1) -> Tensor:
             more = (1 - spare) // 2
             x, spare = F.pad(x, (0, 0, more, more) if axis == 2 else (more, more, 0, 0), mode="replicate"), spare % 2
         if spare % 2:
+            if not x.is_floating_point():
+                raise ValueError(
+                    f"an even and an odd number of pixels meet in a map of {x.dtype}, which has no means of two "
+                    "pixels; turn it into floating-point numbers first"
+                )
             left, right = (_every(step, x.narrow(axis, spare // 2 + shift, n), axis) for shift in (0, 1))
             x = (left + right).mul_(0.5)
         else:
