@@ -185,8 +185,16 @@ class Plan:
                 (*named, self.channels(around[1])): (self.channels(around[0]), self.channels(around[2]))
                 for named, around in seen.padded
             },
+            channel_slices={
+                (*named, self.channels(whole)): (
+                    self.channels(before),
+                    self.channels(before) + self.channels(piece),
+                )
+                for named, (before, piece, whole) in seen.sliced
+            },
             rows=frozenset(seen.rows),
             shuffles={(self.channels(part), n): self.group_at(path).order for path, part, n in seen.shuffled},
+            pads=bool(sides or seen.padded),
             crops=len(sides) == 1,  # where both sides are cropped or padded, the difference may be meant
         )
 
@@ -425,8 +433,6 @@ def plan(
     if classifier is None:
         found = _classifiers(model, evaluation, vectors)
         found |= _more_in_training(model, evaluation, training, found, vectors)
-        if not found and not vectors:
-            _say_that_fields_stay(model, x, evaluation)
     found |= vectors.keys()
     _require_last(model, vectors, seen)
     for segment in (part for path in found for part in flat(seen.outputs.get(path, ()))):
@@ -449,6 +455,8 @@ def plan(
             (f"{name}: {made.why_lost(name)}" for name in seen.lost), "no layer with parameters runs on an image"
         )
         raise ValueError(f"nothing of {type(model).__name__} can be followed. {lost}")
+    if classifier is None and not found:
+        _say_that_fields_stay(model, x, made)
     if fitted:
         made.total()  # knows all segments
         for place, segment in enumerate(made._known):
@@ -717,13 +725,13 @@ def _classifiers(model: Any, seen: Trace, vectors: Collection[str] = ()) -> froz
     layers = [name for name in seen.order if isinstance(modules[name], _MAKES_LOGITS)]
     if not layers:
         return frozenset()
-    results = [y for y in tensors_in(seen.result) if y.ndim > 1]  # single numbers are parts
+    results = [y for y in tensors_in(seen.result) if y.ndim > 1 or channels_of(y)]  # single numbers are parts
     known = {part for path in vectors for part in flat(seen.outputs.get(path, ()))}
     results = [y for y in results if not known or not known.issuperset(channels_of(y))]
     makers = [_makers(set(channels_of(y)), layers, seen) for y in results]
     linear = [[name for name in names if isinstance(modules[name], nn.Linear)] for names in makers]
-    if len(results) > 1 and any(y.ndim == 2 for y in results):
-        if all(names and y.ndim == 2 for y, names in zip(results, linear, strict=True)):
+    if len(results) > 1 and any(y.ndim <= 2 for y in results):
+        if all(names and y.ndim <= 2 for y, names in zip(results, linear, strict=True)):
             return frozenset(flatten.from_iterable(linear))
         shapes = ", ".join(str(tuple(y.shape)) for y in results)
         likely = [names[-1] for y, *found in zip(results, linear, makers, strict=True) if (names := found[y.ndim > 2])]
@@ -743,7 +751,9 @@ def _classifiers(model: Any, seen: Trace, vectors: Collection[str] = ()) -> froz
     later = [modules[name] for name in (_makers(own, behind, seen) if own else behind)]
     if all(segment.image for segment in own) and len(makers[0]) == 1:
         return frozenset(makers[0])
-    if any(True for module in later for _ in module.parameters()):
+    is_vector = isinstance(modules[last], nn.Linear) and results[0].ndim == 2  # may be normalized, as embeddings are
+    held = [m for m in later if not (is_vector and isinstance(m, nn.BatchNorm1d | nn.LayerNorm))]
+    if any(True for module in held for _ in module.parameters()):
         return frozenset()
     if not isinstance(modules[last], nn.Linear):
         channels = sum(segment.size for segment in flat(seen.outputs.get(last, ())))
@@ -863,19 +873,26 @@ def bent_logits(
     return frozenset() if _COPIES.issuperset(bent) else found
 
 
-def _say_that_fields_stay(model: nn.Module, x: Tensor, seen: Trace) -> None:
-    """Warns where the map of a decoder, as large as the image, is taken for features: it may be one of logits."""
-    result = seen.result
-    is_decoder = isinstance(result, Tensor) and result.ndim == 4 and result.shape[2:] == x.shape[2:]
-    if hasattr(model, "get_classifier") or not is_decoder or min(seen.pixels.values()) == x.shape[2:].numel():
+def _say_that_fields_stay(model: nn.Module, x: Tensor, made: Plan) -> None:
+    """Warns where the map of a decoder, as large as the image, or a vector is taken for features: it may be logits."""
+    seen = made.trace
+    if hasattr(model, "get_classifier"):
         return
-    layers = [name for name in seen.order if isinstance(model.get_submodule(name), _MAKES_LOGITS)]
-    makers = _makers(set(channels_of(result)), layers, seen) or layers[-1:]
-    warnings.warn(
-        f"the output of {type(model).__name__} ends in a norm, an activation or a sum, so it stays regular fields, |G| "
-        f"channels each. If it is logits, say so, as in classifier={makers}; classifier='' says that it is features",
-        stacklevel=2,
-    )
+    is_flat = min(seen.pixels.values(), default=0) == x.shape[2:].numel()  # features throughout, as large as the image
+    for result in tensors_in(seen.result):
+        is_decoder = result.ndim == 4 and result.shape[2:] == x.shape[2:] and not is_flat
+        parts = set(channels_of(result))
+        is_vector = result.ndim == 2 and not made.gives_fibres and bool(parts) and not any(p.image for p in parts)
+        if is_decoder or is_vector:
+            layers = [name for name in seen.order if isinstance(model.get_submodule(name), _MAKES_LOGITS)]
+            makers = _makers(parts, layers, seen) or layers[-1:]
+            warnings.warn(
+                f"an output of {type(model).__name__} ends in a norm, an activation or a sum, or is one of several "
+                "sizes, so it stays regular fields, |G| channels each, which turn with the image. If it is logits, say "
+                f"so, as in classifier={makers}; classifier='' says that it is features",
+                stacklevel=2,
+            )
+            return
 
 
 def _named(classifier: Any) -> frozenset[str]:

@@ -128,6 +128,7 @@ class Trace:
         asymmetric: modules whose own forward calls functions that `gzoo.nn.functions` makes symmetric.
         one_sided: of the modules that pad or crop maps more on one side themselves, "start" or "end".
         padded: numbers of channels that are put before and after others, with those, the others, and those after.
+        sliced: first and last number of the channels that are taken of a map, with those before, these, and all.
         rows: numbers a row of the flattened maps that are made by naming that number.
         shuffled: channels of the parts that are shuffled, by the module, and the number of the parts.
         rows_mixed: whether a linear layer is given rows that are no images.
@@ -152,6 +153,9 @@ class Trace:
     asymmetric: set[str] = field(default_factory=set)
     one_sided: dict[str, set[str]] = field(default_factory=dict)
     padded: list[tuple[tuple[int, int], tuple[Segments, Segments, Segments]]] = field(default_factory=list)
+    sliced: list[tuple[tuple[int | None, int | None], tuple[Segments, Segments, Segments]]] = field(
+        default_factory=list
+    )
     rows: set[int] = field(default_factory=set)
     shuffled: list[tuple[str, Segments, int]] = field(default_factory=list)
     rows_mixed: bool = False
@@ -203,7 +207,8 @@ def _without_numbers(model: nn.Module) -> nn.Module:
 
 def _run(model: nn.Module, x: Tensor) -> Trace:
     seen = Trace()
-    follow = _Follow(seen, len(x))
+    foreign = {name for name, m in model.named_modules() if not type(m).__module__.startswith(("torch.", "timm."))}
+    follow = _Follow(seen, len(x), foreign)
     for name, module in model.named_modules():
         _mark_own(module, seen.own.setdefault(name, {}))
         _make_followable(module)
@@ -313,17 +318,17 @@ def _channels(x: Any) -> Channels | None:
 
 
 def channels_of(x: Tensor) -> Segments:
-    """The segments that a tensor of a traced run has; none if they were lost."""
+    """The segments that a tensor of a traced run has, or the one that was squeezed; none if they were lost."""
     channels = _channels(x)
-    return flat(channels.segments) if channels else ()
+    return flat(channels.segments if channels else getattr(x, "gzoo_squeezed", ()))
 
 
 class _Follow(TorchFunctionMode):
     """Hands the channels on from the arguments of every torch function to its results."""
 
-    def __init__(self, seen: Trace, images: int) -> None:
+    def __init__(self, seen: Trace, images: int, foreign: set[str]) -> None:
         super().__init__()
-        self.seen, self.images = seen, images
+        self.seen, self.images, self.foreign = seen, images, foreign  # paths of modules of no library that we know
         self.path = [""]
         self.made: dict[str, Segments] = {}
         self.attending: set[str] = set()  # modules whose own forward multiplies queries with keys
@@ -445,7 +450,12 @@ class _Follow(TorchFunctionMode):
         return out
 
     def _follow_map(self, name: str, out: Tensor, inputs: list[Tensor]) -> None:
-        """Results of flattened maps, which are as long, are such maps, and as many of them are of the same channels."""
+        """Results of flattened maps, which are as long, are such maps, and as many of them are of the same channels.
+
+        Those of one squeezed number an image are such numbers.
+        """
+        if squeezed := next((x.gzoo_squeezed for x in inputs if hasattr(x, "gzoo_squeezed")), ()):
+            out.gzoo_squeezed = squeezed  # type: ignore[attr-defined]
         maps = [x.gzoo_map for x in inputs if hasattr(x, "gzoo_map") and x.shape == out.shape]
         if maps and name in _OVER_ROWS:
             self._couple(maps[0][0])
@@ -555,12 +565,19 @@ class _Follow(TorchFunctionMode):
                 new += 1
                 continue
             if old == channels.dim:
+                if i == 0 and len(channels.segments) == _total(channels.segments) == 1 and outputs[0].ndim == 1:
+                    outputs[0].gzoo_squeezed = channels.segments  # type: ignore[attr-defined]
                 if isinstance(i, int) or i.step not in (None, 1):
                     return False
                 if i == slice(None):  # all of them: a step along pixels, whose numbers are no widths
                     _mark(outputs[0], new, channels.segments)
                     return True
                 start, stop, _ = i.indices(x.shape[old])
+                if x.ndim == 4 and self.path[-1] in self.foreign:  # timm's numbers are attributes
+                    before, rest = cut(channels.segments, start)
+                    piece, _ = cut(rest, stop - start)
+                    self.seen.sliced.append(((i.start, i.stop), (before, piece, channels.segments)))
+                    self.seen.asymmetric.add(self.path[-1])
                 self._piece(outputs[0], Channels(new, channels.segments), start, stop)
                 return True
             old += 1
@@ -715,6 +732,9 @@ class _Follow(TorchFunctionMode):
             return False
         dim, segments, _ = channels
         old, new, total = inputs[0].shape, out.shape, _total(channels.segments)
+        if total == 1 and len(new) == 1 and len(old) == 2:  # a number an image
+            out.gzoo_squeezed = segments  # type: ignore[attr-defined]
+            return False
         if dim == 1 and len(old) == 4 and tuple(new) == (old[0], math.prod(old[1:])):
             if (named := rows_named(inputs[0], args[1:], kwargs)) is not None:
                 self.seen.rows.add(named)

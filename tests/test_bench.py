@@ -73,7 +73,7 @@ def test_the_plain_twin_has_the_expanded_filters(model):
     plain = layers(plain_twin(model), nn.Conv2d)
     ours = layers(model, LiftingConv2d, GroupConv2d)
     assert [conv.weight.shape for conv in plain] == [conv.filter().shape for conv in ours]
-    assert [conv.stride[0] for conv in plain] == [conv.stride for conv in ours]
+    assert [conv.stride for conv in plain] == [conv.stride for conv in ours]
 
 
 def test_the_plain_twin_is_not_invariant(model):

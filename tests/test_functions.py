@@ -485,6 +485,73 @@ def test_a_buffer_of_features_is_refused():
         gzoo.convert(plain, "p4")
 
 
+HALVES = {
+    "by numbers": lambda y: torch.cat([y[:, :6].relu(), y[:, 6:].tanh()], 1),
+    "by the shape": lambda y: torch.cat([y[:, : y.shape[1] // 2].relu(), y[:, y.shape[1] // 2 :].tanh()], 1),
+    "from the end": lambda y: torch.cat([y[:, :-6].relu(), y[:, -6:].tanh()], 1),
+}
+
+
+@pytest.mark.parametrize("halves", HALVES)
+def test_channels_that_are_taken_by_numbers_are_as_many_of_the_fields(halves):
+    plain = Steps(HALVES[halves], width=12).eval()
+    model = with_random_statistics(gzoo.convert(plain, "p4m")).eval()
+    assert worst_error(model, "p4m", random_image(3, (9, 9)), "image", "invariant") < 1e-11
+    x = torch.randn(2, 3, 9, 9)
+    model = gzoo.convert(plain, "p4", weights="transfer").eval()
+    assert model(x).allclose(sum(plain(x.rot90(r, (2, 3))) for r in range(4)) / 4, atol=1e-5)
+
+
+# --- heads --------------------------------------------------------------------------------------------------------
+
+
+class Headed(nn.Module):
+    def __init__(self, end, head):
+        super().__init__()
+        self.end, self.body, self.head = end, nn.Conv2d(3, 8, 3, padding=1), head
+
+    def forward(self, x):
+        return self.end(self.head(self.body(x).relu().mean((2, 3))))
+
+
+HEADS = {
+    "squeezed": (lambda y: y.squeeze(1), nn.Linear(8, 1)),
+    "a probability": (lambda y: y.sigmoid().squeeze(-1), nn.Linear(8, 1)),
+    "a probability of what is squeezed": (lambda y: y.squeeze(-1).sigmoid(), nn.Linear(8, 1)),
+    "a view": (lambda y: y.view(-1), nn.Linear(8, 1)),
+    "a column": (lambda y: y[:, 0], nn.Linear(8, 1)),
+    "flattened": (lambda y: torch.flatten(y), nn.Linear(8, 1)),
+    "batch norm": (lambda y: y, nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6))),
+    "layer norm, then on the sphere": (F.normalize, nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6))),
+    "beside another": (lambda y: (y[:, :1].squeeze(1), y), nn.Linear(8, 4)),
+}
+
+
+@pytest.mark.parametrize("what", HEADS)
+def test_a_head_gives_as_many_numbers_as_it_did(what):
+    plain = Headed(*HEADS[what]).eval()
+    model, x = with_random_statistics(gzoo.convert(plain, "p4m")).eval(), random_image(3, (9, 9))
+    first = (lambda y: y[0]) if what == "beside another" else (lambda y: y)
+    assert first(model(x)).shape == first(plain(x.float())).shape
+    for g in range(8):
+        assert first(model(model.group.transform_image(x, g))).allclose(first(model(x)), atol=1e-12)
+    assert gzoo.check(model, 9).worst < 1e-12
+
+
+def test_a_map_beside_features_is_asked_about():
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.out = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 2, 3, padding=1)
+
+        def forward(self, x):
+            features = self.down(x).relu()
+            return self.out(F.interpolate(features, x.shape[2:], mode="bilinear")), features
+
+    with pytest.warns(UserWarning, match=r"an output of Beside .* regular fields, .* classifier=\['out'\]"):
+        gzoo.convert(Beside(), "p4")
+
+
 # --- a map as a vector ------------------------------------------------------------------------------------------------
 
 

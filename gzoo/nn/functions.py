@@ -13,6 +13,7 @@ from functools import cache, wraps
 from types import FunctionType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
@@ -28,14 +29,19 @@ class Calls:
     Attributes:
         channel_pads: how many channels it pads before and after, and how many channels those are in the converted
             network to which it does -> how many to pad there.
+        channel_slices: first and last number of the channels that it takes of a map, and how many those are in the
+            converted network -> the numbers there.
         rows: how many numbers a row of a flattened map has, as it names them (512 in ``x.view(-1, 512)``).
         shuffles: channels of a part, and parts, of the maps whose channels it shuffles -> |G|.
+        pads: whether it pads more on one side, or channels.
         crops: whether it leaves out pixels on one side (``x[:, :, :-1, :-1]``) to fit one map to another.
     """
 
     channel_pads: Mapping[tuple[int, int, int], tuple[int, int]] = field(default_factory=dict)
+    channel_slices: Mapping[tuple[int | None, int | None, int], tuple[int, int]] = field(default_factory=dict)
     rows: Collection[int] = ()
     shuffles: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    pads: bool = False
     crops: bool = False
 
 
@@ -57,8 +63,8 @@ def act_symmetrically(module: nn.Module, calls: Calls) -> nn.Module:
     - Pools with a stride, and every second pixel (``x[:, :, ::2, ::2]``), follow the rule of `gzoo.nn.resample`.
     - Interpolation measures from the middle; to the nearest pixel, or to the mean of two that are as near.
     - A map that is padded or cropped more on one side stays in the middle; by an odd number, it is the mean of two.
-    - A map becomes vectors whatever number of channels is named (``x.view(-1, 512)``), channels that are padded are as
-      many as the fields, and a shuffle of channels is one of fields.
+    - A map becomes vectors whatever number of channels is named (``x.view(-1, 512)``), channels that are padded or
+      taken (``x[:, :8]``) are as many as the fields, and a shuffle of channels is one of fields.
 
     Args:
         module: of a converted network.
@@ -85,12 +91,19 @@ def _symmetric_class(plain: type[nn.Module]) -> type[nn.Module]:
 def _symmetrically(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)  # with its signature, which torch.export reads
     def wrapped(self: SymmetricForward, *args: Any, **kwargs: Any) -> Any:
+        if self.gzoo_calls.pads and torch.compiler.is_dynamo_compiling():  # which tells no mode of F.pad
+            return _uncompiled(wrapped, self, *args, **kwargs)
         if any(isinstance(mode, _Symmetric) for mode in _get_current_function_mode_stack()):  # of the same network
             return method(self, *args, **kwargs)
         with _Symmetric(self.gzoo_calls, self.gzoo_fits):
             return method(self, *args, **kwargs)
 
     return wrapped
+
+
+@torch.compiler.disable
+def _uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
 
 
 def is_asymmetric(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -178,6 +191,11 @@ class _Symmetric(TorchFunctionMode):
         return centre(y, [n + pixels for n, pixels in zip(x.shape[2:], more, strict=True)])
 
     def getitem(self, func: Any, x: Tensor, index: Any) -> Tensor:
+        full = _full(x, index)
+        if len(full) == 4 and isinstance(full[1], slice) and (full[1].start, full[1].stop) != (None, None):
+            named = full[1].start, full[1].stop, x.shape[1]
+            if named in self.calls.channel_slices:
+                index = full[0], slice(*self.calls.channel_slices[named]), *full[2:]
         step, crops = _step(x, index), one_sided_crops(x, index) if self.calls.crops else None
         if step == 1 and not crops:
             return func(x, index)
@@ -205,6 +223,7 @@ _SYMMETRIC: dict[str, Callable[..., Tensor]] = {
     "interpolate": _Symmetric.interpolate,
     "pad": _Symmetric.pad,
     "__getitem__": _Symmetric.getitem,
+    "getitem": _Symmetric.getitem,
     "view": _Symmetric.reshape,
     "reshape": _Symmetric.reshape,
     "flatten": _Symmetric.reshape,
