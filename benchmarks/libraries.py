@@ -27,7 +27,8 @@ SQUARE = {"in_shape": (3, 64, 64), "classes": 4, "channels": (16, 32, 64), "stri
 USUAL, LARGE = (64, 96), (128, 160)
 NETWORKS: list[tuple[str, str, dict[str, Any], tuple[int, int]]] = [
     *((TORCHVISION, name, {}, USUAL) for name in ("alexnet", "squeezenet1_1", "shufflenet_v2_x1_0", "mnasnet1_0")),
-    *((TORCHVISION, name, PLAIN, LARGE) for name in ("googlenet", "inception_v3")),
+    (TORCHVISION, "googlenet", PLAIN, LARGE),
+    (TORCHVISION, "inception_v3", PLAIN | {"aux_logits": False}, LARGE),  # its auxiliary head takes 299 pixels alone
     *((TORCHVISION, name, {}, USUAL) for name in ("mobilenet_v3_large", "regnet_y_400mf", "efficientnet_b0")),
     *((SEGMENTATION, name, BARE, USUAL) for name in ("fcn_resnet50", "lraspp_mobilenet_v3_large")),
     *((SMP, name, {}, USUAL) for name in ("Unet", "UnetPlusPlus", "Linknet", "FPN", "PSPNet")),
@@ -46,10 +47,9 @@ NETWORKS: list[tuple[str, str, dict[str, Any], tuple[int, int]]] = [
     (MONAI, "FlexibleUNet", IN_TWO | {"backbone": "resnet18"}, USUAL),
     (MONAI, "SEResNet50", {"spatial_dims": 2, "in_channels": 3, "num_classes": 2}, USUAL),
     (MONAI, "Classifier", SQUARE, (64, 64)),
-    (MONAI, "HoVerNet", {"mode": "fast", "out_classes": 5}, (256, 256)),
 ]
 COLUMNS = ("library", "version", "network", "options", "parameters", "equivariant", "error", "reason")
-SHOWN = ("encoder_name", "num_res_units", "mode")
+SHOWN = ("encoder_name", "num_res_units", "aux_logits")
 HERE = Path(__file__).parent
 
 

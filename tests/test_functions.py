@@ -361,7 +361,9 @@ def permuted(x, groups=3):
 
 @pytest.mark.parametrize("group", ["p4m", "c8"])
 @pytest.mark.parametrize(
-    "shuffle", [by_hand, permuted, nn.ChannelShuffle(3), lambda x: torch.channel_shuffle(x, 3)], ids=str
+    "shuffle",
+    [by_hand, permuted, nn.ChannelShuffle(3), lambda x: torch.channel_shuffle(x, 3)],
+    ids=["by hand", "permuted", "module", "function"],
 )
 def test_a_shuffle_of_channels_is_one_of_fields(shuffle, group):
     plain = Shuffled(shuffle).eval()
