@@ -168,6 +168,8 @@ def check(
             squeezed = moved.ndim == 3 and own_group is not None and not around  # a map of one channel, or a table
             if (pools and one_of_several) or (pooled and squeezed):
                 others.append(group.transform_image(moved, g))
+            if moved.ndim == 5 and own_group is not None:
+                others += _anchored(group, moved, g)
             if pairs is None and signed and moved.ndim in (2, 4):
                 others.append(_nearest(group.transform_image(moved, g) if moved.ndim > 2 else moved, value, True))
             own_g, row = law.element(g, group), errors[name]
@@ -420,6 +422,8 @@ def _possible(group: Group, y: Tensor, g: int, found: Tensor, signed: bool) -> I
         yield group.transform_features(y, g)
     if y.ndim == 3:  # a map of one channel, squeezed
         yield group.transform_image(y, g)
+    if y.ndim == 5:
+        yield from _anchored(group, y, g)
     rows: list[Tensor] = []
     if y.ndim == 3 and _is_square(y.shape[1]):  # pixels in a row, channels last
         rows.append(_move_row(group, y.mT, g).mT)
@@ -443,6 +447,11 @@ def _possible(group: Group, y: Tensor, g: int, found: Tensor, signed: bool) -> I
         inside = math.isqrt(y.shape[2])
         for moved in _possible_maps(group, _folded(y, inside), g, _folded(found, inside), signed):
             yield _unfolded(moved, inside)
+
+
+def _anchored(group: Group, y: Tensor, g: int) -> list[Tensor]:
+    """Logits of several anchors a pixel, (B, anchors, C, H, W) or (B, anchors, H, W, C), transformed by g."""
+    return [group.transform_image(y, g), group.transform_image(y.movedim(4, 2), g).movedim(2, 4)]
 
 
 def _possible_vectors(group: Group, y: Tensor, g: int) -> Iterator[Tensor]:

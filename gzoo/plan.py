@@ -90,6 +90,7 @@ class Plan:
         trace: what a run of the plain network showed.
         classifiers: paths of the layers that make logits, which stay as many as they are.
         vectors: the channels that are vectors, by path, of those of them that make vectors.
+        sides: "start" or "end", of maps that are padded or cropped there more than on the other side, at any size.
         idle: paths of modules with parameters that run neither in evaluation nor in training.
         side: of the images that the plain network ran on, in pixels.
         vector_outputs: the same of each tensor that the network gives, by the number of these tensors, which
@@ -113,6 +114,7 @@ class Plan:
     fit: bool = True
     steps: dict[int, tuple[int, int]] = field(default_factory=dict)
     vectors: Vectors = field(default_factory=dict)
+    sides: set[str] = field(default_factory=set)
     idle: frozenset[str] = frozenset()
     side: int = SIDES[0]
     vector_outputs: dict[int, list[Directions]] = field(default_factory=dict)
@@ -179,7 +181,6 @@ class Plan:
     def calls(self) -> Calls:
         """What the functions that the network calls go by, in these widths."""
         seen = self.trace
-        sides = set(flatten.from_iterable(seen.one_sided.values()))
         return Calls(
             channel_pads={
                 (*named, self.channels(around[1])): (self.channels(around[0]), self.channels(around[2]))
@@ -194,8 +195,8 @@ class Plan:
             },
             rows=frozenset(seen.rows),
             shuffles={(self.channels(part), n): self.group_at(path).order for path, part, n in seen.shuffled},
-            pads=bool(sides or seen.padded),
-            crops=len(sides) == 1,  # where both sides are cropped or padded, the difference may be meant
+            pads=bool(self.sides or seen.padded),
+            crops=len(self.sides) == 1,  # where both sides are cropped or padded, the difference may be meant
         )
 
     def channels(self, segments: Segments) -> int:
@@ -416,12 +417,12 @@ def plan(
     x, evaluation = first_run(model)
     training = _training(model, x)
     seen = training if training and _has_more_layers(training, evaluation) else evaluation
+    sides = set(flatten.from_iterable(seen.one_sided.values()))
     for other in (evaluation, training, _at_odd_size(model, x)):
         if other and other is not seen:
             seen.asymmetric |= other.asymmetric
             seen.rows |= other.rows
-            for path, sides in other.one_sided.items():
-                seen.one_sided.setdefault(path, set()).update(sides)
+            sides |= set(flatten.from_iterable(other.one_sided.values()))
     if seen.over_pixels:
         raise ValueError(
             f"{seen.over_pixels[0]} is linear over pixels or tokens, each with a weight of its own, which has no "
@@ -445,6 +446,7 @@ def plan(
             raise ValueError(f"widths gives {channels} channels {fields!r} fields; the least is 1, and they are whole")
     scale = fitted.scale if fitted else SCALE[match](chain[0].order)
     made = Plan(model, chain, match, seen, found, widths or {}, basis, scale, fit, vectors=vectors, side=x.shape[-1])
+    made.sides = sides
     if training:  # else it may want more than images then, and run what stays idle in evaluation
         made.idle = _idle(model, evaluation.ran | training.ran)
     for run in (training, evaluation) if vectors else ():

@@ -299,6 +299,14 @@ def test_what_pads_one_side_is_not_transferred():
             gzoo.convert(Steps(step), "p4", weights="transfer")
 
 
+def test_a_decoder_that_pads_odd_maps_alone_is_transferred_at_even_sizes():
+    plain = Sizes(padded).eval()
+    plain.lower = nn.Conv2d(6, 12, 2, stride=2)  # whose windows fit even sizes
+    model, x = gzoo.convert(plain, "p4", weights="transfer").eval(), torch.randn(2, 3, 16, 16)
+    mean = sum(plain(x.rot90(r, (2, 3))).rot90(-r, (2, 3)) for r in range(4)) / 4
+    assert model(x).allclose(mean, atol=1e-5)
+
+
 # --- channels ---------------------------------------------------------------------------------------------------------
 
 
@@ -538,6 +546,30 @@ def test_a_head_gives_as_many_numbers_as_it_did(what):
     for g in range(8):
         assert first(model(model.group.transform_image(x, g))).allclose(first(model(x)), atol=1e-12)
     assert gzoo.check(model, 9).worst < 1e-12
+
+
+class Anchored(nn.Module):
+    """Logits of three anchors at each pixel, as YOLO's heads give them."""
+
+    def __init__(self, dims):
+        super().__init__()
+        self.dims = dims
+        self.body, self.out = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 27, 1)
+
+    def forward(self, x):
+        y = self.out(self.body(x).relu())
+        return y.view(len(y), 3, 9, *y.shape[2:]).permute(self.dims)
+
+
+@pytest.mark.parametrize("dims", [(0, 1, 2, 3, 4), (0, 1, 3, 4, 2)])
+def test_logits_of_several_anchors_move_with_the_image(dims):
+    plain = Anchored(dims).eval()
+    model, x = with_random_statistics(gzoo.convert(plain, "p4m", classifier="out")).eval(), random_image(3, (9, 12))
+    assert model(x).shape == plain(x.float()).shape
+    pixels = dims.index(3), dims.index(4)
+    assert model(x.rot90(1, (2, 3))).allclose(model(x).rot90(1, pixels), atol=1e-12)
+    assert model(x.flip(3)).allclose(model(x).flip(pixels[1]), atol=1e-12)
+    assert gzoo.check(model, (9, 12)).worst < 1e-12
 
 
 def test_a_map_beside_features_is_asked_about():
