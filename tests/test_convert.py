@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -956,7 +957,11 @@ def test_maps_of_one_size_or_of_1x1_convolutions_are_logits_and_other_pyramids_f
 
     layers = {"a": block(3, 16), "b": conv(16, 8, kernel), "c": conv(16, 5, kernel)}
     down = {"down": nn.MaxPool2d(2)} if size == "coarser" else {}
-    model = with_random_statistics(gzoo.convert(Network(forward, **layers, **down), "p4")).eval()
+    asked = (
+        nullcontext() if logits else pytest.warns(UserWarning, match="one of several sizes, so it stays regular fields")
+    )
+    with asked:
+        model = with_random_statistics(gzoo.convert(Network(forward, **layers, **down), "p4")).eval()
     p4, x = groups.get("p4"), image((8, 12))
     for y, turned in zip(model(x).values(), model(x.rot90(1, (2, 3))).values(), strict=True):
         moved = p4.transform_image(y, 1) if logits else p4.transform_features(y, 1)
@@ -1090,11 +1095,17 @@ def test_a_map_of_one_channel_behind_an_activation_is_carried_over(act):
     torch.testing.assert_close(model(x), act(logits), rtol=0, atol=1e-12)
 
 
-def test_vectors_that_are_normalized_or_made_by_a_linear_layer_keep_their_fibres():
-    unit = gzoo.convert(Network(lambda self, x: F.normalize(self.a(x).mean((2, 3))), a=block(3, 16)), "p4").eval()
+def test_vectors_that_are_normalized_keep_their_fibres_and_say_so():
+    plain = Network(lambda self, x: F.normalize(self.a(x).mean((2, 3))), a=block(3, 16))
+    with pytest.warns(UserWarning, match=r"ends in a norm.* so it stays regular fields, .* turn with the image"):
+        unit = gzoo.convert(plain, "p4").eval()
     torch.testing.assert_close(unit(image().float()).norm(dim=1), torch.ones(2))
-    projected = gzoo.convert(nn.Sequential(*block(3, 16), *head(16), nn.BatchNorm1d(5)), "p4").eval()
-    assert projected(image().float()).shape[1] % 4 == 0
+
+
+def test_what_a_linear_layer_makes_for_a_norm_is_invariant():
+    projected = gzoo.convert(nn.Sequential(*block(3, 16), *head(16), nn.BatchNorm1d(5)), "p4").double().eval()
+    assert projected(image()).shape == (2, 5)
+    assert gzoo.check(projected, 9).worst < 1e-12
 
 
 def test_a_vector_that_the_network_squeezes_is_pooled_for_a_single_image_too():

@@ -495,7 +495,9 @@ COUPLINGS = {
 
 
 UNCARRIED = {
-    "half of the channels, by a number": lambda y: torch.cat([y[:, :4], F.relu(y[:, 4:])], 1),
+    "some of the channels, by a number": lambda y: torch.cat(
+        [y.narrow(1, 0, 4), y.narrow(1, 4, y.shape[1] - 4).relu()], 1
+    ),
     "how many channels there are": lambda y: (y * y.shape[1] ** -0.5).tanh(),
     "softmin": lambda y: F.softmin(y, 1),
     "cosine similarity": lambda y: y * F.cosine_similarity(y, y.abs(), dim=1)[:, None],
