@@ -247,6 +247,7 @@ _DETAILS: dict[str, dict[str, Any]] = {
     "resnet44": {"weights": ("cifar10",), "paper": _COHEN_WELLING},
     "resnet20": {"weights": ("cifar10",)},
     "p4m_resnet20": {"weights": ("cifar10",)},
+    "c8_resnet20": {"weights": ("cifar10",)},
     "p4m_resnet44": {"weights": ("cifar10",), "paper": _COHEN_WELLING},
     "resnet26_cifar": {"paper": _COHEN_WELLING},
     "p4m_resnet26_cifar": {"paper": _COHEN_WELLING},
