@@ -393,15 +393,14 @@ def _share_own(module: nn.Module, own: list[str], recipe: Recipe) -> list[str]:
         if tensor.numel() == 1:
             continue
         channels = flat(recipe.plan.trace.own.get(recipe.path, {}).get(name, ()))
-        is_image = {segment.image for segment in channels}
-        if not channels or not recipe.plan.followed.issuperset(channels) or len(is_image) > 1:
+        are_followed = bool(channels) and recipe.plan.followed.issuperset(channels)
+        if are_followed and all(segment.image for segment in channels):
+            continue
+        if not are_followed or name in module._buffers or any(segment.image for segment in channels):
             unknown.append(name)
-        elif not is_image.pop():
-            if name in module._buffers:
-                unknown.append(name)
-            else:
-                dim = next(dim for dim, size in enumerate(tensor.shape) if size > 1)
-                share_along_fibre(module, (name,), recipe.group.order, recipe.plan.fields(channels, recipe.path), dim)
+            continue
+        dim = next(dim for dim, size in enumerate(tensor.shape) if size > 1)
+        share_along_fibre(module, (name,), recipe.group.order, recipe.plan.fields(channels, recipe.path), dim)
     return unknown
 
 

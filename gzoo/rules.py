@@ -592,12 +592,6 @@ def _local_response_norm(plain: nn.LocalResponseNorm, recipe: Recipe) -> nn.Modu
     return PerElement(plain, recipe.group.order)
 
 
-@rule(nn.GLU)
-def _gated_linear_unit(plain: nn.GLU, recipe: Recipe) -> nn.Module:
-    """The gates are whole fields, as the trace ties one half of the channels to the other."""
-    return plain
-
-
 @rule(GlobalResponseNorm)
 def _response_norm(plain: GlobalResponseNorm, recipe: Recipe) -> nn.Module:
     if recipe.per_element:
@@ -810,6 +804,7 @@ def _prelu(plain: nn.PReLU, recipe: Recipe) -> nn.Module:
     *(tl.Swish, tl.Mish, tl.Sigmoid, tl.Tanh, tl.HardSwish, tl.HardSigmoid, tl.HardMish, tl.GELU, tl.GELUTanh),
     *(tl.QuickGELU, nfnet.GammaAct, metaformer.StarReLU, hgnet.LearnableAffineBlock, nfnet.NormFreeBlock),
     *(RadixSoftmax, selecsls.SelectSeq, StochasticDepth, Permute),
+    nn.GLU,  # whose gates are whole fields, as the trace ties one half of the channels to the other
     # These reduce all pixels alike; a flattened map that still has pixels is met by an error at the next layer.
     *REDUCTIONS,
     *(tl.SelectAdaptivePool2d, tl.AdaptiveAvgMaxPool2d, AdaptiveCatAvgMaxPool2d, FastAdaptiveAvgPool),

@@ -99,6 +99,15 @@ def tie(first: Segments, second: Segments) -> None:
             max(pair, key=lambda segment: segment.size).cut(min(a.size, b.size))
 
 
+def tie_copies(segments: Segments, channels: int) -> Segments:
+    """Ties each ``channels`` of a string of segments, which are read as several times the same ones, to the first."""
+    first, rest = cut(segments, channels)
+    while rest:
+        other, rest = cut(rest, channels)
+        tie(first, other)
+    return flat(first)
+
+
 class Channels(NamedTuple):
     """Where a tensor has its channels, and which they are; whether one without a fibre was spread over all of them."""
 
@@ -207,7 +216,7 @@ def _without_numbers(model: nn.Module) -> nn.Module:
 
 def _run(model: nn.Module, x: Tensor) -> Trace:
     seen = Trace()
-    foreign = {name for name, m in model.named_modules() if not type(m).__module__.startswith(("torch.", "timm."))}
+    foreign = {name for name, module in model.named_modules() if _is_foreign(module)}
     follow = _Follow(seen, len(x), foreign)
     for name, module in model.named_modules():
         _mark_own(module, seen.own.setdefault(name, {}))
@@ -272,12 +281,17 @@ def _splits(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[str]
     return log
 
 
+def _is_foreign(module: nn.Module) -> bool:
+    """Whether a module is of no library whose layers have rules."""
+    return not type(module).__module__.startswith(("torch.", "timm.", "torchvision.ops."))
+
+
 def _mark_own(module: nn.Module, own: dict[str, Segments]) -> None:
     """Marks the parameters and buffers of a module of another library that may hold one number a channel.
 
     What they are combined with ties them to its channels.
     """
-    if type(module).__module__.startswith(("torch.", "timm.", "torchvision.ops.")):
+    if not _is_foreign(module):
         return
     for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         wide = [dim for dim, size in enumerate(tensor.shape) if size > 1]
@@ -573,19 +587,20 @@ class _Follow(TorchFunctionMode):
                     _mark(outputs[0], new, channels.segments)
                     return True
                 start, stop, _ = i.indices(x.shape[old])
+                before, piece = self._piece(outputs[0], Channels(new, channels.segments), start, stop)
                 if x.ndim == 4 and self.path[-1] in self.foreign:  # timm's numbers are attributes
-                    before, rest = cut(channels.segments, start)
-                    piece, _ = cut(rest, stop - start)
                     self.seen.sliced.append(((i.start, i.stop), (before, piece, channels.segments)))
                     self.seen.asymmetric.add(self.path[-1])
-                self._piece(outputs[0], Channels(new, channels.segments), start, stop)
                 return True
             old += 1
             new += not isinstance(i, int)
         return False
 
-    def _piece(self, out: Tensor, channels: Channels, start: int, stop: int) -> None:
-        """Marks ``out`` as the channels from ``start`` to ``stop``, and remembers how many were cut off where."""
+    def _piece(self, out: Tensor, channels: Channels, start: int, stop: int) -> tuple[Segments, Segments]:
+        """Marks ``out`` as the channels from ``start`` to ``stop``, and remembers how many were cut off where.
+
+        Returns those before, and these.
+        """
         before, rest = cut(channels.segments, start)
         segments, _ = cut(rest, stop - start)
         path = self.path[-1]
@@ -593,6 +608,7 @@ class _Follow(TorchFunctionMode):
         whole = _total(channels.segments), channels.segments
         self.seen.prefixes.setdefault(path, []).extend([(start, before), whole] if start else [whole])
         _mark(out, channels.dim, segments)
+        return before, segments
 
     def _pad(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         """Zeros before and after the channels, which as many channels stand for as are added to them."""
@@ -615,20 +631,15 @@ class _Follow(TorchFunctionMode):
         channels, dim = _channels(inputs[0]), argument(args, kwargs, 1, "dim", -1) % inputs[0].ndim
         if channels is None or dim != channels.dim:
             return self._inherit(outputs, inputs, args, kwargs)
-        half, gates = cut(channels.segments, _total(channels.segments) // 2)
-        tie(half, gates)
-        _mark(outputs[0], dim, flat(half))
+        _mark(outputs[0], dim, tie_copies(channels.segments, _total(channels.segments) // 2))
         return True
 
     def _shuffle(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         channels, groups = _channels(inputs[0]), argument(args, kwargs, 1, "groups", 1)
         assert channels is not None
-        part, rest = cut(channels.segments, _total(channels.segments) // groups)
-        while rest:
-            other, rest = cut(rest, _total(part))
-            tie(part, other)
+        part = tie_copies(channels.segments, _total(channels.segments) // groups)
         self.seen.shuffled.append((self.path[-1], part, groups))
-        _mark(outputs[0], channels.dim, flat(part) * groups)
+        _mark(outputs[0], channels.dim, part * groups)
         return True
 
     def _permute(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
@@ -756,11 +767,7 @@ class _Follow(TorchFunctionMode):
                 return True
             last = next((i for i in range(e + 1, len(new)) if math.prod(new[e : i + 1]) == total), None)
             if leading == before and last is not None and new[last] < total:
-                equal, rest = cut(segments, new[last])  # C channels read as several times the same ones
-                while rest:
-                    part, rest = cut(rest, new[last])
-                    tie(equal, part)
-                _mark(out, last, flat(equal))
+                _mark(out, last, tie_copies(segments, new[last]))
                 return True
             for first in range(dim):  # the dimensions before the channels are taken in, as copies of them
                 if leading == math.prod(old[:first]) and leading * new[e] == before * total:
@@ -846,13 +853,10 @@ def _folded(module: SpaceToDepth | nn.PixelUnshuffle, segments: Segments, channe
 
 def _unfolded(segments: Segments, channels: int) -> Segments:
     """What a pixel shuffle makes of channels: each ``channels`` of them, however they are numbered, are as wide."""
-    first, rest = cut(segments, channels)
-    while rest:
-        piece, rest = cut(rest, channels)
-        tie(first, piece)
-    for segment in flat(first):
+    first = tie_copies(segments, channels)
+    for segment in first:
         segment.unfolded = segment.unfolded or Segment(segment.size)
-    return tuple(segment.unfolded for segment in flat(first) if segment.unfolded)
+    return tuple(segment.unfolded for segment in first if segment.unfolded)
 
 
 def _total(segments: Segments) -> int:

@@ -195,14 +195,14 @@ class _Symmetric(TorchFunctionMode):
         if len(full) == 4 and isinstance(full[1], slice) and (full[1].start, full[1].stop) != (None, None):
             named = full[1].start, full[1].stop, x.shape[1]
             if named in self.calls.channel_slices:
-                index = full[0], slice(*self.calls.channel_slices[named]), *full[2:]
+                index = full = full[0], slice(*self.calls.channel_slices[named]), *full[2:]
         step, crops = _step(x, index), one_sided_crops(x, index) if self.calls.crops else None
         if step == 1 and not crops:
             return func(x, index)
         sizes = [(n - 1) // step * step + 1 for n in x.shape[2:]]
         if crops:
             sizes = [n - before - after for n, (before, after) in zip(x.shape[2:], crops, strict=True)]
-        return func(centre(x, sizes, step), (*_full(x, index)[:2], slice(None), slice(None)))
+        return func(centre(x, sizes, step), (*full[:2], slice(None), slice(None)))
 
     def reshape(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if rows_named(x, args, kwargs) in self.calls.rows:
