@@ -30,7 +30,7 @@ COSTS = "costs.json"  # beside the cards
 # Points of test accuracy that kernels in half precision may cost; where they cost more, float32 is stored.
 _HALF_LOSS = 0.02
 
-# How a card names a data set: its title and its name on the Hub.
+# How a card names a data set: its title and its name on the Hub. As timm's, a tag ends with it: rotate_cifar10.
 _DATASETS = {
     "rotmnist": ("rotated MNIST", "ylecun/mnist"),
     "cifar10": ("CIFAR-10 (JPEG)", "uoft-cs/cifar10"),
@@ -57,7 +57,7 @@ def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = Fals
 
     Raises:
         FileNotFoundError: the run is not finished.
-        ValueError: the tag of its data has no title here, or ``data`` is called otherwise.
+        ValueError: no epoch was trained, its tag ends with no data set that has a title here, or ``data`` is another.
     """
     source = Path(run)
     if not (source / "results.json").is_file():
@@ -68,11 +68,10 @@ def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = Fals
     if not any(earlier["epochs"] for earlier in runs):
         raise ValueError(f"{run}: no epoch of it was trained; a card tells how weights were made")
     tag = config["pretrained_cfg"]["tag"]
-    if Path(data).resolve().name != tag:
+    if Path(data).resolve().name != Path(training["config"]["data"]).name:
         raise ValueError(f"{data}: the run was trained on {training['config']['data']}; give its test images as data")
-    if tag not in _DATASETS:
-        raise ValueError(f"{data}: no title for data of the tag {tag!r}; known are {', '.join(_DATASETS)}")
     name = f"{config['architecture']}.{tag}"
+    _dataset(name)
     model = load_model(run, pretrained=True).eval()
     size = tuple(model.pretrained_cfg["input_size"])  # type: ignore[index]
     images = open_split(data, "test")
@@ -113,6 +112,15 @@ def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = Fals
     return target
 
 
+def _dataset(name: str) -> str:
+    """The data set of the weight of that name, a key of _DATASETS."""
+    tag = name.rsplit(".", 1)[1]
+    for dataset in _DATASETS:
+        if tag == dataset or tag.endswith(f"_{dataset}"):
+            return dataset
+    raise ValueError(f"{name}: no title for data of the tag {tag!r}; a tag ends with one of {', '.join(_DATASETS)}")
+
+
 def _with_kernels_in(dtype: torch.dtype, weights: bytes, model: nn.Module) -> bytes:
     """A file of safetensors with the kernels in ``dtype``. Norms, biases and buffers are few, and stay as they are."""
     kernels = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
@@ -132,8 +140,8 @@ def render(results: dict[str, Any]) -> str:
     """The README of a card, with the Hub's metadata, from its results."""
     name, test, training = results["name"], results["test"], results["training"]
     config = training["config"]
-    architecture, tag = name.rsplit(".", 1)
-    title, dataset = _DATASETS[tag]
+    architecture = name.rsplit(".", 1)[0]
+    title, dataset = _DATASETS[_dataset(name)]
     error = f"{100 - test['top1']:.2f}"
     group = results["group"] or "none: a plain network, the baseline of its equivariant twins"
     exact = results["equivariance_error"]
@@ -301,7 +309,7 @@ def _cards(folder: Path | None) -> list[dict[str, Any]]:
     measured = json.loads((folder / COSTS).read_text())["models"] if (folder / COSTS).is_file() else {}
     for card in cards:
         card["cost"] = measured.get(card["name"].rsplit(".", 1)[0], {})
-    return sorted(cards, key=lambda card: (card["name"].rsplit(".", 1)[1], 100 - card["test"]["top1"]))
+    return sorted(cards, key=lambda card: (_dataset(card["name"]), 100 - card["test"]["top1"]))
 
 
 def leaderboard(folder: Path | None = None) -> str:
@@ -315,7 +323,7 @@ def leaderboard(folder: Path | None = None) -> str:
         earlier = " after earlier runs" if training["config"]["pretrained"] else ""
         cells = (
             f"`{card['name']}`",
-            _DATASETS[card["name"].rsplit(".", 1)[1]][0],
+            _DATASETS[_dataset(card["name"])][0],
             f"{100 - test['top1']:.2f}%",
             f"{100 - test['transforms_mean']:.2f}%",
             f"{100 - test['random_rotation']:.2f}%",
@@ -341,7 +349,7 @@ def results_csv(folder: Path | None = None) -> str:
         rows.append(
             {
                 "name": card["name"],
-                "data": card["name"].rsplit(".", 1)[1],
+                "data": _dataset(card["name"]),
                 **{key: test[key] for key in ("top1", "transforms_mean", "random_rotation")},
                 "calibration_error": test.get("calibration_error", ""),
                 "parameters": card["parameters"],

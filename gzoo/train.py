@@ -46,6 +46,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -105,6 +106,7 @@ class TrainConfig:
     model_args: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "arguments for timm.create_model: drop_rate, in_chans ..."}
     )
+    tag: str | None = _option(None, "what the weights are called after the model's name, data's folder if not given")
     pretrained: bool = _option(False, "start from pretrained weights")
     grown_from: str | None = _option(
         None, "start from a run over a subgroup (with model_args subgroup) or of a shallower network, see gzoo.grow"
@@ -212,6 +214,8 @@ class TrainConfig:
                     raise ValueError(f"{f.name} is {value}; it must be {words} {limit}")
         if own := sorted({"num_classes", "pretrained"} & self.model_args.keys()):
             raise ValueError(f"model_args has {own[0]}; the classes follow from the data, and pretrained is an option")
+        if self.tag is not None and not re.fullmatch(r"\w+", self.tag):
+            raise ValueError(f"tag is {self.tag!r}; it takes letters, digits and underscores, as in resnet20.TAG")
         if self.winograd and (self.bf16 or self.compile):
             raise ValueError("winograd is for float32 and networks that are not compiled; leave out bf16 and compile")
         if any(number < 1 for pair in self.image_sizes or () for number in pair):
@@ -697,7 +701,8 @@ def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[flo
             total += loss.detach()
         if config.clip_grad is not None:
             dispatch_clip_grad(parameters, config.clip_grad)
-        run.optimizer.step()
+        with _InFloat32() if run.device.type == "cpu" else contextlib.nullcontext():
+            run.optimizer.step()
         update, lr = update + 1, max(group["lr"] for group in of_weights)
         if run.ema:
             run.ema.update(run.model, step=update)
@@ -713,6 +718,19 @@ def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[flo
     # Over shares of one size; with one process it stays what it is.
     losses = gather_object([mean_loss.avg])
     return sum(losses) / len(losses), lr
+
+
+class _InFloat32(TorchFunctionMode):
+    """Takes float32 where an optimizer takes bfloat16, as timm's Muon does to orthogonalize its steps.
+
+    A CPU that has to emulate bfloat16 would be longer at that than at the network.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") == torch.bfloat16:
+            kwargs = kwargs | {"dtype": torch.float32}
+        return func(*args, **kwargs)
 
 
 def _forward(model: Any, images: Tensor) -> Tensor:
@@ -889,7 +907,7 @@ def export(model: nn.Module, folder: Path, data: dict[str, Any], classes: list[s
     README.md for the Hub."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".config.json.tmp"
-    model_config = {"label_names": classes, "pretrained_cfg": {"tag": Path(config.data).name}}
+    model_config = {"label_names": classes, "pretrained_cfg": {"tag": config.tag or Path(config.data).name}}
     group = getattr(model, "group_name", None)
     if group:
         model_config["gzoo"] = {"group": group}

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import nn
 
-from gzoo import _escnn, bench, cli
+from gzoo import _escnn, bench, cli, winograd
 from gzoo.bench import Case, EscnnLayer, escnn_twin, plain_twin
 from gzoo.check import relative_error
 from gzoo.equivariant import group_of
@@ -186,7 +186,8 @@ def test_the_table_marks_a_missed_target(report):
         assert measure in bench.table(report)
 
 
-def test_under_winograd_steps_have_its_convolutions():
+def test_under_winograd_steps_have_its_convolutions(monkeypatch):
+    monkeypatch.setattr(winograd, "_compiled", lambda function, kernel, shape: function)  # which takes a minute
     layer, x, results = torch.nn.Conv2d(32, 32, 3, padding=1), torch.randn(1, 32, 8, 8), []
     bench._under_winograd(lambda: results.append(layer(x)))()
     assert not results[0].equal(layer(x))

@@ -107,6 +107,21 @@ def test_a_card_is_made_from_a_network_that_grew_and_was_not_trained_since(run, 
     assert (made / "curves.png").read_bytes() == (tmp_path / "c2" / "curves.png").read_bytes()
 
 
+def test_a_recipe_may_name_its_weights_by_more_than_their_data(run, tmp_path):
+    config = TrainConfig(
+        "p4_cnn7", str(run / "rotmnist"), str(tmp_path / "run"), tag="rotate_rotmnist", epochs=1, val_fraction=0
+    )
+    train(config, command="with a tag")
+    made = card.make_card(config.out, config.data, tmp_path / "cards")
+    assert made.name == "p4_cnn7.rotate_rotmnist"
+    assert "rotated MNIST" in (made / "README.md").read_text()
+    assert "| `p4_cnn7.rotate_rotmnist` | rotated MNIST |" in card.leaderboard(tmp_path / "cards")
+    other = replace(config, out=str(tmp_path / "other"), tag="digits")
+    train(other, command="with a tag that names no data")
+    with pytest.raises(ValueError, match="no title for data of the tag 'digits'; a tag ends with one of rotmnist"):
+        card.make_card(other.out, other.data, tmp_path / "cards")
+
+
 def test_an_unfinished_run_gets_no_card(tmp_path):
     with pytest.raises(FileNotFoundError, match="needs a finished run"):
         card.make_card(str(tmp_path), "data")

@@ -155,6 +155,7 @@ def test_a_config_without_model_data_or_out_is_an_error():
         ({"model_args": {"num_classes": 5}}, "model_args has num_classes; the classes follow from the data"),
         ({"scale": [0.1, 0.5, 1.0]}, "scale is"),
         ({"winograd": True, "bf16": True}, "winograd is for float32 and networks that are not compiled"),
+        ({"tag": "cifar10.first"}, "it takes letters, digits and underscores"),
     ],
 )
 def test_an_entry_of_the_wrong_kind_is_an_error_that_says_what_it_takes(entry, message):
@@ -331,6 +332,20 @@ def test_augmenting_in_batches_changes_the_speed_and_not_the_images(settings, tm
     train(TrainConfig(**plain | changed))
     losses = [float(log(run["out"])[0]["train_loss"]) for run in (plain, changed)]
     assert losses[0] != pytest.approx(losses[1], rel=1e-2)
+
+
+def test_on_a_cpu_muon_makes_its_steps_in_float32(settings, monkeypatch):
+    taken, orthogonalize = [], timm.optim.muon.zeropower_via_newtonschulz
+
+    def spy(*args, **kwargs):
+        taken.append(orthogonalize(*args, **kwargs))
+        return taken[-1]
+
+    monkeypatch.setattr(timm.optim.muon, "zeropower_via_newtonschulz", spy)
+    spy(torch.eye(4), steps=5, coefficients=[(3.4445, -4.7750, 2.0315)])
+    assert taken.pop().dtype == torch.bfloat16  # by itself
+    train(TrainConfig(**settings | {"epochs": 1, "optimizer": {"name": "muon", "lr": 0.01}}))
+    assert {step.dtype for step in taken} == {torch.float32}
 
 
 def test_winograds_convolutions_change_the_speed_and_not_the_run(settings, tmp_path, monkeypatch):
