@@ -23,6 +23,7 @@ from gzoo.groups import Directions, Group
 from gzoo.nn import (
     FibreNorm,
     GroupConv2d,
+    GroupMapNorm,
     GroupPool,
     PerElement,
     PoolSomeFibres,
@@ -283,7 +284,7 @@ def _group_layers(model: nn.Module) -> Iterator[list[nn.Module]]:
     def record(module: nn.Module, inputs: tuple, output: object) -> None:
         ran.append(module)
 
-    kinds = ExpandedLayer | MergedConv2d | QuotientConv2d | FibreNorm | QuotientNorm
+    kinds = ExpandedLayer | MergedConv2d | QuotientConv2d | FibreNorm | GroupMapNorm | QuotientNorm
     kinds |= GroupPool | QuotientPool | PoolSomeFibres
     layers = [module for module in model.modules() if isinstance(module, kinds)]
     with removing([module.register_forward_hook(record) for module in layers]):
@@ -329,9 +330,9 @@ def _named(stages: list[Tensor]) -> dict[str, Tensor]:
 
 
 def _leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Leaf modules by path. A `FibreNorm` or `PerElement` is one: what is in it sees fibres as rows or as images, which
-    follow no law of maps. So is a module that restricts its own output, beside the leaves in it."""
-    children = [] if isinstance(module, FibreNorm | PerElement) else list(module.named_children())
+    """Leaf modules by path. A `FibreNorm`, `GroupMapNorm` or `PerElement` is one: what is in it sees fibres as rows or
+    as images, which follow no law of maps. So is a module that restricts its own output, beside the leaves in it."""
+    children = [] if isinstance(module, FibreNorm | GroupMapNorm | PerElement) else list(module.named_children())
     if not children or isinstance(module, Restriction):
         yield path, module
     for name, child in children:

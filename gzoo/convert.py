@@ -29,7 +29,7 @@ from gzoo.bases import BasisName
 from gzoo.check import KeepDouble, check, first_broken_layer, in_channels, input_size, relative_error
 from gzoo.equivariant import EquivariantClassifier, group_of, make_equivariant, removing, tensors_in
 from gzoo.groups import Group
-from gzoo.nn import FibreNorm, PoseConv2d, PoseLinear, Restriction, restrict_output
+from gzoo.nn import FibreNorm, GroupMapNorm, PoseConv2d, PoseLinear, Restriction, restrict_output
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.fibre import share_along_fibre
 from gzoo.nn.functions import SymmetricForward, act_symmetrically
@@ -46,7 +46,7 @@ from gzoo.transfer import Weights, fill
 __all__ = ["convert", "rule"]
 
 # Modules with others in them whose own forward is another in training.
-_KNOWN_IN_TRAINING = (ExpandedLayer, FibreNorm, nn.modules.batchnorm._BatchNorm)
+_KNOWN_IN_TRAINING = (ExpandedLayer, FibreNorm, GroupMapNorm, nn.modules.batchnorm._BatchNorm)
 
 _CHECKED_SIZES = (64, 128, None)  # pixels; the first that is large enough, else the network's own input size
 

@@ -42,7 +42,7 @@ Vectors = Mapping[str, Directions]
 WHOLE_NETWORK = "gzoo.equivarify and gzoo.canonicalize take any network that gives vectors or maps, as it is"
 
 # Sides of the images that a network is tried with that does not name the size of its own, in pixels.
-SIDES = (64, 128, 256, 224, 32, 28)
+SIDES = (64, 128, 256, 224, 32, 28, 299)
 
 _TOLERANCE = 0.1  # of the plain network's parameters or multiply-adds
 

@@ -49,6 +49,7 @@ from gzoo.nn import (
     GroupEca,
     GroupLinear,
     GroupMapLinear,
+    GroupMapNorm,
     GroupPixelShuffle,
     GroupPixelUnshuffle,
     GroupPool,
@@ -363,12 +364,7 @@ def _linear(plain: nn.Linear, recipe: Recipe) -> nn.Module:
 
 def _map_linear(plain: nn.Linear, recipe: Recipe) -> nn.Module:
     """Behind a flattened map, which keeps its pixels, and with them where they are."""
-    height, width = recipe.plan.trace.flattened[recipe.path]
-    if height != width:
-        raise ValueError(
-            f"it is linear in a map of {height}x{width} pixels, whose sides a quarter turn exchanges; give square "
-            "images, or pool the map before it"
-        )
+    side = _side_of_map(recipe)
     if recipe.is_classifier and recipe.head == "pose":
         raise ValueError("it makes logits of a flattened map; head='pose' wants a linear layer on vectors behind it")
     if recipe.is_classifier and hasattr(recipe.plan.model, "get_classifier"):
@@ -380,9 +376,20 @@ def _map_linear(plain: nn.Linear, recipe: Recipe) -> nn.Module:
     fields, bias = sum(run.size for run in gives), plain.bias is not None
     if recipe.per_element and not all(run.regular for run in gives):
         raise ValueError(f"it gives {_WITHOUT_FIBRE}: one for all poses here, and each pose's own in the plain network")
-    new = GroupMapLinear(recipe.group, recipe.in_fields, fields, height, bias, recipe.plan.basis)
+    new = GroupMapLinear(recipe.group, recipe.in_fields, fields, side, bias, recipe.plan.basis)
     _initialize_like(new, plain, plain.in_features, new.fan_in)
     return _with_pools([new], gives, recipe)
+
+
+def _side_of_map(recipe: Recipe) -> int:
+    """Of the flattened map that a layer is given."""
+    height, width = recipe.plan.trace.flattened[recipe.path]
+    if height != width:
+        raise ValueError(
+            f"it is given a flattened map of {height}x{width} pixels, whose sides a quarter turn exchanges; give "
+            "square images, or pool the map before it"
+        )
+    return height
 
 
 @torch.no_grad()
@@ -511,6 +518,10 @@ def _one_for_all_poses(plain: Any, recipe: Recipe, what: str = "attention") -> N
     *(tl.FrozenBatchNormAct2d, FrozenBatchNorm2d),
 )
 def _batch_norm(plain: Any, recipe: Recipe) -> nn.Module:
+    if recipe.path in recipe.plan.trace.flattened:
+        side = _side_of_map(recipe)
+        plain.num_features = recipe.in_fields * side**2
+        return GroupMapNorm(_shrunk(plain, plain.num_features), recipe.group, side)
     plain.num_features = recipe.in_fields
     return _fibre_norm(plain, plain.num_features, recipe)
 
@@ -546,6 +557,11 @@ def _group_norm(plain: Any, recipe: Recipe) -> nn.Module:
 
 
 def _fibre_norm(plain: nn.Module, fields: int, recipe: Recipe) -> FibreNorm:
+    return FibreNorm(_shrunk(plain, fields), recipe.group.order)
+
+
+def _shrunk(plain: Any, fields: int) -> Any:
+    """A norm over ``fields`` channels, each with the mean of the plain parameters and statistics."""
     with torch.no_grad():
         for name, parameter in plain.named_parameters(recurse=False):
             shrunk = nn.Parameter(parameter.mean().expand(fields).clone(), parameter.requires_grad)
@@ -553,7 +569,7 @@ def _fibre_norm(plain: nn.Module, fields: int, recipe: Recipe) -> FibreNorm:
         for name, buffer in plain.named_buffers(recurse=False):
             if buffer.ndim == 1:
                 plain.register_buffer(name, buffer.mean().expand(fields).clone())
-    return FibreNorm(plain, recipe.group.order)
+    return plain
 
 
 @rule(

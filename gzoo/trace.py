@@ -132,7 +132,7 @@ class Trace:
         coupled: modules whose own forward makes channels depend on each other, by a mean, maximum, norm or softmax over
             them, or by products of queries and keys; with these channels.
         over_pixels: linear layers over something else than channels.
-        flattened: height and width of the maps that linear layers are given as vectors, if they have several pixels.
+        flattened: height and width of the maps that layers and norms are given as vectors, if they have several pixels.
         own: what may be channels of the parameters and buffers that a module holds itself, by their names.
         asymmetric: modules whose own forward calls functions that `gzoo.nn.functions` makes symmetric.
         one_sided: of the modules that pad or crop maps more on one side themselves, "start" or "end".
@@ -323,8 +323,8 @@ def _mark(x: Tensor, dim: int, segments: Segments, spread: bool = False) -> None
 
 
 def _reads_map(module: nn.Module, x: Any) -> bool:
-    """Whether a linear layer is given all pixels of a map as one vector."""
-    return isinstance(module, nn.Linear) and hasattr(x, "gzoo_map")
+    """Whether a linear layer or a batch norm is given all pixels of a map as one vector."""
+    return isinstance(module, nn.Linear | nn.BatchNorm1d) and hasattr(x, "gzoo_map")
 
 
 def _channels(x: Any) -> Channels | None:
@@ -403,6 +403,8 @@ class _Follow(TorchFunctionMode):
                 self.seen.pixels[projection] = output.shape[2:].numel()
                 self.seen.outputs[projection] = self._made(name, (Segment(module.dim),))
                 _mark(output, 1, self.seen.outputs[projection])
+            elif inputs and _reads_map(module, inputs[0]) and isinstance(module, nn.BatchNorm1d):
+                self.seen.outputs.setdefault(name, self.seen.inputs[name])  # flattened still, for the next one to read
             elif inputs and _reads_map(module, inputs[0]):
                 self.seen.pixels[name] = 1
                 _mark(output, 1, self._made(name, (Segment(output.shape[1]),)))

@@ -39,6 +39,7 @@ from gzoo.nn import (
     FibreNorm,
     GroupEca,
     GroupMapLinear,
+    GroupMapNorm,
     InvariantConv2d,
     InvariantLinear,
     LiftingConv2d,
@@ -202,7 +203,8 @@ def _fill(new: Any, plain: Any, group: Group, weights: Weights, folding: Any) ->
     if isinstance(new, PerElement):
         new.module.load_state_dict(plain.state_dict())
         return
-    if isinstance(new, FibreNorm):
+    flattened = new if isinstance(new, GroupMapNorm) else None
+    if isinstance(new, FibreNorm | GroupMapNorm):
         new = new.norm
     elif isinstance(new, GroupEca):
         plain = plain.conv
@@ -229,6 +231,8 @@ def _fill(new: Any, plain: Any, group: Group, weights: Weights, folding: Any) ->
             target.copy_(kernels)
         elif name == "weight" and isinstance(new, InvariantLinear | InvariantConv2d) and weights == "project":
             target.copy_(value.unflatten(1, (-1, group.order)).sum(2))
+        elif flattened is not None and value.ndim and value.shape != target.shape:  # one number a pixel of each element
+            target.copy_(flattened.turned_back(value[None]).mean(2)[0])
         else:
             target.copy_(_per_field(value, target, group.order))
         target.requires_grad_(value.requires_grad)

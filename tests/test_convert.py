@@ -907,7 +907,7 @@ def test_modules_of_ones_own_are_followed(group):
         gzoo.convert(Network(run, **layers), group, weights="transfer")
 
 
-@pytest.mark.parametrize("side", [128, 256])
+@pytest.mark.parametrize("side", [128, 256, 299])
 def test_a_network_for_larger_images_is_tried_at_those(side):
     def run(self, x):
         assert min(x.shape[2:]) >= side

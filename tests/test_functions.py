@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 import gzoo
 from gzoo import groups
-from gzoo.nn import GroupConv2d, GroupMapLinear
+from gzoo.nn import GroupConv2d, GroupMapLinear, GroupMapNorm
 from gzoo.nn.functions import Calls, SymmetricForward, act_symmetrically
+from gzoo.plan import plan
 from tests.conftest import GRID_GROUPS, random_fields, random_image, with_random_statistics, worst_error
 
 SIZES = ((16, 16), (17, 17), (15, 15), (18, 18), (17, 22), (19, 14))
@@ -645,6 +646,50 @@ def test_it_takes_plain_weights_over():
     model, x = gzoo.convert(plain, "p4m", weights="transfer").eval(), torch.randn(2, 1, 8, 8)
     mean = sum(plain(y.rot90(r, (2, 3))) for y in (x, x.flip(3)) for r in range(4)) / 8
     assert model(x).allclose(mean, atol=1e-5)
+
+
+def with_a_norm_of_a_flattened_map():
+    layers = nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(8 * 36), nn.ReLU(), nn.Linear(8 * 36, 7)
+    plain = with_random_statistics(nn.Sequential(*layers)).eval()
+    plain.pretrained_cfg = {"input_size": (1, 8, 8)}
+    return plain
+
+
+@pytest.mark.parametrize("weights", [None, "transfer", "project"])
+@pytest.mark.parametrize("group", GRID_GROUPS)
+def test_a_norm_of_a_flattened_map_is_one_of_the_pixels_that_the_group_exchanges(group, weights):
+    plain, x, own = with_a_norm_of_a_flattened_map(), random_image(1, (8, 8)), groups.get(group)
+    model = gzoo.convert(plain, group, weights=weights).double()
+    assert isinstance(model[3], GroupMapNorm)
+    if weights == "transfer":
+        poses = [plain(own.transform_image(x, g)) for g in range(own.order)]
+        torch.testing.assert_close(model.eval()(x), sum(poses) / len(poses))
+    model = with_random_statistics(model)
+    assert gzoo.check(model.eval(), 8).worst < 1e-12
+    assert worst_error(model, group, x, "image", "invariant") < 1e-11
+    assert worst_error(model.train(), group, torch.cat((x, x.sin())), "image", "invariant") < 1e-11
+
+
+def test_the_plan_counts_the_numbers_of_a_norm_of_a_flattened_map():
+    plain = with_a_norm_of_a_flattened_map()
+    total = plan(plain, groups.chain("p4")).total()
+    assert total.plain_params == sum(p.numel() for p in plain.parameters())
+    assert total.params == sum(p.numel() for p in gzoo.convert(plain, "p4").parameters())
+
+
+def test_it_takes_back_the_norm_of_an_equivariant_network_that_was_made_plain():
+    plain, group = with_a_norm_of_a_flattened_map(), groups.get("p4")
+    norm = gzoo.convert(plain, "p4", weights="project")[3].norm
+    fields = norm.weight.view(2, 6, 6)
+    poses = [group.transform_image(fields, g) for g in range(4)]
+    with torch.no_grad():
+        plain[3].weight.copy_(torch.stack(poses, 1).flatten())
+    assert gzoo.convert(plain, "p4", weights="project")[3].norm.weight.allclose(norm.weight)
+
+
+def test_a_norm_of_pixels_that_a_group_turns_between_others_is_refused():
+    with pytest.raises(ValueError, match="3: c8 has elements that move no pixel of a flattened map onto another"):
+        gzoo.convert(with_a_norm_of_a_flattened_map(), "c8")
 
 
 def test_it_takes_back_the_filters_of_an_equivariant_network_that_was_made_plain():

@@ -17,7 +17,7 @@ from gzoo.nn.linear import (
     VectorPool,
 )
 from gzoo.nn.mixed import PoolSomeFibres, RepeatAlongFibre
-from gzoo.nn.norm import FibreNorm
+from gzoo.nn.norm import FibreNorm, GroupMapNorm
 from gzoo.nn.position import FourierPosition
 from gzoo.nn.quotient import QuotientConv2d, QuotientNorm, QuotientPool
 from gzoo.nn.resample import SymmetricBlur2d, SymmetricPool2d, keep_original_strides
@@ -37,6 +37,7 @@ __all__ = [
     "GroupEca",
     "GroupLinear",
     "GroupMapLinear",
+    "GroupMapNorm",
     "GroupPixelShuffle",
     "GroupPixelUnshuffle",
     "GroupPool",

@@ -8,6 +8,7 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.models import metaformer
 from torch import Tensor, nn
 
+from gzoo.groups import Group
 from gzoo.nn.subset import Subset
 
 CHANNELS_FIRST = (
@@ -73,3 +74,49 @@ class FibreNorm(nn.Module):
         # one else holds the norm's result, so torch need not know that they share memory.
         apart: Tensor = torch.ops.aten._unsafe_view.default(result.contiguous(), x.shape)
         return apart
+
+
+class GroupMapNorm(nn.Module):
+    """Batch norm of a flattened map of regular fields, a vector of all its pixels: one mean, variance, scale and shift
+    for all pixels that G moves onto one another, each in the element of the fibre that it comes to.
+
+    Each element's map is turned back by that element, so that another pose of the image permutes the maps of a fibre
+    and does nothing else; then it is normed as by `FibreNorm`. Exact for every group of quarter turns and mirrors.
+
+    Args:
+        norm: a norm over ``fields * side * side`` numbers.
+        group: one whose elements all move pixels onto pixels.
+        side: of the map, in pixels.
+
+    Shape:
+        x and result: (B, fields * |G| * side * side).
+
+    Raises:
+        ValueError: the group turns by angles in between, or x has another length.
+    """
+
+    def __init__(self, norm: nn.BatchNorm1d, group: Group, side: int) -> None:
+        super().__init__()
+        if len(group.grid_elements) < group.order:
+            raise ValueError(
+                f"{group.name} has elements that move no pixel of a flattened map onto another; norm the map before it "
+                "is flattened, or pool it"
+            )
+        self.norm, self.group, self.side = norm, group, side
+
+    def turned_back(self, x: Tensor) -> Tensor:
+        """(B, fields * |G| * side * side) to (B, fields * side * side, |G|): each map as it stands at the identity."""
+        maps, group = x.unflatten(1, (-1, self.group.order, self.side, self.side)), self.group
+        poses = [group.transform_image(maps[:, :, g], group.inverse(g)) for g in range(group.order)]
+        return torch.stack(poses, -1).flatten(1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = self.norm.num_features * self.group.order
+        if x.shape[1:] != (numbers,):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, not (B, {numbers}) for maps of {self.side}x{self.side} pixels; give "
+                "images of the size that the network was made for"
+            )
+        maps = self.norm(self.turned_back(x)).unflatten(1, (-1, self.side, self.side))
+        poses = [self.group.transform_image(maps[..., g], g) for g in range(self.group.order)]
+        return torch.stack(poses, 2).flatten(1)

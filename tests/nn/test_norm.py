@@ -9,7 +9,7 @@ from torch import nn
 
 from gzoo import _escnn, groups
 from gzoo.check import relative_error
-from gzoo.nn import FibreNorm
+from gzoo.nn import FibreNorm, GroupMapNorm
 from tests.conftest import GRID_GROUPS, act, elements, random_fields, with_random_statistics, worst_error
 
 NORMS = {
@@ -94,3 +94,20 @@ def test_the_norm_is_visible_to_sync_bn_conversion():
 def test_an_image_without_lifting_is_refused():
     with pytest.raises(ValueError, match=r"x has 3 channels, no whole number of fields of \|G\| = 4; lift it first"):
         FibreNorm(nn.BatchNorm2d(3), 4)(torch.zeros(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize("group", GRID_GROUPS)
+def test_a_norm_of_a_flattened_map_keeps_its_pixels_apart(group):
+    own, order = groups.get(group), groups.get(group).order
+    norm = with_random_statistics(GroupMapNorm(nn.BatchNorm1d(2 * 9), own, 3)).train()
+    x = random_fields(group, 2, (3, 3))
+    y = norm(x.flatten(1))
+    for g in own.grid_elements:
+        moved = own.transform_features(x, g)
+        assert relative_error(norm(moved.flatten(1)), own.transform_features(y.view_as(x), g).flatten(1)) < 1e-12
+    assert norm.turned_back(x.flatten(1)).shape == (len(x), 2 * 9, order)
+    norm.eval()
+    alike = norm(torch.ones_like(x).flatten(1)).view(len(x), 2, order, 3, 3)
+    assert alike[:, :, 0].std((2, 3)).min() > 1e-3  # each pixel has numbers of its own
+    with pytest.raises(ValueError, match="give images of the size that the network was made for"):
+        norm(x[..., :2].flatten(1))
