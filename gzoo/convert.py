@@ -130,7 +130,7 @@ def convert(
         Logits of an image are invariant; a map of logits is trivial fields, which move with the image. TensorFlow's
         "same" padding (timm's tf_ models), a pixel more on one side, becomes symmetric: the same sizes, other values.
         So do functions that the network's own forward calls (`gzoo.nn.functions`), and a linear layer over a flattened
-        map reads it by a convolution as large. Layers that never run are left out, with a warning.
+        map reads it by a convolution as large, or makes one by the adjoint. Layers that never run are left out, with a warning.
 
     Raises:
         ValueError: a module has no equivariant counterpart here, or cannot take over its ``weights``, or the result is
@@ -712,7 +712,9 @@ def calibrate(probe: nn.Module, x: Tensor) -> None:
 def image_for(probe: nn.Module) -> Tensor:
     """The smallest random image, (1, C, H, W), of the sizes tried that the converted network takes."""
     reason: Exception | None = None
-    sizes = [{"most": most} for most in _CHECKED_SIZES] if input_size(probe) else [{"side": side} for side in SIDES]
+    sizes: list[dict[str, Any]] = [{"most": most} for most in _CHECKED_SIZES]
+    if not input_size(probe):
+        sizes = [{"side": side} for side in SIDES if side % 2 == 0]  # at odd ones, strides of two are symmetric already
     for size in sizes:
         x = example(probe, **size)[:1]
         for image in (x, x.sigmoid()):  # numbers as photographs have them: of others there may be no root or logarithm

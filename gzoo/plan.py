@@ -194,6 +194,7 @@ class Plan:
                 for named, (before, piece, whole) in seen.sliced
             },
             rows=frozenset(seen.rows),
+            maps=frozenset(seen.maps),
             shuffles={(self.channels(part), n): self.group_at(path).order for path, part, n in seen.shuffled},
             pads=bool(self.sides or seen.padded),
             crops=len(self.sides) == 1,  # where both sides are cropped or padded, the difference may be meant
@@ -315,7 +316,9 @@ class Plan:
         order = group.order
         lifts = all(segment.image for segment in inputs)
         experts = getattr(module, "num_experts", 1)  # an image is convolved with one mixture of their filters
-        if isinstance(module, nn.Linear) and side > 1:
+        makes = self.trace.unflattened.get(name, 1)  # side of the map that a linear layer gives as a vector
+        if isinstance(module, nn.Linear) and side * makes > 1:
+            side *= makes
             taps, free, groups = side**2, _free_numbers(group, (side, side), lifts, self.basis), 1
         elif isinstance(module, nn.Linear):
             taps, free, groups = 1, 1 if lifts or all(segment.image for segment in outputs) else order, 1
@@ -327,7 +330,7 @@ class Plan:
             groups = self.groups_of(module, fields_in, fields_out)
             free = _free_numbers(group, kernel, lifts, self.basis)
         kernels = fields_out * fields_in / groups
-        bias = fields_out if module.bias is not None else 0
+        bias = 0 if module.bias is None else fields_out * _free_numbers(group, (makes, makes), True, self.basis)
         macs = kernels * order * (1 if lifts else order) * taps * pixels
         plain_macs, params = module.weight.numel() / experts * pixels, experts * (kernels * free + bias)
         return Row(name, plain_out, own, plain_macs, fields_out, params, macs)
@@ -422,6 +425,7 @@ def plan(
         if other and other is not seen:
             seen.asymmetric |= other.asymmetric
             seen.rows |= other.rows
+            seen.maps |= other.maps
             sides |= set(flatten.from_iterable(other.one_sided.values()))
     if seen.over_pixels:
         raise ValueError(

@@ -53,6 +53,7 @@ from gzoo.nn import (
     GroupPixelShuffle,
     GroupPixelUnshuffle,
     GroupPool,
+    GroupVectorMap,
     InvariantConv2d,
     InvariantLinear,
     LiftingConv2d,
@@ -337,6 +338,8 @@ def _linear(plain: nn.Linear, recipe: Recipe) -> nn.Module:
     if recipe.lifts:
         raise ValueError("it is linear in the channels of the image; use a 1x1 convolution, which lifts them")
     in_fields, bias = recipe.in_fields, plain.bias is not None
+    if recipe.path in recipe.plan.trace.unflattened:
+        return _vector_map(plain, recipe)
     if recipe.path in recipe.plan.trace.flattened:
         return _map_linear(plain, recipe)
     if recipe.vectors:
@@ -381,6 +384,20 @@ def _map_linear(plain: nn.Linear, recipe: Recipe) -> nn.Module:
     return _with_pools([new], gives, recipe)
 
 
+def _vector_map(plain: nn.Linear, recipe: Recipe) -> nn.Module:
+    """In front of a decoder, which makes a map of the vector that it is given."""
+    side, trace = recipe.plan.trace.unflattened[recipe.path], recipe.plan.trace
+    if recipe.path in trace.flattened:
+        raise ValueError(
+            "it makes a map of a flattened map; put a vector between, by two linear layers, or convolve it"
+        )
+    new = GroupVectorMap(
+        recipe.group, recipe.in_fields, recipe.out_fields, side, plain.bias is not None, recipe.plan.basis
+    )
+    _initialize_like(new.kernels, plain, plain.in_features, recipe.in_fields * recipe.group.order)
+    return new
+
+
 def _side_of_map(recipe: Recipe) -> int:
     """Of the flattened map that a layer is given."""
     height, width = recipe.plan.trace.flattened[recipe.path]
@@ -399,7 +416,7 @@ def _initialize_like(new: Any, plain: Any, plain_fan_in: int, fan_in: int) -> No
     if isinstance(new, ExpandedLayer):
         size = size * balance(new.basis)
     new.weight.normal_().mul_(size)
-    if plain.bias is not None:
+    if new.bias is not None:
         new.bias.fill_(plain.bias.mean())
 
 
@@ -826,6 +843,15 @@ def _prelu(plain: nn.PReLU, recipe: Recipe) -> nn.Module:
     *(tl.SelectAdaptivePool2d, tl.AdaptiveAvgMaxPool2d, AdaptiveCatAvgMaxPool2d, FastAdaptiveAvgPool),
 )
 def _unchanged(plain: nn.Module, recipe: Recipe) -> nn.Module:
+    return plain
+
+
+@rule(nn.Unflatten)
+def _unflatten(plain: nn.Unflatten, recipe: Recipe) -> nn.Module:
+    """Whatever the width: a vector made a map of as many channels."""
+    _, *pixels = plain.unflattened_size
+    if plain.dim == 1 and (recipe.path in recipe.plan.trace.flattened or set(pixels) == {1}):
+        plain.unflattened_size = (-1, *pixels)
     return plain
 
 

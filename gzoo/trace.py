@@ -20,7 +20,7 @@ from timm.models.mobilevit import MobileVitBlock
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gzoo.nn.functions import argument, is_asymmetric, merges_channels, rows_named, sides_treated
+from gzoo.nn.functions import argument, is_asymmetric, map_named, merges_channels, rows_named, sides_treated
 
 
 class Segment:
@@ -133,12 +133,14 @@ class Trace:
             them, or by products of queries and keys; with these channels.
         over_pixels: linear layers over something else than channels.
         flattened: height and width of the maps that layers and norms are given as vectors, if they have several pixels.
+        unflattened: side of the maps that linear layers make as vectors, if they have several pixels.
         own: what may be channels of the parameters and buffers that a module holds itself, by their names.
         asymmetric: modules whose own forward calls functions that `gzoo.nn.functions` makes symmetric.
         one_sided: of the modules that pad or crop maps more on one side themselves, "start" or "end".
         padded: numbers of channels that are put before and after others, with those, the others, and those after.
         sliced: first and last number of the channels that are taken of a map, with those before, these, and all.
         rows: numbers a row of the flattened maps that are made by naming that number.
+        maps: channels, height and width of the maps that are made of vectors by naming those numbers.
         shuffled: channels of the parts that are shuffled, by the module, and the number of the parts.
         rows_mixed: whether a linear layer is given rows that are no images.
         lost: leaf modules whose input could not be followed, with the operation that lost it.
@@ -158,6 +160,7 @@ class Trace:
     coupled: list[tuple[str, Segments]] = field(default_factory=list)
     over_pixels: list[str] = field(default_factory=list)
     flattened: dict[str, tuple[int, int]] = field(default_factory=dict)
+    unflattened: dict[str, int] = field(default_factory=dict)
     own: dict[str, dict[str, Segments]] = field(default_factory=dict)
     asymmetric: set[str] = field(default_factory=set)
     one_sided: dict[str, set[str]] = field(default_factory=dict)
@@ -166,6 +169,7 @@ class Trace:
         default_factory=list
     )
     rows: set[int] = field(default_factory=set)
+    maps: set[tuple[int, ...]] = field(default_factory=set)
     shuffled: list[tuple[str, Segments, int]] = field(default_factory=list)
     rows_mixed: bool = False
     lost: dict[str, str] = field(default_factory=dict)
@@ -345,6 +349,7 @@ class _Follow(TorchFunctionMode):
         self.seen, self.images, self.foreign = seen, images, foreign  # paths of modules of no library that we know
         self.path = [""]
         self.made: dict[str, Segments] = {}
+        self.vectors: dict[str, Segments] = {}  # what linear layers made of vectors
         self.attending: set[str] = set()  # modules whose own forward multiplies queries with keys
         self.given: dict[str, tuple[tuple, dict[str, Any]]] = {}  # what each module was given first
         self.used: set[int] = set()  # parameters that functions were given
@@ -407,12 +412,16 @@ class _Follow(TorchFunctionMode):
                 self.seen.outputs.setdefault(name, self.seen.inputs[name])  # flattened still, for the next one to read
             elif inputs and _reads_map(module, inputs[0]):
                 self.seen.pixels[name] = 1
-                _mark(output, 1, self._made(name, (Segment(output.shape[1]),)))
+                self.vectors[name] = self._made(name, (Segment(output.shape[1]),))
+                _mark(output, 1, self.vectors[name])
             elif channels and isinstance(module, nn.Linear) and channels.dim != inputs[0].ndim - 1:
                 self.seen.over_pixels.append(name)
             elif channels and isinstance(module, nn.Linear):
                 self.seen.pixels[name] = output.shape[1:-1].numel()
-                _mark(output, output.ndim - 1, self._made(name, (Segment(module.out_features),)))
+                made = self._made(name, (Segment(module.out_features),))
+                _mark(output, output.ndim - 1, made)
+                if output.ndim == 2:
+                    self.vectors[name] = made
             result = next((_channels(x) for x in _tensors(output) if _channels(x)), None)
             if result:
                 self.seen.outputs.setdefault(name, result.segments)
@@ -755,6 +764,14 @@ class _Follow(TorchFunctionMode):
             if total < new[1]:
                 out.gzoo_map = segments, tuple(old[2:])  # type: ignore[attr-defined]  # for a linear layer to read
                 return False
+        if dim == 1 and len(old) == 2 and len(new) == 4 and new[0] == old[0] and new[2] == new[3]:
+            if (sizes := map_named(inputs[0], args[1:], kwargs)) is not None:
+                self.seen.maps.add(sizes)
+                self.seen.asymmetric.add(self.path[-1])
+            layer = next((name for name, made in self.vectors.items() if made == segments), None)
+            if layer is not None and new[3] > 1:
+                self._unflatten(layer, out)
+                return True
         if dim == 1 and merges_channels(inputs[0], out):  # which are those of one part and of all others, in turn
             self.seen.shuffled.append((self.path[-1], segments, old[2]))
             self.seen.asymmetric.add(self.path[-1])
@@ -778,6 +795,18 @@ class _Follow(TorchFunctionMode):
                     _mark(out, e, heads)
                     return True
         return False
+
+    def _unflatten(self, layer: str, out: Tensor) -> None:
+        """Makes the vector of a linear layer, and what ran on it since, a flattened map of the channels of ``out``."""
+        seen, vector, side = self.seen, self.made[layer], out.shape[3]
+        channels = (Segment(out.shape[1]),)
+        for known in (self.made, seen.inputs, seen.outputs):
+            for name in [name for name, segments in known.items() if segments == vector]:
+                known[name] = channels
+                if known is seen.inputs:
+                    seen.flattened[name] = side, side
+        seen.unflattened[layer] = side
+        _mark(out, 1, channels)
 
     def _tie_attention(self, segments: Segments) -> None:
         """After its product of queries and keys, a module reads maps as wide as its input in the width of its input."""

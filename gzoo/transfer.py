@@ -40,6 +40,7 @@ from gzoo.nn import (
     GroupEca,
     GroupMapLinear,
     GroupMapNorm,
+    GroupVectorMap,
     InvariantConv2d,
     InvariantLinear,
     LiftingConv2d,
@@ -206,6 +207,9 @@ def _fill(new: Any, plain: Any, group: Group, weights: Weights, folding: Any) ->
     flattened = new if isinstance(new, GroupMapNorm) else None
     if isinstance(new, FibreNorm | GroupMapNorm):
         new = new.norm
+    elif isinstance(new, GroupVectorMap):
+        _fill_vector_map(new, plain, group.order, weights)
+        return
     elif isinstance(new, GroupEca):
         plain = plain.conv
     elif isinstance(new, nn.Sequential) and isinstance(plain, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
@@ -280,6 +284,11 @@ def _nearest(layer: Any, value: Tensor, plain: Any, order: int) -> Tensor:
     else:
         value = _with_groups(value, plain.groups, layer.groups)
         value = F.pad(value, [(layer.kernel_size - side) // 2 for side in value.shape[:1:-1] for _ in range(2)])
+    return _projected(layer, value, order)
+
+
+def _projected(layer: ExpandedLayer, value: Tensor, order: int) -> Tensor:
+    """`_nearest` for filters of the layer's own layout."""
     filters, basis = value.double(), layer.basis
     _require_layout(filters, expand(layer.weight, basis).shape)
     # E^T is the gradient of E.
@@ -288,6 +297,17 @@ def _nearest(layer: Any, value: Tensor, plain: Any, order: int) -> Tensor:
         return kernels / order
     samples = basis.samples.double()
     return kernels @ torch.linalg.pinv(torch.einsum("gfy,gey->fe", samples, samples), hermitian=True)
+
+
+def _fill_vector_map(new: GroupVectorMap, plain: nn.Linear, order: int, weights: Weights) -> None:
+    side = new.kernels.kernel_size
+    kernels = plain.weight.T.unflatten(1, (-1, side, side))
+    parts: list[tuple[ExpandedLayer, Tensor, Tensor]] = [(new.kernels, kernels, plain.weight)]
+    if new.offset is not None:  # its window slides over one pixel, and meets it with its last one first
+        parts.append((new.offset, plain.bias.view(-1, 1, side, side).flip(2, 3), plain.bias))
+    for layer, filters, parameter in parts:
+        layer.weight.copy_(_at_identity(layer, filters) if weights == "transfer" else _projected(layer, filters, order))
+        layer.weight.requires_grad_(parameter.requires_grad)
 
 
 def _require_layout(value: Tensor, expected: torch.Size) -> None:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gzoo
 from gzoo import groups
-from gzoo.nn import GroupConv2d, GroupMapLinear, GroupMapNorm
+from gzoo.nn import GroupConv2d, GroupMapLinear, GroupMapNorm, GroupVectorMap
 from gzoo.nn.functions import Calls, SymmetricForward, act_symmetrically
 from gzoo.plan import plan
 from tests.conftest import GRID_GROUPS, random_fields, random_image, with_random_statistics, worst_error
@@ -797,6 +797,111 @@ def test_the_layer_is_the_group_convolution_of_the_map():
     twin.load_state_dict(layer.state_dict())
     x = torch.randn(2, 8, 5, 5)
     assert layer(x.flatten(1)).equal(twin(x).flatten(1))
+
+
+# --- a vector as a map ------------------------------------------------------------------------------------------------
+
+
+class Autoencoder(nn.Module):
+    def __init__(self, unflatten, bias=True):
+        super().__init__()
+        self.unflatten = unflatten
+        self.encoder = nn.Sequential(
+            *(nn.Conv2d(1, 8, 4, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 4, 2, 1), nn.ReLU(), nn.Flatten()),
+            *(nn.Linear(16 * 9, 8), nn.Tanh(), nn.Linear(8, 16 * 9, bias), nn.BatchNorm1d(16 * 9), nn.ReLU()),
+        )
+        self.decoder = nn.Sequential(nn.ConvTranspose2d(16, 8, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(8, 1, 4, 2, 1))
+        self.pretrained_cfg = {"input_size": (1, 12, 12)}
+
+    def forward(self, x):
+        return self.decoder(self.unflatten(self.encoder(x)))
+
+
+UNFLAT = {
+    "view": lambda x: x.view(-1, 16, 3, 3),
+    "view by rows": lambda x: x.view(x.size(0), 16, 3, 3),
+    "reshape": lambda x: torch.reshape(x, (len(x), 16, 3, 3)),
+    "any number of channels": lambda x: x.view(len(x), -1, 3, 3),
+    "unflatten": lambda x: x.unflatten(1, (16, 3, 3)),
+    "unflatten by names": lambda x: x.unflatten(dim=1, sizes=(16, 3, 3)),
+    "a module": nn.Unflatten(1, (16, 3, 3)),
+    "a map of one pixel before": lambda x: x.view(-1, 144, 1, 1).flatten(1).view(-1, 16, 3, 3),
+}
+
+
+@pytest.mark.parametrize("unflatten", UNFLAT)
+def test_a_decoder_turns_with_the_image(unflatten):
+    model = gzoo.convert(Autoencoder(UNFLAT[unflatten]), "p4m")
+    assert isinstance(model.encoder[7], GroupVectorMap)
+    model = with_random_statistics(model).eval()
+    assert worst_error(model, "p4m", random_image(1, (12, 12)), "image", "image") < 1e-11
+    assert gzoo.check(model, 12).worst < 1e-12
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("weights", [None, "transfer", "project"])
+@pytest.mark.parametrize("group", GRID_GROUPS)
+def test_an_autoencoder_takes_plain_weights_over(group, weights, bias):
+    plain = with_random_statistics(Autoencoder(UNFLAT["view"], bias)).eval()
+    x, own = random_image(1, (12, 12)), groups.get(group)
+    model = gzoo.convert(plain, group, weights=weights).double()
+    if weights == "transfer":
+        poses = [plain(own.transform_image(x, g)) for g in range(own.order)]
+        mean = sum(own.transform_image(y, own.inverse(g)) for g, y in enumerate(poses)) / own.order
+        torch.testing.assert_close(model.eval()(x), mean)
+    elif weights is None:
+        ratio = sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in plain.parameters())
+        assert 0.9 < ratio < 1.1
+        assert plan(plain, groups.chain(group)).total().params == sum(p.numel() for p in model.parameters())
+    model = with_random_statistics(model)
+    assert worst_error(model.eval(), group, x, "image", "image") < 1e-11
+    assert worst_error(model.train(), group, torch.cat((x, x.sin())), "image", "image") < 1e-11
+
+
+def test_a_decoder_takes_back_the_filters_of_an_equivariant_network_that_was_made_plain():
+    plain = with_random_statistics(Autoencoder(UNFLAT["view"])).float()
+    first = gzoo.convert(plain, "p4m", weights="project").encoder[7]
+    with torch.no_grad():
+        plain.encoder[7].weight.copy_(first.kernels.filter().flatten(1).T)
+        plain.encoder[7].bias.copy_(first(torch.zeros(1, 8))[0])
+    again = gzoo.convert(plain, "p4m", weights="project").encoder[7]
+    assert again.kernels.weight.allclose(first.kernels.weight, atol=1e-6)
+    assert again.offset.weight.allclose(first.offset.weight, atol=1e-6)
+
+
+def test_a_variational_autoencoder_is_checked_with_the_fields_of_its_code():
+    class Variational(Autoencoder):
+        def __init__(self):
+            super().__init__(None)
+            self.before, self.mean, self.scale = self.encoder[:5], self.encoder[5], nn.Linear(144, 8)
+            self.after = self.encoder[7]
+
+        def forward(self, x):
+            y = self.before(x)
+            mean, scale = self.mean(y), self.scale(y)
+            code = mean + torch.randn_like(mean) * scale.exp() if self.training else mean
+            return self.decoder(self.after(code).view(-1, 16, 3, 3)), mean, scale
+
+    with pytest.warns(UserWarning, match=r"encoder\.8"):  # which it leaves out
+        model = gzoo.convert(Variational(), "p4", classifier="decoder.2")
+    assert gzoo.check(with_random_statistics(model).eval(), 12).worst < 1e-12
+    assert model.train()(torch.randn(2, 1, 12, 12))[0].shape == (2, 1, 12, 12)
+
+
+def test_a_map_of_a_flattened_map_is_refused():
+    plain = Network(lambda self, x: self.c(self.b(self.a(x).flatten(1)).view(-1, 4, 6, 6)))
+    plain.a, plain.b, plain.c = nn.Conv2d(1, 4, 3), nn.Linear(4 * 36, 4 * 36), nn.Conv2d(4, 2, 1)
+    plain.pretrained_cfg = {"input_size": (1, 8, 8)}
+    with pytest.raises(ValueError, match="b: it makes a map of a flattened map; put a vector between"):
+        gzoo.convert(plain, "p4")
+
+
+def test_a_decoder_compiles_exports_and_goes_to_escnn():
+    model, x = gzoo.convert(Autoencoder(UNFLAT["view"]), "p4").eval(), torch.randn(2, 1, 12, 12)
+    y = model(x)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), y)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), y)
+    torch.testing.assert_close(gzoo.to_escnn(model)(x), y)
 
 
 # --- what networks do besides -------------------------------------------------------------------------------------

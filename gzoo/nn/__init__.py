@@ -25,7 +25,7 @@ from gzoo.nn.restrict import Restriction, restrict_output
 from gzoo.nn.shuffle import GroupPixelShuffle, GroupPixelUnshuffle
 from gzoo.nn.standardize import WeightStandardization
 from gzoo.nn.subset import Subset
-from gzoo.nn.transposed import GroupConvTranspose2d
+from gzoo.nn.transposed import GroupConvTranspose2d, GroupVectorMap
 
 __all__ = [
     "Arc",
@@ -41,6 +41,7 @@ __all__ = [
     "GroupPixelShuffle",
     "GroupPixelUnshuffle",
     "GroupPool",
+    "GroupVectorMap",
     "InvariantConv2d",
     "InvariantLinear",
     "LiftingConv2d",

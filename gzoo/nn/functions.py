@@ -32,6 +32,8 @@ class Calls:
         channel_slices: first and last number of the channels that it takes of a map, and how many those are in the
             converted network -> the numbers there.
         rows: how many numbers a row of a flattened map has, as it names them (512 in ``x.view(-1, 512)``).
+        maps: channels, height and width of the maps that it makes of vectors, as it names them in
+            ``x.view(-1, 64, 7, 7)``.
         shuffles: channels of a part, and parts, of the maps whose channels it shuffles -> |G|.
         pads: whether it pads more on one side, or channels.
         crops: whether it leaves out pixels on one side (``x[:, :, :-1, :-1]``) to fit one map to another.
@@ -40,6 +42,7 @@ class Calls:
     channel_pads: Mapping[tuple[int, int, int], tuple[int, int]] = field(default_factory=dict)
     channel_slices: Mapping[tuple[int | None, int | None, int], tuple[int, int]] = field(default_factory=dict)
     rows: Collection[int] = ()
+    maps: Collection[tuple[int, ...]] = ()
     shuffles: Mapping[tuple[int, int], int] = field(default_factory=dict)
     pads: bool = False
     crops: bool = False
@@ -135,7 +138,9 @@ class _Symmetric(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         symmetric = _SYMMETRIC.get(getattr(func, "__name__", ""))
         args, kwargs = with_input_first(args, kwargs or {})
-        if symmetric is None or not args or not isinstance(args[0], Tensor) or args[0].ndim not in (4, 5):
+        if symmetric is None or not args or not isinstance(args[0], Tensor):
+            return func(*args, **kwargs)
+        if args[0].ndim not in (4, 5) and (args[0].ndim != 2 or symmetric is not _Symmetric.reshape):
             return func(*args, **kwargs)
         y = symmetric(self, func, *args, **kwargs)
         if self.fits is not None and symmetric in _OF_PIXELS:
@@ -207,6 +212,8 @@ class _Symmetric(TorchFunctionMode):
     def reshape(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if rows_named(x, args, kwargs) in self.calls.rows:
             return x.flatten(1)
+        if (named := map_named(x, args, kwargs)) and named in self.calls.maps:
+            return x.unflatten(1, (-1, *named[1:]))
         y = func(x, *args, **kwargs)
         if merges_channels(x, y) and (order := self.calls.shuffles.get((x.shape[1], x.shape[2]))):
             return x.unflatten(1, (-1, order)).transpose(2, 3).reshape(y.shape)  # (B, fields * |G|, parts, H, W)
@@ -227,6 +234,7 @@ _SYMMETRIC: dict[str, Callable[..., Tensor]] = {
     "view": _Symmetric.reshape,
     "reshape": _Symmetric.reshape,
     "flatten": _Symmetric.reshape,
+    "unflatten": _Symmetric.reshape,
     "channel_shuffle": _Symmetric.channel_shuffle,
 }
 
@@ -333,6 +341,17 @@ def rows_named(x: Tensor, args: tuple, kwargs: dict[str, Any]) -> int | None:
     shape = kwargs.get("shape", kwargs.get("size", args[0] if len(args) == 1 else args))
     is_rows = x.ndim == 4 and isinstance(shape, list | tuple) and len(shape) == 2 and shape[0] in (-1, len(x))
     return None if not is_rows or shape[1] == -1 else shape[1]
+
+
+def map_named(x: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...] | None:
+    """Channels, height and width that the arguments of a reshape or unflatten name, which makes maps of vectors."""
+    shape = kwargs.get("shape", kwargs.get("size", args[0] if len(args) == 1 else args))
+    if x.ndim != 2 or not isinstance(shape, list | tuple):
+        return None
+    sizes: Any = kwargs.get("sizes", shape[1:])
+    if len(sizes) == 1 and isinstance(sizes[0], list | tuple):  # of unflatten, behind the dimension
+        sizes = sizes[0]
+    return tuple(sizes) if len(sizes) == 3 and sizes[0] != -1 else None
 
 
 def with_input_first(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

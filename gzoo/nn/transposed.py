@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gzoo.bases import BasisName, balance, regular_basis
 from gzoo.groups import Group
-from gzoo.nn.conv import require_fields
+from gzoo.nn.conv import LiftingConv2d, require_fields
 from gzoo.nn.expand import ExpandedLayer, along_fibre
 
 if TYPE_CHECKING:
@@ -102,3 +102,47 @@ class GroupConvTranspose2d(ExpandedLayer):
             f"{self.group.name}, {tuple(self.weight.shape)}, stride={self.stride}, padding={self.padding}, "
             f"dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
         )
+
+
+class GroupVectorMap(nn.Module):
+    """Linear map of vectors to flattened maps, as of a decoder: the adjoint of `GroupMapLinear`, with a bias a pixel.
+
+    A transposed convolution of one pixel, and one of a pixel that is always one, which the group leaves as it is. Exact
+    as `GroupConvTranspose2d`.
+
+    Args:
+        group: any point group.
+        in_fields: number of regular fields in.
+        out_fields: number of regular fields out.
+        side: of the map, in pixels.
+        bias: whether each field has one at each pixel.
+        basis: of the kernels, as `GroupConv2d` takes it.
+
+    Shape:
+        x: (B, in_fields * |G|); result: (B, out_fields * |G| * side * side).
+
+    Raises:
+        ValueError: the group has no such basis; x has other channels.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        in_fields: int,
+        out_fields: int,
+        side: int,
+        bias: bool = True,
+        basis: BasisName | None = None,
+    ) -> None:
+        super().__init__()
+        self.kernels = GroupConvTranspose2d(group, in_fields, out_fields, side, side, bias=False, basis=basis)
+        self.offset: LiftingConv2d | None = None
+        if bias:
+            self.offset = LiftingConv2d(group, 1, out_fields, side, padding=side - 1, bias=False, basis=basis)
+            nn.init.zeros_(self.offset.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps: Tensor = self.kernels(x[:, :, None, None])
+        if self.offset is not None:
+            maps = maps + self.offset(x.new_ones(1, 1, 1, 1))
+        return maps.flatten(1)

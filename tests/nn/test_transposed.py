@@ -6,7 +6,8 @@ from torch import nn
 
 import gzoo
 from gzoo import groups
-from gzoo.nn import GroupConv2d, GroupConvTranspose2d
+from gzoo.check import relative_error
+from gzoo.nn import GroupConv2d, GroupConvTranspose2d, GroupMapLinear, GroupVectorMap
 from gzoo.plan import plan
 from tests.conftest import GRID_GROUPS, random_fields, with_random_statistics, worst_error
 
@@ -77,3 +78,32 @@ def test_output_padding_is_spread_over_the_map_and_commutes_with_the_group(group
     x = random_fields(group, 2, size)
     assert layer(x).shape[2:] == (2 * size[0], 2 * size[1])
     assert worst_error(layer, group, x) < 1e-12
+
+
+@pytest.mark.parametrize("group", [*GRID_GROUPS, "c8", "d8"])
+@pytest.mark.parametrize("side", [2, 3])
+def test_a_map_of_a_vector_turns_with_it(group, side):
+    own = groups.get(group)
+    layer = GroupVectorMap(own, 3, 2, side).double()
+    torch.nn.init.normal_(layer.offset.weight)
+    x = torch.randn(2, 3 * own.order, dtype=torch.float64)
+    y = layer(x).unflatten(1, (-1, side, side))
+    assert y.shape == (2, 2 * own.order, side, side)
+    for g in own.grid_elements:
+        moved = layer(own.transform_features(x, g)).view_as(y)
+        assert relative_error(moved, own.transform_features(y, g)) < 1e-12
+    assert relative_error(layer(0 * x), layer(x)) > 1e-3
+    if (group, side) in (("c8", 2), ("d8", 2)):  # whose filters of 2x2 pixels are constant
+        return
+    constant = layer(0 * x).view_as(y)
+    assert (constant - constant.mean((2, 3), keepdim=True)).abs().max() > 1e-3  # a bias a pixel
+
+
+def test_without_its_bias_it_is_the_adjoint_of_a_linear_layer_over_a_flattened_map():
+    own = groups.get("p4m")
+    down, up = GroupMapLinear(own, 2, 3, 3, bias=False).double(), GroupVectorMap(own, 3, 2, 3, bias=False).double()
+    up.kernels.weight = down.weight
+    x, y = torch.randn(2 * 8 * 9, dtype=torch.float64), torch.randn(3 * 8, dtype=torch.float64)
+    torch.testing.assert_close(down(x[None])[0] @ y, x @ up(y[None])[0])
+    with pytest.raises(ValueError, match="lift an image"):
+        up(torch.randn(1, 5, dtype=torch.float64))
