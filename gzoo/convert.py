@@ -130,7 +130,8 @@ def convert(
         Logits of an image are invariant; a map of logits is trivial fields, which move with the image. TensorFlow's
         "same" padding (timm's tf_ models), a pixel more on one side, becomes symmetric: the same sizes, other values.
         So do functions that the network's own forward calls (`gzoo.nn.functions`), and a linear layer over a flattened
-        map reads it by a convolution as large, or makes one by the adjoint. Layers that never run are left out, with a warning.
+        map reads it by a convolution as large, or makes one by the adjoint. Layers that never run are left out, with a
+        warning.
 
     Raises:
         ValueError: a module has no equivariant counterpart here, or cannot take over its ``weights``, or the result is

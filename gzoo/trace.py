@@ -419,6 +419,10 @@ class _Follow(TorchFunctionMode):
             elif channels and isinstance(module, nn.Linear):
                 self.seen.pixels[name] = output.shape[1:-1].numel()
                 made = self._made(name, (Segment(module.out_features),))
+                if name in self.seen.unflattened:  # it runs again
+                    output.__dict__.pop("gzoo_channels", None)
+                    output.gzoo_map, output.gzoo_lost = (made, 2 * (self.seen.unflattened[name],)), "linear"
+                    return
                 _mark(output, output.ndim - 1, made)
                 if output.ndim == 2:
                     self.vectors[name] = made
@@ -449,7 +453,7 @@ class _Follow(TorchFunctionMode):
             lost = next((x.gzoo_lost for x in inputs if hasattr(x, "gzoo_lost")), None)
             for x in outputs if lost else ():
                 x.gzoo_lost = lost  # type: ignore[attr-defined]
-                self._follow_map(name, x, inputs)
+                self._follow_map(name, x, inputs, args, kwargs)
             return out
         if name == "__get__":  # a property: x.mT
             name = func.__self__.__name__
@@ -474,13 +478,19 @@ class _Follow(TorchFunctionMode):
                 _mark(x, channels.dim, channels.segments, spread=True)
         return out
 
-    def _follow_map(self, name: str, out: Tensor, inputs: list[Tensor]) -> None:
+    def _follow_map(self, name: str, out: Tensor, inputs: list[Tensor], args: tuple, kwargs: dict) -> None:
         """Results of flattened maps, which are as long, are such maps, and as many of them are of the same channels.
 
+        Reshaped to what they were, they are maps again.
         Those of one squeezed number an image are such numbers.
         """
         if squeezed := next((x.gzoo_squeezed for x in inputs if hasattr(x, "gzoo_squeezed")), ()):
             out.gzoo_squeezed = squeezed  # type: ignore[attr-defined]
+        if name in _RESHAPES and hasattr(inputs[0], "gzoo_map"):
+            segments, pixels = inputs[0].gzoo_map
+            if tuple(out.shape) == (len(inputs[0]), _total(segments), *pixels):
+                self._note_map_named(inputs[0], args, kwargs)
+                _mark(out, 1, segments)
         maps = [x.gzoo_map for x in inputs if hasattr(x, "gzoo_map") and x.shape == out.shape]
         if maps and name in _OVER_ROWS:
             self._couple(maps[0][0])
@@ -765,12 +775,10 @@ class _Follow(TorchFunctionMode):
                 out.gzoo_map = segments, tuple(old[2:])  # type: ignore[attr-defined]  # for a linear layer to read
                 return False
         if dim == 1 and len(old) == 2 and len(new) == 4 and new[0] == old[0] and new[2] == new[3]:
-            if (sizes := map_named(inputs[0], args[1:], kwargs)) is not None:
-                self.seen.maps.add(sizes)
-                self.seen.asymmetric.add(self.path[-1])
-            layer = next((name for name, made in self.vectors.items() if made == segments), None)
-            if layer is not None and new[3] > 1:
-                self._unflatten(layer, out)
+            self._note_map_named(inputs[0], args, kwargs)
+            layers = [name for name, made in self.vectors.items() if flat(made) == flat(segments)]
+            if layers and new[3] > 1:
+                self._unflatten(layers, out)
                 return True
         if dim == 1 and merges_channels(inputs[0], out):  # which are those of one part and of all others, in turn
             self.seen.shuffled.append((self.path[-1], segments, old[2]))
@@ -796,17 +804,23 @@ class _Follow(TorchFunctionMode):
                     return True
         return False
 
-    def _unflatten(self, layer: str, out: Tensor) -> None:
-        """Makes the vector of a linear layer, and what ran on it since, a flattened map of the channels of ``out``."""
-        seen, vector, side = self.seen, self.made[layer], out.shape[3]
+    def _unflatten(self, layers: list[str], out: Tensor) -> None:
+        """Makes the vector of linear layers, and what ran on it since, a flattened map of the channels of ``out``."""
+        seen, vector, side = self.seen, flat(self.made[layers[0]]), out.shape[3]
         channels = (Segment(out.shape[1]),)
         for known in (self.made, seen.inputs, seen.outputs):
-            for name in [name for name, segments in known.items() if segments == vector]:
+            for name in [name for name, segments in known.items() if flat(segments) == vector]:
                 known[name] = channels
                 if known is seen.inputs:
                     seen.flattened[name] = side, side
-        seen.unflattened[layer] = side
+        seen.unflattened |= dict.fromkeys(layers, side)
         _mark(out, 1, channels)
+
+    def _note_map_named(self, x: Tensor, args: tuple, kwargs: dict) -> None:
+        named = map_named(x, args[1:], kwargs)
+        if named is not None and self.path[-1] in self.foreign:  # timm's numbers follow from shapes
+            self.seen.maps.add(named)
+            self.seen.asymmetric.add(self.path[-1])
 
     def _tie_attention(self, segments: Segments) -> None:
         """After its product of queries and keys, a module reads maps as wide as its input in the width of its input."""
@@ -820,6 +834,7 @@ _REDUCTIONS = (
     *("mean", "sum", "amax", "amin", "max", "min", "std", "var", "logsumexp", "prod", "median"),
     *("std_mean", "var_mean"),
 )
+_RESHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze")
 _OVER_ROWS = ("softmax", "log_softmax", "normalize", "layer_norm")
 _SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split", "narrow", "__getitem__")
 # Of hidden layers; what makes probabilities or bounded numbers of logits is none.
@@ -850,7 +865,7 @@ _FOLLOWED: dict[str, Callable[..., bool]] = {
     "normalize": lambda self, *given: self._over(given, 2, 1),
     **dict.fromkeys(("group_norm", "layer_norm", "rms_norm"), lambda self, *given: self._over(given, 9, None)),
     "einsum": _Follow._lose,
-    **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "squeeze"), _Follow._reshape),
+    **dict.fromkeys(_RESHAPES, _Follow._reshape),
     "unsqueeze": _Follow._unsqueeze,
 }
 

@@ -896,6 +896,24 @@ def test_a_map_of_a_flattened_map_is_refused():
         gzoo.convert(plain, "p4")
 
 
+CODES = {
+    "a sum of two": lambda self, x: (self.c(x) + self.d(x)).view(-1, 4, 3, 3),
+    "twice the same": lambda self, x: self.c(x).view(-1, 4, 3, 3) + self.c(x.tanh()).relu().view(-1, 4, 3, 3),
+    "a map again": lambda self, x: self.c(x).view(-1, 4, 3, 3).flatten(1).tanh().view(-1, 4, 3, 3),
+}
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_maps_are_made_of_vectors_in_several_ways(code):
+    plain = Network(lambda self, x: self.e(CODES[code](self, self.b(self.a(x).relu().mean((2, 3))).relu())))
+    plain.a, plain.b, plain.e = nn.Conv2d(1, 8, 3), nn.Linear(8, 8), nn.ConvTranspose2d(4, 1, 4, 4)
+    plain.c, plain.d = nn.Linear(8, 36), nn.Linear(8, 36)
+    if code != "a sum of two":
+        del plain.d
+    model = with_random_statistics(gzoo.convert(plain, "p4m")).eval()
+    assert worst_error(model, "p4m", random_image(1, (12, 12)), "image", "image") < 1e-11
+
+
 def test_a_decoder_compiles_exports_and_goes_to_escnn():
     model, x = gzoo.convert(Autoencoder(UNFLAT["view"]), "p4").eval(), torch.randn(2, 1, 12, 12)
     y = model(x)
