@@ -71,7 +71,8 @@ def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = Fals
     if Path(data).resolve().name != Path(training["config"]["data"]).name:
         raise ValueError(f"{data}: the run was trained on {training['config']['data']}; give its test images as data")
     name = f"{config['architecture']}.{tag}"
-    _dataset(name)
+    if _dataset(name) != Path(data).resolve().name:
+        raise ValueError(f"{data}: the run's tag {tag!r} says other data; a tag ends with the name of its own")
     model = load_model(run, pretrained=True).eval()
     size = tuple(model.pretrained_cfg["input_size"])  # type: ignore[index]
     images = open_split(data, "test")

@@ -108,13 +108,12 @@ def check(
 ) -> Report:
     """Measures the equivariance error of logits and stage feature maps for every element that is exact on the grid.
 
-    Vectors are held to be invariant, or, of several outputs, to be invariant or regular fields; and pose logits (B,
-    classes, |G|) to be regular fields. Feature maps are regular fields, or plain channels where the model is a plain
-    network; of a partial network, what a layer drops is zero. A map of logits, which the model pooled over the group,
-    is trivial fields: it is held to move like an image. So may each map of a network with several outputs, if it pools
-    at all. The channels that ``vectors`` named turn with it. (Inside a network of one's own, where gzoo does not know
-    them, channels may be exchanged and change their sign.) The model is copied, so its weights, mode and dtype stay as
-    they are.
+    Vectors are held to be invariant, and pose logits (B, classes, |G|) to be regular fields. Feature maps are regular
+    fields, or plain channels where the model is a plain network; of a partial network, what a layer drops is zero. A
+    map of logits, which the model pooled over the group, is trivial fields: it is held to move like an image. So may
+    each map of a network with several outputs, if it pools at all. The channels that ``vectors`` named turn with it.
+    (Inside a network of one's own, where gzoo does not know them, channels may be exchanged and change their sign.) The
+    model is copied, so its weights, mode and dtype stay as they are.
 
     Args:
         model: a classifier (B, C, H, W) -> (B, classes), or of each pixel -> (B, classes, H, W) or (B, H, W); with
@@ -170,8 +169,6 @@ def check(
             squeezed = moved.ndim == 3 and own_group is not None and not around  # a map of one channel, or a table
             if (pools and one_of_several) or (pooled and squeezed):
                 others.append(group.transform_image(moved, g))
-            if moved.ndim == 2 and len(expected) > 1 and "logits" not in expected and moved.shape[1] % law.order == 0:
-                others += [law.transform_features(moved, h) for h in [law.element(g, group)] if h is not None]
             if moved.ndim == 5 and own_group is not None:
                 others += _anchored(group, moved, g)
             if pairs is None and signed and moved.ndim in (2, 4):
@@ -416,7 +413,7 @@ def _recorded_outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 def _possible(group: Group, y: Tensor, g: int, found: Tensor, signed: bool) -> Iterator[Tensor]:
     """y transformed by g under every law that its shape allows; of maps also by the channels' permutation that is
     nearest to ``found``, and if it is ``signed`` with other signs, of vectors, too."""
-    if y.ndim == 4 and y.shape[1] % group.order == 0:  # what most are: no other law is tried where this one holds
+    if y.ndim == 4 and y.shape[1] % group.order == 0:  # what most are; where it holds, no other law is tried
         yield group.transform_features(y, g)
     yield y
     if signed and y.ndim == 2:

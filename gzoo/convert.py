@@ -355,6 +355,11 @@ def _walk(module: nn.Module, recipe: Recipe, done: dict[nn.Module, nn.Module]) -
     is_leaf = not any(True for _ in module.children())
     own = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
     its_rule = _rule_for(module)
+    if own and path in seen.flattened and not isinstance(module, nn.Linear | nn.BatchNorm1d | nn.SyncBatchNorm):
+        raise ValueError(
+            f"{path}: a {type(module).__name__} of a flattened map holds numbers that a turn of the image would "
+            "exchange; put it where the map is one, or take nn.BatchNorm1d"
+        )
     if its_rule is not None:
         own_rule = its_rule.__module__ == ON_IMAGE[0].__module__
         if path in seen.inputs and recipe.lifts and own_rule and its_rule not in ON_IMAGE:

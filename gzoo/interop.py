@@ -108,13 +108,13 @@ def to_escnn(model: nn.Module) -> nn.Module:
     equal at every image size. What acts on each number or channel alike (activations, dropout, global pooling) stays as
     it is.
 
-    Without a counterpart in escnn, and so still gzoo's own: `GroupLinear`, `GroupMapLinear`, `GroupConvTranspose2d`,
-    `GroupPixelShuffle` and `GroupPixelUnshuffle`, convolutions with weight standardization or with experts (CondConv),
-    what `gzoo.reparameterize` merged, group pooling by mean, the linear map of a classifier, layer norm, group norm,
-    instance norm, layer scale, other pools than torch's two, average pools that do not count padding, and pools that
-    the network runs on maps of several widths: an escnn module has one type. So is `Restriction`, in networks of
-    several groups by stage: escnn's ``RestrictionModule`` leaves the channels where they are, as fields of |G|
-    channels, and its ``DisentangleModule`` does not split those into regular ones.
+    Without a counterpart in escnn, and so still gzoo's own: `GroupLinear`, `GroupMapLinear`, `GroupMapNorm`,
+    `GroupConvTranspose2d`, `GroupPixelShuffle` and `GroupPixelUnshuffle`, convolutions with weight standardization or
+    with experts (CondConv), what `gzoo.reparameterize` merged, group pooling by mean, the linear map of a classifier,
+    layer norm, group norm, instance norm, layer scale, other pools than torch's two, average pools that do not count
+    padding, and pools that the network runs on maps of several widths: an escnn module has one type. So is
+    `Restriction`, in networks of several groups by stage: escnn's ``RestrictionModule`` leaves the channels where they
+    are, as fields of |G| channels, and its ``DisentangleModule`` does not split those into regular ones.
 
     A pixel kernel of k > 1 needs an ``R2Conv`` with a ring through every pixel and frequencies up to half of the
     pixels on it: such a layer has more coefficients than the pixels need, and filters that are no smoother than pixels.

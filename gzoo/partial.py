@@ -31,6 +31,7 @@ from gzoo.nn import (
     GroupConvTranspose2d,
     GroupLinear,
     GroupMapLinear,
+    GroupMapNorm,
     GroupPool,
     LiftingConv2d,
     PerElement,
@@ -57,9 +58,10 @@ def make_partial(model: nn.Module, group: Group, pool: Pooling, x: Tensor) -> No
         x: images (B, C, H, W) that it takes.
 
     Raises:
-        ValueError: the head pools by the maximum, in which the zeros of dropped elements would count; or a layer makes
-            other numbers of those zeros: a norm of each element by itself, attention between channels, an activation
-            with f(0) != 0; or the network is on the meta device, or made in inference mode. Names the layer.
+        ValueError: the head pools by the maximum, in which the zeros of dropped elements would count; or a layer
+            makes other numbers of those zeros: a norm of each element by itself or of a flattened map, attention
+            between channels, an activation with f(0) != 0; or the network is on the meta device, or made in
+            inference mode. Names the layer.
     """
     if pool != "mean":
         raise ValueError(
@@ -73,6 +75,8 @@ def make_partial(model: nn.Module, group: Group, pool: Pooling, x: Tensor) -> No
     if torch.is_inference_mode_enabled():
         raise ValueError("partial=True takes a derivative; create the network outside torch.inference_mode()")
     names = {module: name for name, module in model.named_modules()}
+    if flattened := [name for module, name in names.items() if isinstance(module, GroupMapNorm)]:
+        raise ValueError(f"{flattened[0]} is a norm of a flattened map, which cannot leave elements out; norm the map")
     norms: dict[nn.Module, None] = {}  # ordered by execution; without those of the image
 
     def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

@@ -265,8 +265,9 @@ class Plan:
             )
         return (
             f"its channels come out of {step!r}, through which gzoo cannot follow them: a step that mixes channels or "
-            "pixels, such as attention, or a flattened map that something other than a linear layer reads, has no "
-            f"equivariant counterpart here. Use a convolution, or global pooling before it. {WHOLE_NETWORK}"
+            "pixels, such as attention, or a flattened map that something other than a linear layer or a batch norm "
+            "reads, has no equivariant counterpart here. "
+            f"Use a convolution, or global pooling before it. {WHOLE_NETWORK}"
         )
 
     def _require_whole(self, channels: int) -> None:
@@ -741,7 +742,8 @@ def _classifiers(model: Any, seen: Trace, vectors: Collection[str] = ()) -> froz
             return frozenset(flatten.from_iterable(linear))
         shapes = ", ".join(str(tuple(y.shape)) for y in results)
         likely = [names[-1] for y, *found in zip(results, linear, makers, strict=True) if (names := found[y.ndim > 2])]
-        likely = likely or ["path.of.the.layer"]
+        read = {part for name in layers for part in flat(seen.inputs.get(name, ()))}
+        likely = [name for name in likely if read.isdisjoint(flat(seen.outputs[name]))] or ["path.of.the.layer"]
         raise ValueError(
             f"{type(model).__name__} gives several outputs, {shapes}; say which layers make logits, as in "
             f"classifier={likely}, or classifier='' if none does. The other outputs stay regular fields, which "

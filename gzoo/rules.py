@@ -535,11 +535,10 @@ def _one_for_all_poses(plain: Any, recipe: Recipe, what: str = "attention") -> N
     *(tl.FrozenBatchNormAct2d, FrozenBatchNorm2d),
 )
 def _batch_norm(plain: Any, recipe: Recipe) -> nn.Module:
-    if recipe.path in recipe.plan.trace.flattened:
-        side = _side_of_map(recipe)
-        plain.num_features = recipe.in_fields * side**2
+    side = _side_of_map(recipe) if recipe.path in recipe.plan.trace.flattened else 1
+    plain.num_features = recipe.in_fields * side**2
+    if side > 1:
         return GroupMapNorm(_shrunk(plain, plain.num_features), recipe.group, side)
-    plain.num_features = recipe.in_fields
     return _fibre_norm(plain, plain.num_features, recipe)
 
 
@@ -578,7 +577,7 @@ def _fibre_norm(plain: nn.Module, fields: int, recipe: Recipe) -> FibreNorm:
 
 
 def _shrunk(plain: Any, fields: int) -> Any:
-    """A norm over ``fields`` channels, each with the mean of the plain parameters and statistics."""
+    """The norm, in place, over ``fields`` channels, each with the mean of the plain parameters and statistics."""
     with torch.no_grad():
         for name, parameter in plain.named_parameters(recurse=False):
             shrunk = nn.Parameter(parameter.mean().expand(fields).clone(), parameter.requires_grad)
@@ -848,10 +847,10 @@ def _unchanged(plain: nn.Module, recipe: Recipe) -> nn.Module:
 
 @rule(nn.Unflatten)
 def _unflatten(plain: nn.Unflatten, recipe: Recipe) -> nn.Module:
-    """Whatever the width: a vector made a map of as many channels."""
+    """A vector made a map of as many channels as it has then; of other dimensions it stays as it is."""
     _, *pixels = plain.unflattened_size
-    if plain.dim == 1 and (recipe.path in recipe.plan.trace.flattened or set(pixels) == {1}):
-        plain.unflattened_size = (-1, *pixels)
+    if plain.dim in (1, -1) and (recipe.path in recipe.plan.trace.flattened or set(pixels) == {1}):
+        plain.dim, plain.unflattened_size = 1, (-1, *pixels)
     return plain
 
 

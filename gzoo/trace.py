@@ -132,7 +132,7 @@ class Trace:
         coupled: modules whose own forward makes channels depend on each other, by a mean, maximum, norm or softmax over
             them, or by products of queries and keys; with these channels.
         over_pixels: linear layers over something else than channels.
-        flattened: height and width of the maps that layers and norms are given as vectors, if they have several pixels.
+        flattened: height and width of the maps that layers are given as vectors, if they have several pixels.
         unflattened: side of the maps that linear layers make as vectors, if they have several pixels.
         own: what may be channels of the parameters and buffers that a module holds itself, by their names.
         asymmetric: modules whose own forward calls functions that `gzoo.nn.functions` makes symmetric.
@@ -190,11 +190,11 @@ def trace(model: nn.Module, x: Tensor, training: bool = False) -> Trace:
         ValueError: the network does not run.
     """
     try:
-        return _run(_without_numbers(model).train(training), x.to("meta"))
+        return _run(lambda: _without_numbers(model).train(training), x.to("meta"))
     except Exception:  # what reads numbers, or keeps tensors that are no buffers, has to be run for real
         pass
     try:
-        return _run(copy.deepcopy(model).train(training), x)
+        return _run(lambda: copy.deepcopy(model).train(training), x)
     except Exception as error:
         hint = (
             "If it takes other channels, or one size only, say so: "
@@ -218,10 +218,11 @@ def _without_numbers(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _run(model: nn.Module, x: Tensor) -> Trace:
-    seen = Trace()
+def _run(copied: Callable[[], nn.Module], x: Tensor, makes_maps: bool = False) -> Trace:
+    """One run of a copy; if a layer reads a map that was a vector, another with ``makes_maps``, which makes it one."""
+    model, seen = copied(), Trace()
     foreign = {name for name, module in model.named_modules() if _is_foreign(module)}
-    follow = _Follow(seen, len(x), foreign)
+    follow = _Follow(seen, len(x), foreign, makes_maps)
     for name, module in model.named_modules():
         _mark_own(module, seen.own.setdefault(name, {}))
         _make_followable(module)
@@ -239,6 +240,8 @@ def _run(model: nn.Module, x: Tensor) -> Trace:
         module._forward_hooks.clear()
         if any(id(parameter) in follow.used for parameter in module.parameters(recurse=False)):
             seen.ran.add(name)
+    if follow.reads_maps and not makes_maps:
+        return _run(copied, x, makes_maps=True)
     for path in seen.pieces:
         seen.widths[path] = _widths(model.get_submodule(path), *follow.given[path], _sizes(seen, path))
     return seen
@@ -328,7 +331,7 @@ def _mark(x: Tensor, dim: int, segments: Segments, spread: bool = False) -> None
 
 def _reads_map(module: nn.Module, x: Any) -> bool:
     """Whether a linear layer or a batch norm is given all pixels of a map as one vector."""
-    return isinstance(module, nn.Linear | nn.BatchNorm1d) and hasattr(x, "gzoo_map")
+    return isinstance(module, nn.Linear | nn.BatchNorm1d | nn.SyncBatchNorm) and hasattr(x, "gzoo_map")
 
 
 def _channels(x: Any) -> Channels | None:
@@ -344,12 +347,14 @@ def channels_of(x: Tensor) -> Segments:
 class _Follow(TorchFunctionMode):
     """Hands the channels on from the arguments of every torch function to its results."""
 
-    def __init__(self, seen: Trace, images: int, foreign: set[str]) -> None:
+    def __init__(self, seen: Trace, images: int, foreign: set[str], makes_maps: bool) -> None:
         super().__init__()
+        self.makes_maps = makes_maps  # whether a vector that is viewed as a map becomes one
+        self.views = self.reads_maps = False  # whether some vector is, and a layer reads such a map
         self.seen, self.images, self.foreign = seen, images, foreign  # paths of modules of no library that we know
         self.path = [""]
         self.made: dict[str, Segments] = {}
-        self.vectors: dict[str, Segments] = {}  # what linear layers made of vectors
+        self.vectors: dict[str, Segments] = {}  # what linear layers made, a vector an image
         self.attending: set[str] = set()  # modules whose own forward multiplies queries with keys
         self.given: dict[str, tuple[tuple, dict[str, Any]]] = {}  # what each module was given first
         self.used: set[int] = set()  # parameters that functions were given
@@ -363,6 +368,9 @@ class _Follow(TorchFunctionMode):
             seen = self.seen
             seen.ran.add(name)
             inputs += tuple(named.values())
+            if isinstance(module, _READ_MAPS) and isinstance(inputs[0], Tensor) and inputs[0].ndim == 4:
+                known = _channels(inputs[0])
+                self.reads_maps |= self.views and (known is None or known.dim != 1)
             x = next((x for x in _tensors(inputs) if _channels(x)), None)
             if not any(True for _ in module.children()) and name not in seen.order:
                 seen.order.append(name)
@@ -408,7 +416,7 @@ class _Follow(TorchFunctionMode):
                 self.seen.pixels[projection] = output.shape[2:].numel()
                 self.seen.outputs[projection] = self._made(name, (Segment(module.dim),))
                 _mark(output, 1, self.seen.outputs[projection])
-            elif inputs and _reads_map(module, inputs[0]) and isinstance(module, nn.BatchNorm1d):
+            elif inputs and _reads_map(module, inputs[0]) and not isinstance(module, nn.Linear):
                 self.seen.outputs.setdefault(name, self.seen.inputs[name])  # flattened still, for the next one to read
             elif inputs and _reads_map(module, inputs[0]):
                 self.seen.pixels[name] = 1
@@ -481,8 +489,7 @@ class _Follow(TorchFunctionMode):
     def _follow_map(self, name: str, out: Tensor, inputs: list[Tensor], args: tuple, kwargs: dict) -> None:
         """Results of flattened maps, which are as long, are such maps, and as many of them are of the same channels.
 
-        Reshaped to what they were, they are maps again.
-        Those of one squeezed number an image are such numbers.
+        Reshaped to what they were, they are maps again. Those of one squeezed number an image are such numbers.
         """
         if squeezed := next((x.gzoo_squeezed for x in inputs if hasattr(x, "gzoo_squeezed")), ()):
             out.gzoo_squeezed = squeezed  # type: ignore[attr-defined]
@@ -778,8 +785,10 @@ class _Follow(TorchFunctionMode):
             self._note_map_named(inputs[0], args, kwargs)
             layers = [name for name, made in self.vectors.items() if flat(made) == flat(segments)]
             if layers and new[3] > 1:
-                self._unflatten(layers, out)
-                return True
+                self.views = True
+                if self.makes_maps:
+                    self._unflatten(layers, inputs[0], out)
+                    return True
         if dim == 1 and merges_channels(inputs[0], out):  # which are those of one part and of all others, in turn
             self.seen.shuffled.append((self.path[-1], segments, old[2]))
             self.seen.asymmetric.add(self.path[-1])
@@ -804,7 +813,7 @@ class _Follow(TorchFunctionMode):
                     return True
         return False
 
-    def _unflatten(self, layers: list[str], out: Tensor) -> None:
+    def _unflatten(self, layers: list[str], x: Tensor, out: Tensor) -> None:
         """Makes the vector of linear layers, and what ran on it since, a flattened map of the channels of ``out``."""
         seen, vector, side = self.seen, flat(self.made[layers[0]]), out.shape[3]
         channels = (Segment(out.shape[1]),)
@@ -814,6 +823,8 @@ class _Follow(TorchFunctionMode):
                 if known is seen.inputs:
                     seen.flattened[name] = side, side
         seen.unflattened |= dict.fromkeys(layers, side)
+        x.__dict__.pop("gzoo_channels")
+        x.gzoo_map, x.gzoo_lost = (channels, (side, side)), "view"  # type: ignore[attr-defined]
         _mark(out, 1, channels)
 
     def _note_map_named(self, x: Tensor, args: tuple, kwargs: dict) -> None:
@@ -835,6 +846,9 @@ _REDUCTIONS = (
     *("std_mean", "var_mean"),
 )
 _RESHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze")
+_READ_MAPS = (
+    nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d | nn.MaxPool2d | nn.AvgPool2d | nn.Upsample | nn.PixelShuffle
+)
 _OVER_ROWS = ("softmax", "log_softmax", "normalize", "layer_norm")
 _SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split", "narrow", "__getitem__")
 # Of hidden layers; what makes probabilities or bounded numbers of logits is none.

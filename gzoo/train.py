@@ -40,7 +40,7 @@ from timm.data.transforms import str_to_interp_mode
 from timm.layers import convert_sync_batchnorm
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models._hub import save_config_for_hf
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import Muon, create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
@@ -701,7 +701,8 @@ def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[flo
             total += loss.detach()
         if config.clip_grad is not None:
             dispatch_clip_grad(parameters, config.clip_grad)
-        with _InFloat32() if run.device.type == "cpu" else contextlib.nullcontext():
+        emulated = run.device.type == "cpu" and isinstance(run.optimizer, Muon)
+        with _InFloat32() if emulated else contextlib.nullcontext():
             run.optimizer.step()
         update, lr = update + 1, max(group["lr"] for group in of_weights)
         if run.ema:
@@ -721,10 +722,8 @@ def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[flo
 
 
 class _InFloat32(TorchFunctionMode):
-    """Takes float32 where an optimizer takes bfloat16, as timm's Muon does to orthogonalize its steps.
-
-    A CPU that has to emulate bfloat16 would be longer at that than at the network.
-    """
+    """Lets timm's Muon orthogonalize its steps in float32: in bfloat16, a CPU that has to emulate it would be longer at
+    that than at the network."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

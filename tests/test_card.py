@@ -120,6 +120,10 @@ def test_a_recipe_may_name_its_weights_by_more_than_their_data(run, tmp_path):
     train(other, command="with a tag that names no data")
     with pytest.raises(ValueError, match="no title for data of the tag 'digits'; a tag ends with one of rotmnist"):
         card.make_card(other.out, other.data, tmp_path / "cards")
+    wrong = replace(config, out=str(tmp_path / "wrong"), tag="cifar10")
+    train(wrong, command="with the tag of other data")
+    with pytest.raises(ValueError, match="the run's tag 'cifar10' says other data"):
+        card.make_card(wrong.out, wrong.data, tmp_path / "cards")
 
 
 def test_an_unfinished_run_gets_no_card(tmp_path):

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gzoo
 from gzoo import groups
+from gzoo.check import relative_error
 from gzoo.nn import GroupConv2d, GroupMapLinear, GroupMapNorm, GroupVectorMap
 from gzoo.nn.functions import Calls, SymmetricForward, act_symmetrically
 from gzoo.plan import plan
@@ -655,6 +656,19 @@ def with_a_norm_of_a_flattened_map():
     return plain
 
 
+def test_a_synchronized_norm_of_a_flattened_map_and_one_that_a_partial_network_cannot_have():
+    plain = nn.SyncBatchNorm.convert_sync_batchnorm(with_a_norm_of_a_flattened_map())
+    assert gzoo.check(gzoo.convert(plain, "p4"), 8).worst < 1e-12
+    with pytest.raises(ValueError, match="3 is a norm of a flattened map, which cannot leave elements out"):
+        gzoo.convert(with_a_norm_of_a_flattened_map(), "p4", partial=True)
+
+
+def test_a_flattened_map_exports_for_any_batch():
+    model, x = gzoo.convert(with_a_norm_of_a_flattened_map(), "p4").float().eval(), torch.randn(3, 1, 8, 8)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    torch.testing.assert_close(exported(x[:2]), model(x[:2]))
+
+
 @pytest.mark.parametrize("weights", [None, "transfer", "project"])
 @pytest.mark.parametrize("group", GRID_GROUPS)
 def test_a_norm_of_a_flattened_map_is_one_of_the_pixels_that_the_group_exchanges(group, weights):
@@ -825,6 +839,7 @@ UNFLAT = {
     "unflatten": lambda x: x.unflatten(1, (16, 3, 3)),
     "unflatten by names": lambda x: x.unflatten(dim=1, sizes=(16, 3, 3)),
     "a module": nn.Unflatten(1, (16, 3, 3)),
+    "a module, from the end": nn.Unflatten(-1, (16, 3, 3)),
     "a map of one pixel before": lambda x: x.view(-1, 144, 1, 1).flatten(1).view(-1, 16, 3, 3),
 }
 
@@ -869,7 +884,7 @@ def test_a_decoder_takes_back_the_filters_of_an_equivariant_network_that_was_mad
     assert again.offset.weight.allclose(first.offset.weight, atol=1e-6)
 
 
-def test_a_variational_autoencoder_is_checked_with_the_fields_of_its_code():
+def test_the_code_of_a_variational_autoencoder_is_fields():
     class Variational(Autoencoder):
         def __init__(self):
             super().__init__(None)
@@ -882,9 +897,13 @@ def test_a_variational_autoencoder_is_checked_with_the_fields_of_its_code():
             code = mean + torch.randn_like(mean) * scale.exp() if self.training else mean
             return self.decoder(self.after(code).view(-1, 16, 3, 3)), mean, scale
 
+    with pytest.raises(ValueError, match=r"as in classifier=\['decoder.2', 'scale'\]"):  # none that another reads
+        gzoo.convert(Variational(), "p4")
     with pytest.warns(UserWarning, match=r"encoder\.8"):  # which it leaves out
         model = gzoo.convert(Variational(), "p4", classifier="decoder.2")
-    assert gzoo.check(with_random_statistics(model).eval(), 12).worst < 1e-12
+    probe, x, group = with_random_statistics(model).eval(), random_image(1, (12, 12)), groups.get("p4")
+    for found, y in zip(probe(x.rot90(1, (2, 3))), probe(x), strict=True):
+        assert relative_error(found, y.rot90(1, (2, 3)) if y.ndim == 4 else group.transform_features(y, 1)) < 1e-11
     assert model.train()(torch.randn(2, 1, 12, 12))[0].shape == (2, 1, 12, 12)
 
 
@@ -893,6 +912,45 @@ def test_a_map_of_a_flattened_map_is_refused():
     plain.a, plain.b, plain.c = nn.Conv2d(1, 4, 3), nn.Linear(4 * 36, 4 * 36), nn.Conv2d(4, 2, 1)
     plain.pretrained_cfg = {"input_size": (1, 8, 8)}
     with pytest.raises(ValueError, match="b: it makes a map of a flattened map; put a vector between"):
+        gzoo.convert(plain, "p4")
+
+
+MATRICES = {
+    "sums": lambda y: y.view(-1, 4, 3, 3).logsumexp((2, 3)),
+    "norms": lambda y: y.view(-1, 4, 3, 3).norm(dim=(2, 3)),
+    "rows again": lambda y: y.view(-1, 4, 3, 3).flatten(1),
+}
+
+
+@pytest.mark.parametrize("function", MATRICES)
+def test_matrices_of_logits_which_no_layer_reads_are_no_maps(function):
+    plain = Network(lambda self, x: MATRICES[function](self.b(self.a(x).relu().mean((2, 3)))))
+    plain.a, plain.b = nn.Conv2d(1, 8, 3), nn.Linear(8, 36)
+    model = with_random_statistics(gzoo.convert(plain, "p4", classifier="b")).eval()
+    assert worst_error(model, "p4", random_image(1, (9, 9)), "image", "invariant") < 1e-12
+
+
+def test_a_vector_that_was_made_a_map_is_read_as_a_flattened_map():
+    def run(self, x):
+        code = self.c(self.b(self.a(x).relu().mean((2, 3))).relu())
+        return self.e(code.view(-1, 4, 3, 3)), self.d(code)
+
+    plain = Network(run)
+    plain.a, plain.b, plain.e = nn.Conv2d(1, 8, 3), nn.Linear(8, 8), nn.ConvTranspose2d(4, 1, 4, 4)
+    plain.c, plain.d = nn.Linear(8, 36), nn.Linear(36, 5)
+    model = with_random_statistics(gzoo.convert(plain, "p4m", classifier=["e", "d"])).eval()
+    assert gzoo.check(model, 12).worst < 1e-12
+
+
+BETWEEN = {"PReLU": nn.PReLU(36), "LayerNorm": nn.LayerNorm(36), "GroupNorm": nn.GroupNorm(4, 36)}
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_what_holds_numbers_for_pixels_of_a_flattened_map_is_named(between):
+    plain = Network(lambda self, x: self.e(self.norm(self.b(self.a(x).relu().mean((2, 3)))).view(-1, 4, 3, 3)))
+    plain.a, plain.b, plain.e = nn.Conv2d(1, 8, 3), nn.Linear(8, 36), nn.ConvTranspose2d(4, 1, 4, 4)
+    plain.norm = BETWEEN[between]
+    with pytest.raises(ValueError, match=f"norm: a {between} of a flattened map holds numbers that a turn"):
         gzoo.convert(plain, "p4")
 
 

@@ -250,7 +250,7 @@ class GroupMapLinear(GroupConv2d):
                 f"a map of {self.in_channels} channels and {side}x{side} pixels has {self.in_channels * side**2} "
                 f"numbers, not {x.shape[1]}; give images of the size that the network was made for"
             )
-        return super().forward(x.view(len(x), self.in_channels, side, side)).flatten(1)
+        return super().forward(x.unflatten(1, (self.in_channels, side, side))).flatten(1)
 
 
 def window_of(kernel_size: int, stride: int, padding: Padding, dilation: int) -> Window:

@@ -66,8 +66,8 @@ def act_symmetrically(module: nn.Module, calls: Calls) -> nn.Module:
     - Pools with a stride, and every second pixel (``x[:, :, ::2, ::2]``), follow the rule of `gzoo.nn.resample`.
     - Interpolation measures from the middle; to the nearest pixel, or to the mean of two that are as near.
     - A map that is padded or cropped more on one side stays in the middle; by an odd number, it is the mean of two.
-    - A map becomes vectors whatever number of channels is named (``x.view(-1, 512)``), channels that are padded or
-      taken (``x[:, :8]``) are as many as the fields, and a shuffle of channels is one of fields.
+    - A map becomes vectors, and they a map, whatever number of channels is named (``x.view(-1, 512)``); channels that
+      are padded or taken (``x[:, :8]``) are as many as the fields, and a shuffle of channels is one of fields.
 
     Args:
         module: of a converted network.
