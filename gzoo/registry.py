@@ -245,7 +245,7 @@ _DETAILS: dict[str, dict[str, Any]] = {
     "wrn16_8": {"paper": "arXiv:1605.07146"},
     "wrn28_10": {"paper": "arXiv:1605.07146"},
     "resnet44": {"weights": ("cifar10",), "paper": _COHEN_WELLING},
-    "resnet20": {"weights": ("cifar10",)},
+    "resnet20": {"weights": ("cifar10", "rotate_cifar10")},
     "p4m_resnet20": {"weights": ("cifar10",)},
     "c8_resnet20": {"weights": ("cifar10",)},
     "p4m_resnet44": {"weights": ("cifar10",), "paper": _COHEN_WELLING},
