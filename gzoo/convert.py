@@ -259,6 +259,13 @@ def convert_in_place(
             f"training: {', '.join(sorted(planned.idle))}",
             stacklevel=3,
         )
+    if planned.trace.tables:
+        warnings.warn(
+            f"{', '.join(sorted(planned.trace.tables))} of {type(model).__name__}: a linear layer makes the same "
+            "vector of an image in each pose, so the table or map that is made of it stays as it is when the image "
+            "turns. For a map that turns, put a convolution behind it",
+            stacklevel=3,
+        )
     converted = _walk(model, recipe, {})
     counts()
     if weights is not None:

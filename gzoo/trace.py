@@ -6,6 +6,7 @@ concatenation strings them; a split cuts them in two. What is left after the run
 
 import contextlib
 import copy
+import itertools
 import math
 import types
 from collections.abc import Callable, Iterable, Sequence
@@ -134,6 +135,7 @@ class Trace:
         over_pixels: linear layers over something else than channels.
         flattened: height and width of the maps that layers are given as vectors, if they have several pixels.
         unflattened: side of the maps that linear layers make as vectors, if they have several pixels.
+        tables: linear layers whose vector is an output with more than two dimensions, which no layer read as a map.
         own: what may be channels of the parameters and buffers that a module holds itself, by their names.
         asymmetric: modules whose own forward calls functions that `gzoo.nn.functions` makes symmetric.
         one_sided: of the modules that pad or crop maps more on one side themselves, "start" or "end".
@@ -161,6 +163,7 @@ class Trace:
     over_pixels: list[str] = field(default_factory=list)
     flattened: dict[str, tuple[int, int]] = field(default_factory=dict)
     unflattened: dict[str, int] = field(default_factory=dict)
+    tables: set[str] = field(default_factory=set)
     own: dict[str, dict[str, Segments]] = field(default_factory=dict)
     asymmetric: set[str] = field(default_factory=set)
     one_sided: dict[str, set[str]] = field(default_factory=dict)
@@ -242,6 +245,7 @@ def _run(copied: Callable[[], nn.Module], x: Tensor, makes_maps: bool = False) -
             seen.ran.add(name)
     if follow.reads_maps and not makes_maps:
         return _run(copied, x, makes_maps=True)
+    seen.tables.update(*(getattr(y, "gzoo_table", ()) for y in _tensors(seen.result)))
     for path in seen.pieces:
         seen.widths[path] = _widths(model.get_submodule(path), *follow.given[path], _sizes(seen, path))
     return seen
@@ -476,6 +480,10 @@ class _Follow(TorchFunctionMode):
         for x, channels in before:
             if channels and not followed:
                 _mark(x, *channels)
+        tables = [x for x in inputs if hasattr(x, "gzoo_table")]
+        for x, table in itertools.product(outputs, tables):
+            if x.shape == table.shape:
+                x.gzoo_table = table.gzoo_table  # type: ignore[attr-defined]
         spread = {part for x in inputs if (own := _channels(x)) and own.spread for part in flat(own.segments)}
         for x in outputs:
             channels = _channels(x)
@@ -781,14 +789,17 @@ class _Follow(TorchFunctionMode):
             if total < new[1]:
                 out.gzoo_map = segments, tuple(old[2:])  # type: ignore[attr-defined]  # for a linear layer to read
                 return False
-        if dim == 1 and len(old) == 2 and len(new) == 4 and new[0] == old[0] and new[2] == new[3]:
-            self._note_map_named(inputs[0], args, kwargs)
+        if dim == 1 and len(old) == 2 and len(new) == 4 and new[0] == old[0]:
+            if new[2] == new[3]:
+                self._note_map_named(inputs[0], args, kwargs)
             layers = [name for name, made in self.vectors.items() if flat(made) == flat(segments)]
-            if layers and new[3] > 1:
+            if layers and new[2] == new[3] > 1:
                 self.views = True
                 if self.makes_maps:
                     self._unflatten(layers, inputs[0], out)
                     return True
+            if total > max(new[1:]):
+                out.gzoo_table = layers  # type: ignore[attr-defined]
         if dim == 1 and merges_channels(inputs[0], out):  # which are those of one part and of all others, in turn
             self.seen.shuffled.append((self.path[-1], segments, old[2]))
             self.seen.asymmetric.add(self.path[-1])

@@ -930,6 +930,14 @@ def test_matrices_of_logits_which_no_layer_reads_are_no_maps(function):
     assert worst_error(model, "p4", random_image(1, (9, 9)), "image", "invariant") < 1e-12
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 3), (3, 3, 4)])
+def test_a_map_that_a_linear_layer_makes_last_is_said_not_to_turn(shape):
+    plain = Network(lambda self, x: self.b(self.a(x).relu().mean((2, 3))).view(-1, *shape).sigmoid())
+    plain.a, plain.b = nn.Conv2d(1, 8, 3), nn.Linear(8, 36)
+    with pytest.warns(UserWarning, match="b of Network: .* stays as it is when the image turns"):
+        gzoo.convert(plain, "p4", classifier="b")
+
+
 def test_a_vector_that_was_made_a_map_is_read_as_a_flattened_map():
     def run(self, x):
         code = self.c(self.b(self.a(x).relu().mean((2, 3))).relu())
