@@ -164,7 +164,7 @@ def test_card_registry_recipe_and_weights_agree(folder):
     assert pins()[folder.name].sha256 == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("name", [name for name in TAGGED if "_" in name])
+@pytest.mark.parametrize("name", [f"{e.name}.{tag}" for e in registry.ENTRIES if e.group for tag in e.weights])
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_trained_weights_are_equivariant(name, dtype, bar):
     model = timm.create_model(name, pretrained=True)

@@ -853,9 +853,8 @@ def test_a_decoder_turns_with_the_image(unflatten):
     assert gzoo.check(model, 12).worst < 1e-12
 
 
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("weights", [None, "transfer", "project"])
-@pytest.mark.parametrize("group", GRID_GROUPS)
+@pytest.mark.parametrize(("group", "bias"), [*((group, True) for group in GRID_GROUPS), ("p4m", False)])
 def test_an_autoencoder_takes_plain_weights_over(group, weights, bias):
     plain = with_random_statistics(Autoencoder(UNFLAT["view"], bias)).eval()
     x, own = random_image(1, (12, 12)), groups.get(group)
