@@ -68,10 +68,11 @@ def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = Fals
     if not any(earlier["epochs"] for earlier in runs):
         raise ValueError(f"{run}: no epoch of it was trained; a card tells how weights were made")
     tag = config["pretrained_cfg"]["tag"]
-    if Path(data).resolve().name != Path(training["config"]["data"]).name:
+    given = Path(data).resolve().name
+    if given != Path(training["config"]["data"]).name:
         raise ValueError(f"{data}: the run was trained on {training['config']['data']}; give its test images as data")
     name = f"{config['architecture']}.{tag}"
-    if _dataset(name) != Path(data).resolve().name:
+    if _dataset(name) != given:
         raise ValueError(f"{data}: the run's tag {tag!r} says other data; a tag ends with the name of its own")
     model = load_model(run, pretrained=True).eval()
     size = tuple(model.pretrained_cfg["input_size"])  # type: ignore[index]

@@ -413,8 +413,8 @@ def _recorded_outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 def _possible(group: Group, y: Tensor, g: int, found: Tensor, signed: bool) -> Iterator[Tensor]:
     """y transformed by g under every law that its shape allows; of maps also by the channels' permutation that is
     nearest to ``found``, and if it is ``signed`` with other signs, of vectors, too."""
-    if y.ndim == 4 and y.shape[1] % group.order == 0:  # what most are; where it holds, no other law is tried
-        yield group.transform_features(y, g)
+    if y.ndim == 4:  # what most are; where a law holds, no other is tried
+        yield from _possible_maps(group, y, g, found, signed)
     yield y
     if signed and y.ndim == 2:
         yield _nearest(y, found, signed)
@@ -441,7 +441,6 @@ def _possible(group: Group, y: Tensor, g: int, found: Tensor, signed: bool) -> I
     if y.ndim == 4 and y.shape[2] % group.order == y.shape[3] % group.order == 0:  # what channels attend to which
         yield _move_fibres(group, _move_fibres(group, y, g).mT, g).mT
     if y.ndim == 4:
-        yield from _possible_maps(group, y, g, found, signed)
         last = y.permute(0, 3, 1, 2)  # channels last
         yield group.transform_image(last, g).permute(0, 2, 3, 1)
         if y.shape[-1] % group.order == 0:
@@ -467,10 +466,10 @@ def _possible_vectors(group: Group, y: Tensor, g: int) -> Iterator[Tensor]:
 
 def _possible_maps(group: Group, y: Tensor, g: int, found: Tensor, signed: bool) -> Iterator[Tensor]:
     """`_possible` for a map (B, C, H, W)."""
-    moved = group.transform_image(y, g)
-    yield moved
     if y.shape[1] % group.order == 0:
         yield group.transform_features(y, g)
+    moved = group.transform_image(y, g)
+    yield moved
     if moved.shape == found.shape:
         yield _nearest(moved, found, signed)
 

@@ -40,7 +40,7 @@ from gzoo.partial import make_partial
 from gzoo.plan import SIDES, WHOLE_NETWORK, Fit, Match, Plan, Vectors, bent_logits, example, plan
 from gzoo.rules import ON_IMAGE, RULES, WHOLE, Recipe, Rule, rule
 from gzoo.soft import make_soft, residuals
-from gzoo.trace import Segments, flat
+from gzoo.trace import READ_FLATTENED, Segments, flat
 from gzoo.transfer import Weights, fill
 
 __all__ = ["convert", "rule"]
@@ -362,7 +362,7 @@ def _walk(module: nn.Module, recipe: Recipe, done: dict[nn.Module, nn.Module]) -
     is_leaf = not any(True for _ in module.children())
     own = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
     its_rule = _rule_for(module)
-    if own and path in seen.flattened and not isinstance(module, nn.Linear | nn.BatchNorm1d | nn.SyncBatchNorm):
+    if own and path in seen.flattened and not isinstance(module, READ_FLATTENED):
         raise ValueError(
             f"{path}: a {type(module).__name__} of a flattened map holds numbers that a turn of the image would "
             "exchange; put it where the map is one, or take nn.BatchNorm1d"

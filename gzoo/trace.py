@@ -238,13 +238,13 @@ def _run(copied: Callable[[], nn.Module], x: Tensor, makes_maps: bool = False) -
     except Exception as error:
         error.gzoo_path = follow.path[-1]  # type: ignore[attr-defined]
         raise
+    if follow.reads_maps and not makes_maps:
+        return _run(copied, x, makes_maps=True)
     for name, module in model.named_modules():
         module._forward_pre_hooks.clear()
         module._forward_hooks.clear()
         if any(id(parameter) in follow.used for parameter in module.parameters(recurse=False)):
             seen.ran.add(name)
-    if follow.reads_maps and not makes_maps:
-        return _run(copied, x, makes_maps=True)
     seen.tables.update(*(getattr(y, "gzoo_table", ()) for y in _tensors(seen.result)))
     for path in seen.pieces:
         seen.widths[path] = _widths(model.get_submodule(path), *follow.given[path], _sizes(seen, path))
@@ -334,8 +334,8 @@ def _mark(x: Tensor, dim: int, segments: Segments, spread: bool = False) -> None
 
 
 def _reads_map(module: nn.Module, x: Any) -> bool:
-    """Whether a linear layer or a batch norm is given all pixels of a map as one vector."""
-    return isinstance(module, nn.Linear | nn.BatchNorm1d | nn.SyncBatchNorm) and hasattr(x, "gzoo_map")
+    """Whether a layer is given all pixels of a map as one vector, and may be."""
+    return isinstance(module, READ_FLATTENED) and hasattr(x, "gzoo_map")
 
 
 def _channels(x: Any) -> Channels | None:
@@ -857,6 +857,8 @@ _REDUCTIONS = (
     *("std_mean", "var_mean"),
 )
 _RESHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze")
+READ_FLATTENED = nn.Linear | nn.BatchNorm1d | nn.SyncBatchNorm
+"""Layers that may be given all pixels of a map as one vector."""
 _READ_MAPS = (
     nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d | nn.MaxPool2d | nn.AvgPool2d | nn.Upsample | nn.PixelShuffle
 )
