@@ -329,14 +329,14 @@ def _named(stages: list[Tensor]) -> dict[str, Tensor]:
     return {f"stage {i}": stage for i, stage in enumerate(stages)}
 
 
-def _leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+def leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Leaf modules by path. A `FibreNorm`, `GroupMapNorm` or `PerElement` is one: what is in it sees fibres as rows or
     as images, which follow no law of maps. So is a module that restricts its own output, beside the leaves in it."""
     children = [] if isinstance(module, FibreNorm | GroupMapNorm | PerElement) else list(module.named_children())
     if not children or isinstance(module, Restriction):
         yield path, module
     for name, child in children:
-        yield from _leaves(child, f"{path}.{name}" if path else name)
+        yield from leaves(child, f"{path}.{name}" if path else name)
 
 
 @contextmanager
@@ -353,7 +353,7 @@ def _recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
         return record
 
-    with removing([module.register_forward_hook(hook(name)) for name, module in _leaves(model)]):
+    with removing([module.register_forward_hook(hook(name)) for name, module in leaves(model)]):
         yield outputs
 
 

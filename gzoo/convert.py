@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 
 from gzoo import groups
 from gzoo.bases import BasisName
-from gzoo.check import KeepDouble, check, first_broken_layer, in_channels, input_size, relative_error
+from gzoo.check import KeepDouble, check, first_broken_layer, in_channels, input_size, leaves, relative_error
 from gzoo.equivariant import EquivariantClassifier, group_of, make_equivariant, removing, tensors_in
 from gzoo.groups import Group
 from gzoo.nn import FibreNorm, GroupMapNorm, PoseConv2d, PoseLinear, Restriction, restrict_output
@@ -602,8 +602,8 @@ def _check_mean(plain: nn.Module, converted: nn.Module, logits: Collection[str],
     of torch's own layers: of others there are some that become symmetric by being changed.
     """
     group = group_of(converted)
-    leaves = [module for module in plain.modules() if not any(True for _ in module.children())]
-    if group is None or any(not type(leaf).__module__.startswith("torch.nn.") for leaf in leaves):
+    layers = [module for module in plain.modules() if not any(True for _ in module.children())]
+    if group is None or any(not type(leaf).__module__.startswith("torch.nn.") for leaf in layers):
         return
     probe, image = randomized(plain)
     odd = next(odd_images(probe, image), None)  # changes the statistics of the norms
@@ -688,8 +688,7 @@ def odd_images(probe: nn.Module, x: Tensor) -> Iterator[Tensor]:
             if isinstance(z, Tensor) and z.ndim == 4:
                 odd[module, end] = odd.get((module, end), False) or z.shape[2] % 2 == 1
 
-    leaves = [module for module in probe.modules() if not any(True for _ in module.children())]
-    with removing([module.register_forward_hook(record) for module in leaves]):
+    with removing([module.register_forward_hook(record) for _, module in leaves(probe)]):
         for image in sizes:
             before = dict(odd)
             if before and all(before.values()):

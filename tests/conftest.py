@@ -17,22 +17,28 @@ if TYPE_CHECKING:
     from escnn.nn import FieldType
 
 PLAIN = {entry.backbone for entry in ENTRIES if entry.group is None}
-_STEERABLE_CORE = ("resnet20", "resnet44", "cnn7", "resnet18", "convnext_atto")
+_STEERABLE_CORE = ("resnet20", "cnn7", "resnet18", "convnext_atto")
 
 
 def core_entries() -> list[Entry]:
     """The entries that every run of the tests builds: our own backbones, and three of timm. tests/test_zoo has all.
 
-    Of those that differ in depth alone, two.
+    Of those that differ in depth alone, one.
     """
     timms = ("resnet18", "resnet50", "convnext_atto")
-    others = {"wrn28_10", "resnet32", "resnet56", "resnet110", "sfcnn"}
+    others = {"wrn28_10", "resnet32", "resnet44", "resnet56", "resnet110", "sfcnn"}
     return [
         entry
         for entry in ENTRIES
         if (entry.backbone in timms or entry.backbone in PLAIN - others)
         and (entry.group in (None, "p4", "p4m") or entry.backbone in _STEERABLE_CORE)
     ]
+
+
+def shallow(name: str) -> dict[str, tuple[int, ...]]:
+    """Options with which an entry of timm's, by its name or that of its backbone, has a block in each stage."""
+    blocks = {"resnet18": "layers", "resnet50": "layers", "convnext_atto": "depths"}
+    return {key: (1, 1, 1, 1) for backbone, key in blocks.items() if name.endswith(backbone)}
 
 
 GRID_GROUPS = ("c1", "c2", "p4", "d1", "d2", "p4m")

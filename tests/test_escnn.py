@@ -1,12 +1,11 @@
 """escnn imports without lie_learn and py3nj, and what needs them says so."""
 
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
 
 from gzoo import _escnn
+from tests import fresh
 
 
 def test_escnn_loads_with_its_parts():
@@ -39,7 +38,8 @@ def test_3d_code_without_lie_learn_says_what_to_install():
     ],
 )
 def test_escnn_imports_before_and_after_gzoo(code):
-    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0
+    done = fresh.run(f"import warnings; warnings.simplefilter('ignore'); {code}")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_kernel_basis_with_reflections_is_built_where_scikit_learn_is_installed():

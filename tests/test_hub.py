@@ -1,11 +1,9 @@
 """Publishing and loading through the real client of the Hub, against a server on this machine."""
 
 import hashlib
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from gzoo.hub import planned
 from gzoo.predict import load_model
 from gzoo.train import TrainConfig, train
 from gzoo.weights import card_folder, pins, write_pin
+from tests import fresh
 from tests.hub_server import TOKEN, Hub, hub
 
 CARD = "p4_cnn7.rotmnist"
@@ -40,21 +39,14 @@ def here(server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return server
 
 
-def run(server: Hub, home: Path, *code: str, token: str = TOKEN, **more: str) -> subprocess.CompletedProcess[str]:
+def run(server: Hub, home: Path, code: str, token: str = TOKEN, **more: str) -> subprocess.CompletedProcess[str]:
     """Python in another process, whose Hub is ``server`` and whose cache is ``home``."""
-    environment = os.environ | {
-        "HF_ENDPOINT": server.url,
-        "HF_HOME": str(home),
-        "HF_TOKEN": token,
-        "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
-        **more,
-    }
-    return subprocess.run([sys.executable, *code], env=environment, capture_output=True, text=True, timeout=120)
+    environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
+    return fresh.run(code, **environment | more)
 
 
-def push(server: Hub, home: Path, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
-    return run(server, home, "-m", "gzoo.cli", "push", *arguments, token=token)
+def push(server: Hub, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run(server, home, f"import sys; from gzoo.cli import main; sys.exit(main({['push', *arguments]}))")
 
 
 def load(server: Hub, home: Path, *names: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
@@ -63,7 +55,7 @@ def load(server: Hub, home: Path, *names: str, token: str = TOKEN) -> subprocess
         f"b, *others = (timm.create_model(n, pretrained=True).eval() for n in {(CARD, *names)!r}); "
         "x = torch.rand(2, 1, 28, 28); [print(a.group_name, torch.equal(a(x), b(x))) for a in others]"
     )
-    return run(server, home, "-c", code, token=token)
+    return run(server, home, code, token=token)
 
 
 def test_a_pushed_card_loads_in_another_process(server: Hub, tmp_path: Path) -> None:
@@ -133,7 +125,7 @@ def pretrained(server: Hub, folder: Path, home: Path, **more: str) -> subprocess
         f"assert gzoo.__file__.startswith({str(folder)!r}); "
         "print(all(torch.equal(own[key], bundled[key]) for key in bundled if key != 'group_signature'))"
     )
-    return run(server, home, "-c", code, token="", **more)
+    return run(server, home, code, token="", **more)
 
 
 def test_weights_that_are_not_bundled_are_downloaded_by_pinned_revision(
@@ -201,7 +193,7 @@ def test_a_trained_model_is_pushed_and_loads_in_another_process(server: Hub, tmp
         "import timm, gzoo, torch; model = timm.create_model('hf-hub:lab/pets', pretrained=True).eval(); "
         f"torch.save(model(torch.load({str(tmp_path / 'x.pt')!r})), {str(tmp_path / 'y.pt')!r})"
     )
-    loaded = run(server, tmp_path / "reader", "-c", code, token="")
+    loaded = run(server, tmp_path / "reader", code, token="")
     assert loaded.returncode == 0, loaded.stderr
     assert torch.load(tmp_path / "y.pt").equal(load_model(str(out), pretrained=True).eval()(x))
 

@@ -1,8 +1,6 @@
 """What `import gzoo` adds to timm: names, configs, and nothing else."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -15,14 +13,17 @@ from gzoo.equivariant import classifiers
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.plan import plan
 from gzoo.registry import ENTRIES, GROUPS, Entry
-from tests.conftest import core_entries
+from tests import fresh
+from tests.conftest import core_entries, shallow
 
 NAMES = list(registry._BY_NAME)
 SMALL = [entry.name for entry in core_entries() if entry.group in (None, "p4m", "c8")]
 
 
 _IMPORT = """
-import json, sys, timm, torch
+import json, sys, warnings
+warnings.simplefilter("error")  # timm warns of a name that is taken
+import timm, torch
 def settings():
     return [torch.get_num_threads(), str(torch.get_default_dtype()), torch.initial_seed(), torch.is_grad_enabled()]
 names, before = set(timm.list_models()), settings()
@@ -37,9 +38,8 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def fresh_import():
-    """What a fresh process sees of `import gzoo`; warnings are errors there, and timm warns of a name that is taken."""
-    command = [sys.executable, "-W", "error", "-c", _IMPORT]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    """What a fresh process sees of `import gzoo`."""
+    done = fresh.run(_IMPORT)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # nothing else was printed
 
@@ -134,13 +134,13 @@ def test_an_entry_knows_its_plain_twin():
 
 @pytest.mark.parametrize("name", SMALL)
 def test_an_entry_runs_and_reloads(name):
-    model = timm.create_model(name, num_classes=3).eval()
+    model = timm.create_model(name, num_classes=3, **shallow(name)).eval()
     assert getattr(model, "group_name", None) == {entry.name: entry.group for entry in ENTRIES}[name]
     x = torch.randn(1, *model.pretrained_cfg["input_size"])[..., :32, :32]
     with torch.no_grad():
         y = model(x)
         assert y.shape[:2] == (1, 3)
-        again = timm.create_model(name, num_classes=3).eval()
+        again = timm.create_model(name, num_classes=3, **shallow(name)).eval()
         assert not torch.equal(again(x), y)
         again.load_state_dict(model.state_dict())
         assert torch.equal(again(x), y)

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
@@ -20,6 +18,7 @@ from gzoo import groups, registry, weights
 from gzoo.equivariant import SIGNATURE, make_equivariant
 from gzoo.nn import LiftingConv2d
 from gzoo.registry import Entry
+from tests import fresh
 
 NAME = "p4_cnn7"
 
@@ -248,8 +247,7 @@ def test_a_hub_name_loads_from_the_cache_without_a_network(tmp_path, offline):
 def test_a_hub_name_loads_in_a_process_that_is_offline(tmp_path):
     hub_cache(tmp_path / "hub", timm.create_model(NAME))
     code = f"import timm, gzoo; print(timm.create_model('hf-hub:{HUB_ID}', pretrained=True).group_name)"
-    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    done = fresh.run(code, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1", PATH="", HOME=str(tmp_path))
     assert done.stdout.strip() == "p4", done.stderr
 
 
