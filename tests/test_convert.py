@@ -1296,7 +1296,7 @@ def attending(name, fused=True):
     return plain
 
 
-@pytest.mark.parametrize("group", GRID_GROUPS)
+@pytest.mark.parametrize("group", ["c2", "p4m"])
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_between_pixels_looks_from_every_pose_alike(name, group):
     model = with_random_statistics(gzoo.convert(attending(name), group)).eval()
@@ -1397,7 +1397,7 @@ IMAGE_TO_IMAGE = (
 )
 
 
-@pytest.mark.parametrize("group", GRID_GROUPS)
+@pytest.mark.parametrize("group", ["d1", "p4", "p4m"])
 @pytest.mark.parametrize("name", FIBRELESS)
 def test_channels_without_a_fibre_move_as_the_image_does(name, group):
     model = with_random_statistics(gzoo.convert(FIBRELESS[name](), group)).eval()

@@ -63,7 +63,7 @@ def test_logits_equal_the_originals_where_strides_fit_and_everywhere_with_origin
     network, path = saved(name)
     symmetric = import_checkpoint(path, name, tmp_path / "symmetric")
     original = import_checkpoint(path, name, tmp_path / "original", strides="original")
-    for size, fits in ((33, True), (65, True), (64, False), (50, False)):
+    for size, fits in ((33, True), (50, False)):
         x = torch.randn(2, 3, size, size)
         with torch.no_grad():
             assert relative_error(original(x), network(x)) < 1e-5

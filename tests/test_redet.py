@@ -3,6 +3,7 @@
 escnn names what is in a state_dict as e2cnn does, its forerunner by the same authors, which ReDet is written in.
 """
 
+import functools
 import json
 import re
 
@@ -53,6 +54,7 @@ class Features(nn.Module):
         return [*maps, network.fc(maps[-1].mean((2, 3)))]
 
 
+@functools.cache  # escnn expands its filters anew for each
 def state_of(network, form):
     """A state_dict with ReDet's keys: "eval" with filters, "train" without, "exported" with filters alone."""
     network.train(form == "train")
@@ -78,7 +80,7 @@ def checkpoint(network, tmp_path):
     """Writes the state_dict of a form, changed by a function, as mmcv does."""
 
     def write(form="train", change=lambda state: state, network=network):
-        state = change(state_of(network, form))
+        state = change(dict(state_of(network, form)))
         path = tmp_path / "checkpoint.pth"
         torch.save({"meta": {"epoch": 100, "CLASSES": ("a", "b")}, "state_dict": state, "optimizer": {}}, path)
         return path
