@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from gzoo import bench
 from gzoo.check import check
 from gzoo.data import open_split
-from gzoo.equivariant import group_of
-from gzoo.evaluate import evaluate
+from gzoo.equivariant import group_of, like
+from gzoo.evaluate import evaluate, precision
 from gzoo.predict import load_model
 from gzoo.weights import FILENAME, HUB_ORGANIZATION, card_folder, pins, write_atomically, write_pin
 
@@ -92,7 +92,7 @@ def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = Fals
         "multiply_adds": multiply_adds(model, size),
         "input_size": size,
         "test": tested,
-        "test_dtype": "bfloat16" if bf16 else "float32",
+        "test_dtype": str(precision(like(model).device, bf16)).removeprefix("torch."),
         "kernel_dtype": str(dtype).removeprefix("torch."),
         "float32_top1": float32_top1,
         "equivariance_error": check(model, size[1:]).worst if group_of(model) else None,

@@ -69,7 +69,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: test")
     command.add_argument("--batch-size", type=int, default=256)
     command.add_argument("--workers", type=int, default=0, help="processes that decode images")
-    command.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    command.add_argument("--bf16", action="store_true", help="autocast to bfloat16, unless a CPU would emulate it")
     command.add_argument(
         "--transforms",
         action="store_true",

@@ -39,8 +39,9 @@ from gzoo.nn.resample import Window
 from gzoo.partial import make_partial
 from gzoo.plan import SIDES, WHOLE_NETWORK, Fit, Match, Plan, Vectors, bent_logits, example, plan
 from gzoo.rules import ON_IMAGE, RULES, WHOLE, Recipe, Rule, rule
+from gzoo.segments import Segments, flat
 from gzoo.soft import make_soft, residuals
-from gzoo.trace import READ_FLATTENED, Segments, flat
+from gzoo.trace import READ_FLATTENED
 from gzoo.transfer import Weights, fill
 
 __all__ = ["convert", "rule"]

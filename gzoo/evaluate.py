@@ -103,7 +103,7 @@ def measure(
             meters = {name: {} for name in leader.values()}
         for name in meters:
             view = views[name]
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with autocast(device, bf16):
                 answer = model(view(images))  # (B, classes), or (B, classes, |G|)
             count_poses(model, answer)
             answer = answer.float()
@@ -118,6 +118,20 @@ def measure(
     if confidences:
         result["upright"]["calibration_error"] = calibration_error(torch.cat(confidences), torch.cat(rights))
     return result
+
+
+def autocast(device: torch.device, bf16: bool) -> torch.autocast:
+    """To bfloat16 if `precision` says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device, bf16) == torch.bfloat16)
+
+
+def precision(device: torch.device, bf16: bool) -> torch.dtype:
+    """bfloat16 if asked for, else float32. That also where oneDNN has no bfloat16, as on CPUs without AVX-512, as there
+    torch takes loops of its own, which are many times slower."""
+    has_it = device.type != "cpu" or (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    return torch.bfloat16 if bf16 and has_it else torch.float32
 
 
 def _leaders(model: nn.Module, views: dict[str, View], images: Tensor) -> dict[str, str]:

@@ -27,7 +27,8 @@ from gzoo.check import in_channels, input_size
 from gzoo.equivariant import classifiers, group_of, like, tensors_in
 from gzoo.groups import Directions, Group
 from gzoo.nn.functions import Calls
-from gzoo.trace import Segment, Segments, Trace, channels_of, flat, trace
+from gzoo.segments import Segment, Segments, flat
+from gzoo.trace import Trace, channels_of, trace
 
 Match = Literal["params", "flops", "width"]
 

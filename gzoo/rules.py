@@ -74,7 +74,8 @@ from gzoo.nn.mixed import Run
 from gzoo.nn.norm import CHANNELS_FIRST, channel_dim
 from gzoo.nn.resample import Window, centre, square
 from gzoo.plan import REDUCTIONS, Plan, nearest_divisor
-from gzoo.trace import Segments, flat, side_folded_by
+from gzoo.segments import Segments, flat
+from gzoo.trace import side_folded_by
 
 _WITHOUT_FIBRE = "channels that have no fibre (of the image, a mean over channels, an attention map)"
 

@@ -11,7 +11,7 @@ import math
 import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.layers import CondConv2d, SpaceToDepth
@@ -22,99 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gzoo.nn.functions import argument, is_asymmetric, map_named, merges_channels, rows_named, sides_treated
-
-
-class Segment:
-    """Consecutive channels that stay together.
-
-    Attributes:
-        size: plain channels.
-        image: whether they have no fibre, as the channels of the image and what is added to them; or a mean over all
-            channels; or one channel that is multiplied with all others.
-        groups: of the grouped convolutions that read or write them.
-        folded: side of the squares of pixels that are folded into them; 1 if none are.
-        unfolded: the channels that a pixel shuffle makes of them and of as many more; None if it makes none.
-        activated: whether an activation of hidden layers acts on them.
-    """
-
-    def __init__(
-        self, size: int, image: bool = False, groups: Iterable[int] = (), folded: int = 1, activated: bool = False
-    ) -> None:
-        self.size, self.image, self.groups, self.folded, self.activated = size, image, set(groups), folded, activated
-        self.unfolded: Segment | None = None
-        self._became: tuple[Segment, ...] | None = None  # the parts that it was cut in, or what it was tied to
-
-    def parts(self) -> "Segments":
-        """What the segment is by now."""
-        if self._became is None:
-            return (self,)
-        self._became = flat(self._became)
-        return self._became
-
-    def cut(self, position: int) -> None:
-        """Takes the segment apart after ``position`` channels."""
-        sizes = position, self.size - position
-        self._became = tuple(Segment(size, self.image, self.groups, self.folded, self.activated) for size in sizes)
-
-    def tie(self, other: "Segment") -> None:
-        """From now on the two are one; what is added to the image has no fibre, as the image has none."""
-        self.image |= other.image
-        self.groups |= other.groups
-        self.activated |= other.activated
-        self.unfolded = self.unfolded or other.unfolded
-        other._became = (self,)
-
-
-Segments = tuple[Segment, ...]
-
-
-def flat(segments: Iterable[Segment]) -> Segments:
-    """The segments as they are by now."""
-    return tuple(part for segment in segments for part in segment.parts())
-
-
-def cut(segments: Segments, position: int) -> tuple[Segments, Segments]:
-    """The first ``position`` channels, and the others."""
-    left = 0
-    for i, segment in enumerate(flat(segments)):
-        if left == position:
-            return flat(segments)[:i], flat(segments)[i:]
-        if left < position < left + segment.size:
-            segment.cut(position - left)
-            return cut(segments, position)  # it may stand before this place, too
-        left += segment.size
-    return flat(segments), ()
-
-
-def tie(first: Segments, second: Segments) -> None:
-    """Ties two strings of segments with the same number of channels, cutting them where the other has an end."""
-    while True:
-        first, second = flat(first), flat(second)
-        pair = next(((a, b) for a, b in zip(first, second, strict=False) if a is not b), None)
-        if pair is None:
-            return
-        a, b = pair
-        if a.size == b.size:
-            a.tie(b)
-        else:
-            max(pair, key=lambda segment: segment.size).cut(min(a.size, b.size))
-
-
-def tie_copies(segments: Segments, channels: int) -> Segments:
-    """Ties each ``channels`` of a string of segments, which are read as several times the same ones, to the first."""
-    first, rest = cut(segments, channels)
-    while rest:
-        other, rest = cut(rest, channels)
-        tie(first, other)
-    return flat(first)
-
-
-class Channels(NamedTuple):
-    """Where a tensor has its channels, and which they are; whether one without a fibre was spread over all of them."""
-
-    dim: int
-    segments: Segments
-    spread: bool = False
+from gzoo.segments import Channels, Segment, Segments, cut, flat, tie, tie_copies, total
 
 
 @dataclass
@@ -390,7 +298,7 @@ class _Follow(TorchFunctionMode):
                 segments = _channels(x).segments  # type: ignore[union-attr]
             first = seen.inputs.setdefault(name, segments)
             has_own = any(True for _ in (*module.parameters(), *module.buffers()))
-            if has_own and _total(first) == _total(segments):  # run twice, it has the same widths twice
+            if has_own and total(first) == total(segments):  # run twice, it has the same widths twice
                 tie(first, segments)
 
         return hook
@@ -503,7 +411,7 @@ class _Follow(TorchFunctionMode):
             out.gzoo_squeezed = squeezed  # type: ignore[attr-defined]
         if name in _RESHAPES and hasattr(inputs[0], "gzoo_map"):
             segments, pixels = inputs[0].gzoo_map
-            if tuple(out.shape) == (len(inputs[0]), _total(segments), *pixels):
+            if tuple(out.shape) == (len(inputs[0]), total(segments), *pixels):
                 self._note_map_named(inputs[0], args, kwargs)
                 _mark(out, 1, segments)
         maps = [x.gzoo_map for x in inputs if hasattr(x, "gzoo_map") and x.shape == out.shape]
@@ -523,11 +431,11 @@ class _Follow(TorchFunctionMode):
             mine, single = None, []
             for ndim, (dim, segments, _) in known:
                 place = dim - ndim  # from the right, as broadcasting aligns
-                if -place > out.ndim or out.shape[place] != _total(segments):
-                    if -place <= out.ndim and _total(segments) == 1:
+                if -place > out.ndim or out.shape[place] != total(segments):
+                    if -place <= out.ndim and total(segments) == 1:
                         single.append((place + out.ndim, segments))
                     place = dim  # from the left, as reductions of pixels leave it
-                    if place >= out.ndim or out.shape[place] != _total(segments):
+                    if place >= out.ndim or out.shape[place] != total(segments):
                         continue
                     place -= out.ndim
                 if mine is None:
@@ -571,8 +479,8 @@ class _Follow(TorchFunctionMode):
         out, channels = outputs[0], _channels(inputs[0])
         if channels is None or out.ndim != inputs[0].ndim:
             return self._inherit(outputs, inputs, args, kwargs)
-        segments, times = flat(channels.segments), out.shape[channels.dim] // _total(channels.segments)
-        if times == 1 or _total(segments) > 1:
+        segments, times = flat(channels.segments), out.shape[channels.dim] // total(channels.segments)
+        if times == 1 or total(segments) > 1:
             _mark(out, channels.dim, segments * times)
         elif segments[0].image:
             _mark(out, channels.dim, (Segment(times, image=True),), spread=True)
@@ -615,7 +523,7 @@ class _Follow(TorchFunctionMode):
                 new += 1
                 continue
             if old == channels.dim:
-                if i == 0 and len(channels.segments) == _total(channels.segments) == 1 and outputs[0].ndim == 1:
+                if i == 0 and len(channels.segments) == total(channels.segments) == 1 and outputs[0].ndim == 1:
                     outputs[0].gzoo_squeezed = channels.segments  # type: ignore[attr-defined]
                 if isinstance(i, int) or i.step not in (None, 1):
                     return False
@@ -641,7 +549,7 @@ class _Follow(TorchFunctionMode):
         segments, _ = cut(rest, stop - start)
         path = self.path[-1]
         self.seen.pieces.setdefault(path, []).append((stop - start, segments))
-        whole = _total(channels.segments), channels.segments
+        whole = total(channels.segments), channels.segments
         self.seen.prefixes.setdefault(path, []).extend([(start, before), whole] if start else [whole])
         _mark(out, channels.dim, segments)
         return before, segments
@@ -667,13 +575,13 @@ class _Follow(TorchFunctionMode):
         channels, dim = _channels(inputs[0]), argument(args, kwargs, 1, "dim", -1) % inputs[0].ndim
         if channels is None or dim != channels.dim:
             return self._inherit(outputs, inputs, args, kwargs)
-        _mark(outputs[0], dim, tie_copies(channels.segments, _total(channels.segments) // 2))
+        _mark(outputs[0], dim, tie_copies(channels.segments, total(channels.segments) // 2))
         return True
 
     def _shuffle(self, outputs: list[Tensor], inputs: list[Tensor], args: tuple, kwargs: dict) -> bool:
         channels, groups = _channels(inputs[0]), argument(args, kwargs, 1, "groups", 1)
         assert channels is not None
-        part = tie_copies(channels.segments, _total(channels.segments) // groups)
+        part = tie_copies(channels.segments, total(channels.segments) // groups)
         self.seen.shuffled.append((self.path[-1], part, groups))
         _mark(outputs[0], channels.dim, part * groups)
         return True
@@ -778,15 +686,15 @@ class _Follow(TorchFunctionMode):
         if channels is None:
             return False
         dim, segments, _ = channels
-        old, new, total = inputs[0].shape, out.shape, _total(channels.segments)
-        if total == 1 and len(new) == 1 and len(old) == 2:  # a number an image
+        old, new, count = inputs[0].shape, out.shape, total(channels.segments)
+        if count == 1 and len(new) == 1 and len(old) == 2:  # a number an image
             out.gzoo_squeezed = segments  # type: ignore[attr-defined]
             return False
         if dim == 1 and len(old) == 4 and tuple(new) == (old[0], math.prod(old[1:])):
             if (named := rows_named(inputs[0], args[1:], kwargs)) is not None:
                 self.seen.rows.add(named)
                 self.seen.asymmetric.add(self.path[-1])
-            if total < new[1]:
+            if count < new[1]:
                 out.gzoo_map = segments, tuple(old[2:])  # type: ignore[attr-defined]  # for a linear layer to read
                 return False
         if dim == 1 and len(old) == 2 and len(new) == 4 and new[0] == old[0]:
@@ -798,7 +706,7 @@ class _Follow(TorchFunctionMode):
                 if self.makes_maps:
                     self._unflatten(layers, inputs[0], out)
                     return True
-            if total > max(new[1:]):
+            if count > max(new[1:]):
                 out.gzoo_table = layers  # type: ignore[attr-defined]
         if dim == 1 and merges_channels(inputs[0], out):  # which are those of one part and of all others, in turn
             self.seen.shuffled.append((self.path[-1], segments, old[2]))
@@ -808,16 +716,16 @@ class _Follow(TorchFunctionMode):
         before = math.prod(old[:dim])
         for e in range(len(new)):
             leading = math.prod(new[:e])
-            if leading == before and new[e] == total:
+            if leading == before and new[e] == count:
                 self._tie_attention(segments)
                 _mark(out, e, segments)
                 return True
-            last = next((i for i in range(e + 1, len(new)) if math.prod(new[e : i + 1]) == total), None)
-            if leading == before and last is not None and new[last] < total:
+            last = next((i for i in range(e + 1, len(new)) if math.prod(new[e : i + 1]) == count), None)
+            if leading == before and last is not None and new[last] < count:
                 _mark(out, last, tie_copies(segments, new[last]))
                 return True
             for first in range(dim):  # the dimensions before the channels are taken in, as copies of them
-                if leading == math.prod(old[:first]) and leading * new[e] == before * total:
+                if leading == math.prod(old[:first]) and leading * new[e] == before * count:
                     heads = segments * math.prod(old[first:dim])
                     self._tie_attention(heads)
                     _mark(out, e, heads)
@@ -848,7 +756,7 @@ class _Follow(TorchFunctionMode):
         """After its product of queries and keys, a module reads maps as wide as its input in the width of its input."""
         path = self.path[-1]
         own = self.seen.inputs.get(path, ())
-        if path in self.attending and _total(own) == _total(segments):
+        if path in self.attending and total(own) == total(segments):
             tie(segments, own)
 
 
@@ -930,10 +838,6 @@ def _unfolded(segments: Segments, channels: int) -> Segments:
     for segment in first:
         segment.unfolded = segment.unfolded or Segment(segment.size)
     return tuple(segment.unfolded for segment in first if segment.unfolded)
-
-
-def _total(segments: Segments) -> int:
-    return sum(segment.size for segment in segments)
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:

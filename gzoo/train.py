@@ -68,7 +68,7 @@ from gzoo.data import (
     train_transform,
 )
 from gzoo.equivariant import classifiers, group_of
-from gzoo.evaluate import measure
+from gzoo.evaluate import autocast, measure, precision
 from gzoo.partial import subset_parameters
 from gzoo.predict import count_poses, load_model, names_weights
 from gzoo.soft import penalty
@@ -148,7 +148,7 @@ class TrainConfig:
         None, "validate and save a moving average of the weights, with this decay", least=0, below=1
     )
     clip_grad: float | None = _option(None, "largest norm of the gradient", above=0)
-    bf16: bool = _option(False, "autocast to bfloat16")
+    bf16: bool = _option(False, "autocast to bfloat16, unless a CPU would emulate it, which takes many times as long")
     channels_last: bool = _option(
         False, "channels_last memory format, for plain networks: norms of fibres give the default one back"
     )
@@ -407,6 +407,8 @@ def _set_up(config: TrainConfig, out: Path, processes: PartialState, fresh: bool
     device = processes.device
     if config.winograd and device.type != "cpu":
         raise ValueError(f"winograd is for CPUs, and this is a run on {device}; leave it out")
+    if config.bf16 and precision(device, True) == torch.float32 and processes.is_main_process:
+        print("gzoo: this CPU has no instructions for bfloat16, so the run is in float32", file=sys.stderr)
     seed_everything(config.seed)
     classes = len(train_data.classes)
     model = load_model(config.model, config.pretrained and fresh, num_classes=classes, **config.model_args)
@@ -691,7 +693,7 @@ def _train_one_epoch(run: _Run, forward: Any, size: int, bar: tqdm) -> tuple[flo
         total = torch.zeros((), device=device)
         parts = zip(images.tensor_split(config.grad_accum), labels.tensor_split(config.grad_accum), strict=True)
         for part, targets in parts:
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16), convolutions:
+            with autocast(device, config.bf16), convolutions:
                 logits = _forward(forward, part).flatten(1)
             loss = loss_function(logits.float(), targets)
             if config.soft_penalty:
@@ -938,6 +940,7 @@ def _finish(run: _Run) -> dict[str, Any]:
         "command": "; ".join(run.commands),
         "seed": run.config.seed,
         "machine": machine(run.device) | {"processes": run.processes.num_processes},
+        "dtype": str(precision(run.device, run.config.bf16)).removeprefix("torch."),
         "torch": torch.__version__,
         "timm": timm.__version__,
         "seconds": round(run.seconds, 1),

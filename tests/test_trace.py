@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import nn
 
-from gzoo.trace import Segment, cut, flat, tie, trace
+from gzoo.segments import Segment, cut, flat, tie
+from gzoo.trace import trace
 
 
 class Network(nn.Module):

@@ -351,6 +351,18 @@ def test_on_a_cpu_muon_makes_its_steps_in_float32(settings, monkeypatch):
     assert {step.dtype for step in taken} == {torch.float32}
 
 
+@pytest.mark.parametrize("has_it", [True, False])
+def test_bfloat16_is_left_out_where_a_cpu_would_emulate_it(has_it, settings, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_it)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    taken, forward = [], gzoo.train._forward
+    monkeypatch.setattr(gzoo.train, "_forward", lambda *args: taken.append(forward(*args)) or taken[-1])
+    results = train(TrainConfig(**settings | {"bf16": True, "epochs": 1}))
+    assert {str(logits.dtype) for logits in taken} == {f"torch.{results['dtype']}"}
+    assert results["dtype"] == ("bfloat16" if has_it else "float32")
+    assert ("no instructions for bfloat16, so the run is in float32" in capsys.readouterr().err) == (not has_it)
+
+
 def test_winograds_convolutions_change_the_speed_and_not_the_run(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(gzoo.winograd, "_compiled", lambda function, kernel, shape: function)
     applied, apply = [], gzoo.winograd._Convolution.apply
