@@ -111,7 +111,8 @@ def check(
     Vectors are held to be invariant, and pose logits (B, classes, |G|) to be regular fields. Feature maps are regular
     fields, or plain channels where the model is a plain network; of a partial network, what a layer drops is zero. A
     map of logits, which the model pooled over the group, is trivial fields: it is held to move like an image. So may
-    each map of a network with several outputs, if it pools at all. The channels that ``vectors`` named turn with it.
+    each map of a network with several outputs, if it pools at all. The rows of a table (B, rows, numbers), as detectors
+    give one for each anchor of each pixel, may change places. The channels that ``vectors`` named turn with it.
     (Inside a network of one's own, where gzoo does not know them, channels may be exchanged and change their sign.) The
     model is copied, so its weights, mode and dtype stay as they are.
 
@@ -171,6 +172,8 @@ def check(
                 others.append(group.transform_image(moved, g))
             if moved.ndim == 5 and own_group is not None:
                 others += _anchored(group, moved, g)
+            if moved.ndim == 3 and own_group is not None and (pooled or not _is_pose(moved, law)):
+                others.append(_in_rows_of(value, moved, signed))
             if pairs is None and signed and moved.ndim in (2, 4):
                 others.append(_nearest(group.transform_image(moved, g) if moved.ndim > 2 else moved, value, True))
             own_g, row = law.element(g, group), errors[name]
@@ -393,6 +396,8 @@ def first_broken_layer(
             laws = _possible(group, expected[name], g, found, signed and name not in pairs)
             if name not in outputs_of_all:
                 laws = chain(laws, _possible_vectors(group, expected[name], g))
+            elif expected[name].ndim == 3:
+                laws = chain(laws, (_in_rows_of(found, y, signed) for y in [expected[name]]))
             if pairs.get(name):
                 laws = iter([group.transform_vectors(expected[name], g, pairs[name])])
             if not any(relative_error(found, moved) <= tolerance for moved in laws):
@@ -482,6 +487,21 @@ def _nearest(moved: Tensor, found: Tensor, signed: bool) -> Tensor:
     source = old[new.argsort()]
     signs = (sums[0][source].sign() * sums[1].sign()).view(-1, *(1,) * (moved.ndim - 2))
     return moved[:, source] * signs if signed else moved[:, source]
+
+
+def _in_rows_of(found: Tensor, y: Tensor, signed: bool) -> Tensor:
+    """y (B, rows, numbers) with its rows in the order of ``found``.
+
+    If ``signed`` the numbers of a row are compared without signs, in order of size: they may be vectors, such as the
+    sides of a box.
+    """
+    if found.shape != y.shape:
+        return y
+    given, wanted = ((x.abs().sort(2).values if signed else x) for x in (y, found))
+    weights = torch.rand(y.shape[2], generator=torch.Generator().manual_seed(0)).to(y)
+    old, new = ((x @ weights).argsort(1) for x in (given, wanted))  # alike in their order
+    source = old.gather(1, new.argsort(1)).unsqueeze(2).expand_as(y)
+    return found + given.gather(1, source) - wanted
 
 
 def _folded(y: Tensor, inside: int) -> Tensor:

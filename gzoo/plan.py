@@ -28,7 +28,7 @@ from gzoo.equivariant import classifiers, group_of, like, tensors_in
 from gzoo.groups import Directions, Group
 from gzoo.nn.functions import Calls
 from gzoo.segments import Segment, Segments, flat
-from gzoo.trace import Trace, channels_of, trace
+from gzoo.trace import Trace, channels_of, sources_of, trace
 
 Match = Literal["params", "flops", "width"]
 
@@ -547,7 +547,7 @@ def _require_last(model: nn.Module, vectors: Vectors, seen: Trace) -> None:
 
 
 def _vector_outputs(seen: Trace, vectors: Vectors) -> list[Directions]:
-    """The channels that are vectors in each tensor that the network gives."""
+    """The channels that are vectors in each tensor that the network gives; of tables, whose rows hold them, none."""
     # A part may stand several times in one output, where a forward reads C channels as several times the same ones.
     origin: dict[Segment, list[list[tuple[str, int]]]] = {}
     for path in vectors:
@@ -557,7 +557,7 @@ def _vector_outputs(seen: Trace, vectors: Vectors) -> list[Directions]:
             channel += part.size
     found: list[Directions] = []
     for y in (y for y in tensors_in(seen.result) if y.ndim):
-        parts = flat(channels_of(y))
+        parts = channels_of(y) if y.ndim != 3 else ()
         made: list[tuple[str, int]] = []
         for i, part in enumerate(parts):
             held = origin.get(part, [[("", 0)] * part.size])
@@ -735,7 +735,7 @@ def _classifiers(model: Any, seen: Trace, vectors: Collection[str] = ()) -> froz
         return frozenset()
     results = [y for y in tensors_in(seen.result) if y.ndim > 1 or channels_of(y)]  # single numbers are parts
     known = {part for path in vectors for part in flat(seen.outputs.get(path, ()))}
-    results = [y for y in results if not known or not known.issuperset(channels_of(y))]
+    results = [y for y in results if not known or not known.issuperset(sources_of(y))]
     makers = [_makers(set(channels_of(y)), layers, seen) for y in results]
     linear = [[name for name in names if isinstance(modules[name], nn.Linear)] for names in makers]
     if len(results) > 1 and any(y.ndim <= 2 for y in results):
@@ -786,12 +786,12 @@ def _score_maps(
     Features end in a norm, in an activation of hidden layers, or in a function of two maps that a network made. But
     scores may be summed up that convolutions with one size of kernel make and nothing else reads (those of an FCN); and
     beside scores an activated map is one of scores, too, if nothing else reads it (distances beside a probability).
-    Maps of several sizes are a pyramid of features, but if 1x1 convolutions, and no sums, make all of them. Anything
-    else may happen to scores on their way out.
+    Maps of several sizes are a pyramid of features, but if 1x1 convolutions, and no sums, make all of them; tables, whose
+    rows are anchors, have no size. Anything else may happen to scores on their way out.
     """
     if not results or any(y.ndim < 3 for y in results):
         return frozenset()
-    own = [set(channels_of(y)) or set(flat(seen.outputs.get(layers[-1], ()))) for y in results]  # of argmax: the last
+    own = [set(sources_of(y)) for y in results]
     learned = [name for name, module in modules.items() if any(True for _ in module.parameters(recurse=False))]
     read = {part for name in layers for part in flat(seen.inputs.get(name, ()))}
     joined = [flat(given) for name, given in seen.functions if name not in _SUMS]
@@ -815,7 +815,7 @@ def _score_maps(
     names = frozenset(
         name for parts, score in zip(own, scores, strict=True) if score for part in parts for name in makers[part]
     )
-    if len({y.shape[2:] for y in results}) == 1:
+    if len({y.shape[2:] for y in results if y.ndim > 3 or channels_of(y)}) <= 1:
         return names
     are_1x1 = all(getattr(modules[name], "kernel_size", 0) == (1, 1) for name in names)
     single = all(len(found) == 1 and not part.activated for part, found in makers.items())
@@ -871,12 +871,14 @@ def bent_logits(
 ) -> frozenset[str]:
     """The layers that make logits if the network goes on with functions of them, such as probabilities; else none.
 
-    Also if some of them are vectors, which the network's outputs do not tell.
+    Also if some of them are vectors, or rows of a table for each pixel, which the network's outputs do not tell.
     """
     _, seen = first_run(model)
     found = _named(classifier) if classifier is not None else _classifiers(model, seen, vectors or ())
     if vectors:
         return found | vectors.keys()
+    if any(y.ndim == 3 for y in tensors_in(seen.result)) and any(seen.pixels.get(path, 1) > 1 for path in found):
+        return found
     logits = {part for path in found for part in flat(seen.outputs.get(path, ()))}
     bent = (name for name, given in seen.functions if not logits.isdisjoint(flat(given)))
     return frozenset() if _COPIES.issuperset(bent) else found

@@ -256,6 +256,15 @@ def channels_of(x: Tensor) -> Segments:
     return flat(channels.segments if channels else getattr(x, "gzoo_squeezed", ()))
 
 
+def sources_of(x: Tensor) -> Segments:
+    """The segments that a tensor of a traced run has, or that it was computed from if they were lost."""
+    return channels_of(x) or flat(getattr(x, "gzoo_sources", ()))
+
+
+def _sources(inputs: Iterable[Tensor]) -> Segments:
+    return tuple(dict.fromkeys(part for x in inputs for part in sources_of(x)))
+
+
 class _Follow(TorchFunctionMode):
     """Hands the channels on from the arguments of every torch function to its results."""
 
@@ -371,8 +380,9 @@ class _Follow(TorchFunctionMode):
         comes_back = name == "unsqueeze" and hasattr(inputs[0], "gzoo_reduced")
         if not comes_back and not any(_channels(x) for x in inputs):
             lost = next((x.gzoo_lost for x in inputs if hasattr(x, "gzoo_lost")), None)
+            sources = _sources(inputs)
             for x in outputs if lost else ():
-                x.gzoo_lost = lost  # type: ignore[attr-defined]
+                x.gzoo_lost, x.gzoo_sources = lost, sources  # type: ignore[attr-defined]
                 self._follow_map(name, x, inputs, args, kwargs)
             return out
         if name == "__get__":  # a property: x.mT
@@ -398,6 +408,7 @@ class _Follow(TorchFunctionMode):
             if channels is None:
                 earlier = (y.gzoo_lost for y in inputs if _channels(y) is None and hasattr(y, "gzoo_lost"))
                 x.gzoo_lost = inputs[0].gzoo_lost if comes_back else next(earlier, name)  # type: ignore[attr-defined]
+                x.gzoo_sources = _sources(inputs)  # type: ignore[attr-defined]
             elif spread.issuperset(flat(channels.segments)):
                 _mark(x, channels.dim, channels.segments, spread=True)
         return out
