@@ -28,7 +28,7 @@ from gzoo.equivariant import classifiers, group_of, like, tensors_in
 from gzoo.groups import Directions, Group
 from gzoo.nn.functions import Calls
 from gzoo.segments import Segment, Segments, flat
-from gzoo.trace import Trace, channels_of, sources_of, trace
+from gzoo.trace import Trace, channels_of, is_table, sources_of, trace
 
 Match = Literal["params", "flops", "width"]
 
@@ -786,12 +786,13 @@ def _score_maps(
     Features end in a norm, in an activation of hidden layers, or in a function of two maps that a network made. But
     scores may be summed up that convolutions with one size of kernel make and nothing else reads (those of an FCN); and
     beside scores an activated map is one of scores, too, if nothing else reads it (distances beside a probability).
-    Maps of several sizes are a pyramid of features, but if 1x1 convolutions, and no sums, make all of them; tables, whose
-    rows are anchors, have no size. Anything else may happen to scores on their way out.
+    Maps of several sizes are a pyramid of features, but if 1x1 convolutions, and no sums, make all of them; tables,
+    whose rows are anchors, have no size. Anything else may happen to scores on their way out.
     """
     if not results or any(y.ndim < 3 for y in results):
         return frozenset()
     own = [set(sources_of(y)) for y in results]
+    rows = {part for y in results if is_table(y) for part in sources_of(y)}
     learned = [name for name, module in modules.items() if any(True for _ in module.parameters(recurse=False))]
     read = {part for name in layers for part in flat(seen.inputs.get(name, ()))}
     joined = [flat(given) for name, given in seen.functions if name not in _SUMS]
@@ -805,7 +806,7 @@ def _score_maps(
             and not any(isinstance(modules[name], nn.Linear) for name in makers[part])
             and set(makers[part]).issuperset(_makers({part}, learned, seen))  # else a norm
             and not (part in read and (is_sum or part.activated))
-            and not (is_sum and (len(sizes) > 1 or any(given.count(part) > 1 for given in joined)))
+            and not (is_sum and (len(sizes) > 1 or any(given.count(part) > 1 for given in joined)) and part not in rows)
         )
 
     scores = [bool(parts) and all(map(is_score, parts)) for parts in own]
@@ -815,7 +816,7 @@ def _score_maps(
     names = frozenset(
         name for parts, score in zip(own, scores, strict=True) if score for part in parts for name in makers[part]
     )
-    if len({y.shape[2:] for y in results if y.ndim > 3 or channels_of(y)}) <= 1:
+    if len({y.shape[2:] for y in results if not is_table(y)}) <= 1:
         return names
     are_1x1 = all(getattr(modules[name], "kernel_size", 0) == (1, 1) for name in names)
     single = all(len(found) == 1 and not part.activated for part, found in makers.items())
@@ -877,7 +878,7 @@ def bent_logits(
     found = _named(classifier) if classifier is not None else _classifiers(model, seen, vectors or ())
     if vectors:
         return found | vectors.keys()
-    if any(y.ndim == 3 for y in tensors_in(seen.result)) and any(seen.pixels.get(path, 1) > 1 for path in found):
+    if any(is_table(y) for y in tensors_in(seen.result)) and any(seen.pixels.get(path, 1) > 1 for path in found):
         return found
     logits = {part for path in found for part in flat(seen.outputs.get(path, ()))}
     bent = (name for name, given in seen.functions if not logits.isdisjoint(flat(given)))

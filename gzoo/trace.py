@@ -261,6 +261,11 @@ def sources_of(x: Tensor) -> Segments:
     return channels_of(x) or flat(getattr(x, "gzoo_sources", ()))
 
 
+def is_table(x: Tensor) -> bool:
+    """Whether a result has rows of numbers, (B, rows, numbers), as of anchors, or is a map without channels."""
+    return x.ndim == 3
+
+
 def _sources(inputs: Iterable[Tensor]) -> Segments:
     return tuple(dict.fromkeys(part for x in inputs for part in sources_of(x)))
 
@@ -775,7 +780,7 @@ _REDUCTIONS = (
     *("mean", "sum", "amax", "amin", "max", "min", "std", "var", "logsumexp", "prod", "median"),
     *("std_mean", "var_mean"),
 )
-_RESHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze")
+_RESHAPES = ("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze")
 READ_FLATTENED = nn.Linear | nn.BatchNorm1d | nn.SyncBatchNorm
 """Layers that may be given all pixels of a map as one vector."""
 _READ_MAPS = (

@@ -853,6 +853,19 @@ def test_a_decoder_turns_with_the_image(unflatten):
     assert gzoo.check(model, 12).worst < 1e-12
 
 
+def test_a_vector_becomes_a_map_as_large_as_another():
+    def run(self, x):
+        y = F.relu(self.first(x))
+        return self.last(self.up(F.relu(self.down(y.flatten(1)))).view_as(y))
+
+    plain = Network(run)
+    plain.first, plain.last = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
+    plain.down, plain.up = nn.Linear(16 * 64, 32), nn.Linear(32, 16 * 64)
+    plain.pretrained_cfg = {"input_size": (3, 8, 8)}
+    model = with_random_statistics(gzoo.convert(plain, "p4m")).eval()
+    assert worst_error(model, "p4m", random_image(3, (8, 8)), "image", "image") < 1e-12
+
+
 @pytest.mark.parametrize("weights", [None, "transfer", "project"])
 @pytest.mark.parametrize(("group", "bias"), [*((group, True) for group in GRID_GROUPS), ("p4m", False)])
 def test_an_autoencoder_takes_plain_weights_over(group, weights, bias):
