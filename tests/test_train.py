@@ -390,7 +390,7 @@ def in_two_processes(arguments):
     return done.stdout + done.stderr
 
 
-def in_two_forks(arguments, folder):
+def in_two_forks(arguments):
     """The same without the launcher, whose three processes take seconds to start: what it tells each, and its rank."""
     code = f"import sys; from gzoo.cli import main; sys.exit(main({['train', *arguments]}))"
     with socket.socket() as free:
@@ -415,9 +415,10 @@ def test_two_processes_train_as_one_does(path, settings, tmp_path):
     out = tmp_path / "two"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(settings | changes | {"out": str(out), "epochs": 1, "grad_accum": 2}))
-    printed = in_two_processes([f"--recipe={recipe}"])
+    arguments = [f"--recipe={recipe}"]
+    printed = in_two_processes(arguments) if path else in_two_forks(arguments)
     assert printed.count("epoch 1  lr") == 1  # the main process alone
-    printed = in_two_forks(["--resume", f"--out={out}", "--epochs=2"], tmp_path)
+    printed = in_two_forks(["--resume", f"--out={out}", "--epochs=2"])
     assert printed.count("resuming after epoch 1 of 2") == 1
     assert_same_curve(log(settings["out"]), log(out))
     two = weights(out)
