@@ -92,7 +92,7 @@ def make_card(run: str, data: str, folder: Path | None = None, bf16: bool = Fals
         "multiply_adds": multiply_adds(model, size),
         "input_size": size,
         "test": tested,
-        "test_dtype": str(precision(like(model).device, bf16)).removeprefix("torch."),
+        "test_dtype": precision(like(model).device, bf16),
         "kernel_dtype": str(dtype).removeprefix("torch."),
         "float32_top1": float32_top1,
         "equivariance_error": check(model, size[1:]).worst if group_of(model) else None,

@@ -173,7 +173,7 @@ def check(
             if moved.ndim == 5 and own_group is not None:
                 others += _anchored(group, moved, g)
             if moved.ndim == 3 and own_group is not None and (pooled or not _is_pose(moved, law)):
-                others.append(_in_rows_of(value, moved, signed))
+                others += _possible_rows(moved, value, signed)
             if pairs is None and signed and moved.ndim in (2, 4):
                 others.append(_nearest(group.transform_image(moved, g) if moved.ndim > 2 else moved, value, True))
             own_g, row = law.element(g, group), errors[name]
@@ -397,7 +397,7 @@ def first_broken_layer(
             if name not in outputs_of_all:
                 laws = chain(laws, _possible_vectors(group, expected[name], g))
             elif expected[name].ndim == 3:
-                laws = chain(laws, (_in_rows_of(found, y, signed) for y in [expected[name]]))
+                laws = chain(laws, _possible_rows(expected[name], found, signed))
             if pairs.get(name):
                 laws = iter([group.transform_vectors(expected[name], g, pairs[name])])
             if not any(relative_error(found, moved) <= tolerance for moved in laws):
@@ -489,19 +489,15 @@ def _nearest(moved: Tensor, found: Tensor, signed: bool) -> Tensor:
     return moved[:, source] * signs if signed else moved[:, source]
 
 
-def _in_rows_of(found: Tensor, y: Tensor, signed: bool) -> Tensor:
+def _possible_rows(y: Tensor, found: Tensor, signed: bool) -> Iterator[Tensor]:
     """y (B, rows, numbers) with its rows in the order of ``found``.
 
     If ``signed`` the numbers of a row are compared without signs, in order of size: they may be vectors, such as the
     sides of a box.
     """
-    if found.shape != y.shape:
-        return y
-    given, wanted = ((x.abs().sort(2).values if signed else x) for x in (y, found))
-    weights = torch.rand(y.shape[2], generator=torch.Generator().manual_seed(0)).to(y)
-    old, new = ((x @ weights).argsort(1) for x in (given, wanted))  # alike in their order
-    source = old.gather(1, new.argsort(1)).unsqueeze(2).expand_as(y)
-    return found + given.gather(1, source) - wanted
+    if y.shape == found.shape:
+        given, wanted = ((x.abs().sort(2).values if signed else x) for x in (y, found))
+        yield found + _nearest(given, wanted, False) - wanted
 
 
 def _folded(y: Tensor, inside: int) -> Tensor:

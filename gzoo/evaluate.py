@@ -122,16 +122,16 @@ def measure(
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast:
     """To bfloat16 if `precision` says so."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device, bf16) == torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device, bf16) == "bfloat16")
 
 
-def precision(device: torch.device, bf16: bool) -> torch.dtype:
-    """bfloat16 if asked for, else float32. That also where oneDNN has no bfloat16, as on CPUs without AVX-512, as there
-    torch takes loops of its own, which are many times slower."""
+def precision(device: torch.device, bf16: bool) -> str:
+    """The dtype of a run: "bfloat16" if asked for, else "float32". That also where oneDNN has no bfloat16, as on CPUs
+    without AVX-512, as there torch takes loops of its own, which are many times slower."""
     has_it = device.type != "cpu" or (
         torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
-    return torch.bfloat16 if bf16 and has_it else torch.float32
+    return "bfloat16" if bf16 and has_it else "float32"
 
 
 def _leaders(model: nn.Module, views: dict[str, View], images: Tensor) -> dict[str, str]:

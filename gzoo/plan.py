@@ -557,7 +557,7 @@ def _vector_outputs(seen: Trace, vectors: Vectors) -> list[Directions]:
             channel += part.size
     found: list[Directions] = []
     for y in (y for y in tensors_in(seen.result) if y.ndim):
-        parts = channels_of(y) if y.ndim != 3 else ()
+        parts = () if is_table(y) else channels_of(y)
         made: list[tuple[str, int]] = []
         for i, part in enumerate(parts):
             held = origin.get(part, [[("", 0)] * part.size])

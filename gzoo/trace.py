@@ -385,9 +385,8 @@ class _Follow(TorchFunctionMode):
         comes_back = name == "unsqueeze" and hasattr(inputs[0], "gzoo_reduced")
         if not comes_back and not any(_channels(x) for x in inputs):
             lost = next((x.gzoo_lost for x in inputs if hasattr(x, "gzoo_lost")), None)
-            sources = _sources(inputs)
             for x in outputs if lost else ():
-                x.gzoo_lost, x.gzoo_sources = lost, sources  # type: ignore[attr-defined]
+                x.gzoo_lost, x.gzoo_sources = lost, _sources(inputs)  # type: ignore[attr-defined]
                 self._follow_map(name, x, inputs, args, kwargs)
             return out
         if name == "__get__":  # a property: x.mT

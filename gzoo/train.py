@@ -407,7 +407,7 @@ def _set_up(config: TrainConfig, out: Path, processes: PartialState, fresh: bool
     device = processes.device
     if config.winograd and device.type != "cpu":
         raise ValueError(f"winograd is for CPUs, and this is a run on {device}; leave it out")
-    if config.bf16 and precision(device, True) == torch.float32 and processes.is_main_process:
+    if config.bf16 and precision(device, config.bf16) == "float32" and processes.is_main_process:
         print("gzoo: this CPU has no instructions for bfloat16, so the run is in float32", file=sys.stderr)
     seed_everything(config.seed)
     classes = len(train_data.classes)
@@ -940,7 +940,7 @@ def _finish(run: _Run) -> dict[str, Any]:
         "command": "; ".join(run.commands),
         "seed": run.config.seed,
         "machine": machine(run.device) | {"processes": run.processes.num_processes},
-        "dtype": str(precision(run.device, run.config.bf16)).removeprefix("torch."),
+        "dtype": precision(run.device, run.config.bf16),
         "torch": torch.__version__,
         "timm": timm.__version__,
         "seconds": round(run.seconds, 1),

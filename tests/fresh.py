@@ -14,9 +14,14 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["torch", "torchvision"])  # timm imports both
 
 
-def start(code: str, folder: str = os.devnull, **environment: str) -> BaseProcess:
-    """Begins to run code; what it prints goes to the files out and err of ``folder``."""
-    process = _SERVER.Process(target=_run, args=(code, folder, os.environ | environment))
+def command(*arguments: str) -> str:
+    """Code that runs gzoo with these arguments, as from the command line."""
+    return f"import sys; from gzoo.cli import main; sys.exit(main({[*arguments]}))"
+
+
+def start(code: str, out: str = os.devnull, err: str = os.devnull, **environment: str) -> BaseProcess:
+    """Begins to run code; what it prints goes to the files ``out`` and ``err``."""
+    process = _SERVER.Process(target=_run, args=(code, out, err, os.environ | environment))
     process.start()
     return process
 
@@ -24,21 +29,20 @@ def start(code: str, folder: str = os.devnull, **environment: str) -> BaseProces
 def run(code: str, timeout: float = 120.0, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs code with some more environment variables, and gives what `subprocess.run` would of a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        process = start(code, folder, **environment)
+        out, err = Path(folder, "out"), Path(folder, "err")
+        process = start(code, str(out), str(err), **environment)
         process.join(timeout)
         if process.is_alive():
             process.kill()
             process.join()
-        out, err = ((Path(folder) / name).read_text() for name in ("out", "err"))
-    assert process.exitcode is not None
-    return subprocess.CompletedProcess(code, process.exitcode, out, err)
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(code, process.exitcode, out.read_text(), err.read_text())
 
 
-def _run(code: str, folder: str, environment: dict[str, str]) -> None:
+def _run(code: str, out: str, err: str, environment: dict[str, str]) -> None:
     os.environ.clear()  # the server may have started under a test that changed some
     os.environ.update(environment)
-    for descriptor, name in ((1, "out"), (2, "err")):
-        path = folder if folder == os.devnull else f"{folder}/{name}"
+    for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     import torch
 

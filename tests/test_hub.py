@@ -46,7 +46,7 @@ def run(server: Hub, home: Path, code: str, token: str = TOKEN, **more: str) -> 
 
 
 def push(server: Hub, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run(server, home, f"import sys; from gzoo.cli import main; sys.exit(main({['push', *arguments]}))")
+    return run(server, home, fresh.command("push", *arguments))
 
 
 def load(server: Hub, home: Path, *names: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:

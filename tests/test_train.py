@@ -392,7 +392,7 @@ def in_two_processes(arguments):
 
 def in_two_forks(arguments):
     """The same without the launcher, whose three processes take seconds to start: what it tells each, and its rank."""
-    code = f"import sys; from gzoo.cli import main; sys.exit(main({['train', *arguments]}))"
+    code = fresh.command("train", *arguments)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         told = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -872,7 +872,7 @@ def test_a_killed_process_loses_at_most_one_epoch_and_resumes_bit_for_bit(settin
     killed = settings | {"epochs": 30, "batch_size": 6}
     out = Path(killed["out"])
     arguments = [f"--{key.replace('_', '-')}={value}" for key, value in killed.items()]
-    process = fresh.start(f"from gzoo.cli import main; main({['train', *arguments]})")
+    process = fresh.start(fresh.command("train", *arguments))
     try:
         end = time.monotonic() + 120
         while not (out / "log.csv").exists() and time.monotonic() < end and process.is_alive():
