@@ -631,7 +631,8 @@ def _check_mean(plain: nn.Module, converted: nn.Module, logits: Collection[str],
                 raise ValueError(
                     f"{type(plain).__name__} is not carried over: with weights='transfer' the output differs from the "
                     "mean over all poses. Look for a step in its forward that mixes channels, or counts or splits them "
-                    "by a number that is no attribute; or convert with fresh weights"
+                    "by a number that is no attribute, or puts maxima back on the first of equal ones "
+                    "(return_indices); or convert with fresh weights"
                 )
         return
 
@@ -804,9 +805,8 @@ def _check_poses(
         raise ValueError(
             f"{broken} ({type(module).__name__}) is not equivariant {at_size}: neither its output nor any permutation "
             "of it follows the image. Look for a step just before it that treats some pixels or channels unlike "
-            "others: a shift, a padding or a crop of one axis, a step along pixels that does not start at the first, a "
-            "pool that returns indices, steps or pads of maps with channels last, a position embedding, a split of "
-            "channels"
+            "others: a shift, a padding or a crop of one axis, a step along pixels that does not start at the first, "
+            "steps or pads of maps with channels last, a position embedding, a split of channels"
         )
     if broken is not None:
         raise ValueError(

@@ -63,6 +63,7 @@ from gzoo.nn import (
     PoseLinear,
     RepeatAlongFibre,
     SymmetricPool2d,
+    SymmetricUnpool2d,
     VectorPool,
     WeightStandardization,
 )
@@ -640,6 +641,11 @@ def _pool(plain: Any, recipe: Recipe) -> nn.Module:
     return SymmetricPool2d(plain)
 
 
+@rule(nn.MaxUnpool2d)
+def _unpool(plain: nn.MaxUnpool2d, recipe: Recipe) -> nn.Module:
+    return SymmetricUnpool2d(plain)
+
+
 @rule(nn.LPPool2d)
 def _lp_pool(plain: nn.LPPool2d, recipe: Recipe) -> nn.Module:
     kernel, stride = square(plain.kernel_size, "kernel_size"), square(plain.stride or plain.kernel_size, "stride")
@@ -857,7 +863,7 @@ def _unflatten(plain: nn.Unflatten, recipe: Recipe) -> nn.Module:
 
 ON_IMAGE = (
     *(_conv, _standardized_conv, _transposed_conv, _linear),
-    *(_pool, _lp_pool, _same_pool, _blur_pool, _pad, _upsample, _space_to_depth, _pixel_shuffle, _hgnet_stem),
+    *(_pool, _unpool, _lp_pool, _same_pool, _blur_pool, _pad, _upsample, _space_to_depth, _pixel_shuffle, _hgnet_stem),
 )
 """Rules that replace a module that sees the image, too; others leave it, as it acts on each channel alike."""
 

@@ -38,6 +38,7 @@ STEPS = {
     "max pool": lambda y: F.max_pool2d(y, 2),
     "max pool of torch": lambda y: torch.max_pool2d(y, 3, 2, 1),
     "overlapping max pool": lambda y: F.max_pool2d(y, kernel_size=3, stride=2, ceil_mode=True),
+    "maxima put back": lambda y: F.max_unpool2d(*F.max_pool2d(y, 2, return_indices=True), 2, output_size=y.shape[2:]),
     "average pool": lambda y: F.avg_pool2d(y, 3, stride=2, padding=1, count_include_pad=False),
     "average pool of 2": lambda y: F.avg_pool2d(y, (2, 2)),
     "adaptive pool": lambda y: F.adaptive_max_pool2d(y, 5),

@@ -68,7 +68,7 @@ def parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "group"), list(zip(NAMES, itertools.cycle(("p4", "c8")))))
+@pytest.mark.parametrize(("name", "group"), list(zip(NAMES[::2], itertools.cycle(("p4", "c8")))))
 def test_the_plan_counts_the_parameters_that_are_built(name, group):
     total = plan(meta(name), groups.chain(group)).total()
     assert total.plain_params == parameters(meta(name))
@@ -102,7 +102,7 @@ def test_rows_of_stages_add_up_to_the_total():
 
 
 def test_a_grouped_convolution_keeps_groups_near_the_plain_ones():
-    model = gzoo.convert(timm.create_model("resnext26ts", num_classes=5), "p4m")
+    model = convert_in_place(timm.create_model("resnext26ts", num_classes=5, layers=(1, 1, 1, 1)), "p4m")
     grouped = [m for m in model.modules() if isinstance(m, GroupConv2d) and m.groups > 1]
     assert grouped
     for layer in grouped:

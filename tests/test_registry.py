@@ -17,7 +17,7 @@ from tests import fresh
 from tests.conftest import core_entries, shallow
 
 NAMES = list(registry._BY_NAME)
-SMALL = [entry.name for entry in core_entries() if entry.group in (None, "p4m", "c8")]
+SMALL = [*(entry.name for entry in core_entries() if entry.group in (None, "p4m")), "c8_cnn7"]
 
 
 _IMPORT = """

@@ -9,7 +9,7 @@ import gzoo
 from gzoo import groups
 from gzoo.check import relative_error
 from gzoo.nn import VectorPool
-from tests.conftest import GRID_GROUPS, random_image, with_random_statistics
+from tests.conftest import GRID_GROUPS, random_image, shallow, with_random_statistics
 
 SIZES = ((16, 16), (17, 17), (13, 18))
 
@@ -242,7 +242,7 @@ def test_a_linear_layer_may_give_a_vector_for_the_whole_image(weights):
 
 
 def test_the_classifier_of_a_timm_network_may_give_a_vector():
-    plain = timm.create_model("convnext_atto", num_classes=3)
+    plain = timm.create_model("convnext_atto", num_classes=3, **shallow("convnext_atto"))
     model = gzoo.convert(plain, "p4", vectors={"head.fc": [(2, 1)]}).double().eval()
     x = random_image(3, (33, 33), 1)
     for g in range(4):

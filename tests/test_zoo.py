@@ -20,7 +20,7 @@ from gzoo.registry import ENTRIES
 SAMPLE = (
     *("test_byobnet", "cs3darknet_focus_s", "poolformerv2_s12", "edgenext_xx_small", "test_efficientnet"),
     *("tf_efficientnet_lite0", "efficientvit_b0", "mobilevit_xxs", "inception_next_atto", "test_mambaout"),
-    *("resnest14d", "test_resnet", "nf_regnet_b0", "starnet_s050", "ese_vovnet19b_slim_dw", "convnextv2_atto"),
+    *("resnest14d", "test_resnet", "test_nfnet", "starnet_s050", "ese_vovnet19b_slim_dw", "convnextv2_atto"),
 )
 
 REFUSED = {

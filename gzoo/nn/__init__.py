@@ -20,7 +20,7 @@ from gzoo.nn.mixed import PoolSomeFibres, RepeatAlongFibre
 from gzoo.nn.norm import FibreNorm, GroupMapNorm
 from gzoo.nn.position import FourierPosition
 from gzoo.nn.quotient import QuotientConv2d, QuotientNorm, QuotientPool
-from gzoo.nn.resample import SymmetricBlur2d, SymmetricPool2d, keep_original_strides
+from gzoo.nn.resample import SymmetricBlur2d, SymmetricPool2d, SymmetricUnpool2d, keep_original_strides
 from gzoo.nn.restrict import Restriction, restrict_output
 from gzoo.nn.shuffle import GroupPixelShuffle, GroupPixelUnshuffle
 from gzoo.nn.standardize import WeightStandardization
@@ -57,6 +57,7 @@ __all__ = [
     "Subset",
     "SymmetricBlur2d",
     "SymmetricPool2d",
+    "SymmetricUnpool2d",
     "VectorPool",
     "WeightStandardization",
     "keep_original_strides",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from gzoo.nn.front import Made
-from gzoo.nn.resample import SymmetricPool2d, centre
+from gzoo.nn.resample import SymmetricPool2d, SymmetricUnpool2d, centre
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def is_asymmetric(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
     x = args[0] if args else None
     if not isinstance(x, Tensor) or x.ndim not in (4, 5):
         return False
-    if name in ("max_pool2d", "avg_pool2d"):
+    if name in ("max_pool2d", "max_pool2d_with_indices", "avg_pool2d"):
         kernel, stride = (argument(args, kwargs, i, key) for i, key in ((1, "kernel_size"), (2, "stride")))
         return _pair(stride or kernel) != (1, 1)  # also of a window that covers the map, of this size
     if name == "interpolate":
@@ -125,7 +125,7 @@ def is_asymmetric(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
         )
     if name == "__getitem__":
         return _step(x, args[1]) > 1 or one_sided_crops(x, args[1]) is not None
-    return name in ("pad", "channel_shuffle")
+    return name in ("pad", "channel_shuffle", "max_unpool2d")
 
 
 class _Symmetric(TorchFunctionMode):
@@ -144,8 +144,8 @@ class _Symmetric(TorchFunctionMode):
             return func(*args, **kwargs)
         y = symmetric(self, func, *args, **kwargs)
         if self.fits is not None and symmetric in _OF_PIXELS:
-            plain = func(*args, **kwargs)
-            self.fits.append(plain.shape[2:] == y.shape[2:] and (plain.shape != y.shape or plain.allclose(y)))
+            plain, own = (_first(z) for z in (func(*args, **kwargs), y))
+            self.fits.append(plain.shape[2:] == own.shape[2:] and (plain.shape != own.shape or plain.allclose(own)))
         return y
 
     def max_pool(
@@ -158,8 +158,20 @@ class _Symmetric(TorchFunctionMode):
         dilation: Any = 1,
         ceil_mode: bool = False,
         return_indices: bool = False,
+    ) -> Any:
+        return _pooled(x, nn.MaxPool2d(kernel_size, stride or None, padding, dilation, return_indices, ceil_mode))
+
+    def max_unpool(
+        self,
+        func: Any,
+        x: Tensor,
+        indices: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        output_size: Sequence[int] | None = None,
     ) -> Tensor:
-        return _pooled(x, nn.MaxPool2d(kernel_size, stride or None, padding, dilation, ceil_mode=ceil_mode))
+        return SymmetricUnpool2d(nn.MaxUnpool2d(kernel_size, stride or None, padding))(x, indices, output_size)
 
     def avg_pool(self, func: Any, x: Tensor, kernel_size: Any, stride: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         return _pooled(x, nn.AvgPool2d(kernel_size, stride or None, *args, **kwargs))
@@ -225,7 +237,8 @@ class _Symmetric(TorchFunctionMode):
 
 
 _SYMMETRIC: dict[str, Callable[..., Tensor]] = {
-    "max_pool2d": _Symmetric.max_pool,
+    **dict.fromkeys(("max_pool2d", "max_pool2d_with_indices"), _Symmetric.max_pool),
+    "max_unpool2d": _Symmetric.max_unpool,
     "avg_pool2d": _Symmetric.avg_pool,
     "interpolate": _Symmetric.interpolate,
     "pad": _Symmetric.pad,
@@ -250,6 +263,11 @@ def merges_channels(x: Tensor, y: Tensor) -> bool:
 def _pooled(x: Tensor, pool: Any) -> Tensor:
     """By a pool of one window or of many, whose windows then are symmetric."""
     return pool(x) if _covers(x, pool.kernel_size) else SymmetricPool2d(pool)(x)
+
+
+def _first(y: Any) -> Tensor:
+    """A result, or the maxima of a pool that gives their places, too."""
+    return y if isinstance(y, Tensor) else y[0]
 
 
 def _nearest(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -10,6 +10,7 @@ other rotations notice: the tests compare.) Each axis is treated alone.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,18 +117,22 @@ class SymmetricPool2d(nn.Module):
         window: of another module than those two.
 
     Shape:
-        x: (B, C, H, W); result: (B, C, H', W') with the size that ``pool`` itself would give.
+        x: (B, C, H, W); result: (B, C, H', W') with the size that ``pool`` itself would give. With ``return_indices``
+        also what `SymmetricUnpool2d` reads in place of indices: the share of each pixel in the maximum of its window.
 
     Raises:
-        ValueError: kernel, stride or padding differ between the axes; or x is smaller than the window.
+        ValueError: kernel, stride or padding differ between the axes; with ``return_indices`` windows overlap or leave
+            pixels out; or x is smaller than the window.
     """
 
     def __init__(self, pool: nn.Module, window: Window | None = None) -> None:
         super().__init__()
         self.pool = pool
         self.window = window or _window(pool)
+        if getattr(pool, "return_indices", False):
+            _require_side_by_side(self.window)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x, padding, _ = resample(x, self.window)
         if self.window.extent == 1 and self.window.symmetric:
             return x
@@ -135,7 +140,58 @@ class SymmetricPool2d(nn.Module):
         if padding < (self.window.padding + 1) // 2:  # rounded down, for a single pixel
             pool = copy.copy(pool)
             pool.padding = padding
-        return pool(x)
+        if not getattr(pool, "return_indices", False):
+            return pool(x)
+        y, _ = pool(x)
+        side = self.window.kernel
+        is_maximum = (x == _enlarge(y, side)).to(x)
+        return y, is_maximum / _enlarge(F.avg_pool2d(is_maximum, side, divisor_override=1), side)
+
+
+class SymmetricUnpool2d(nn.Module):
+    """Undoes a max pool of `SymmetricPool2d`: puts numbers where the maxima were, and zero elsewhere.
+
+    Torch puts each on the first of equal maxima, which a turned image has elsewhere; behind a ReLU many windows are all
+    zero. Here equal maxima share it.
+
+    Args:
+        plain: a ``nn.MaxUnpool2d`` whose windows lie side by side.
+
+    Shape:
+        x, shares: (B, C, H, W) and (B, C, k H, k W), as that pool with ``return_indices=True`` gives them; result:
+        (B, C, H', W') of ``output_size``, else (B, C, k H, k W).
+
+    Raises:
+        ValueError: kernel or stride differ between the axes, or windows overlap or leave pixels out.
+
+    Source: Badrinarayanan et al. 2017, arXiv:1511.00561, section 3.1.
+    """
+
+    def __init__(self, plain: nn.MaxUnpool2d) -> None:
+        super().__init__()
+        self.kernel_size = square(plain.kernel_size, "kernel_size")
+        _require_side_by_side(_window(plain))
+
+    def forward(self, x: Tensor, shares: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        y = _enlarge(x, self.kernel_size) * shares
+        return y if output_size is None else centre(y, list(output_size[-2:]))
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}"
+
+
+def _require_side_by_side(window: Window) -> None:
+    """Raises ValueError unless each pixel is in one window."""
+    if window.kernel != window.stride or window.padding or window.dilation > 1:
+        raise ValueError(
+            f"kernel_size {window.kernel}, stride {window.stride}, padding {window.padding // 2} and dilation "
+            f"{window.dilation} overlap or leave pixels out, so maxima have no place of their own to return to; use a "
+            "stride of kernel_size and no padding"
+        )
+
+
+def _enlarge(x: Tensor, times: int) -> Tensor:
+    return x.repeat_interleave(times, 2).repeat_interleave(times, 3)
 
 
 class SymmetricBlur2d(nn.Module):
@@ -193,7 +249,7 @@ def _window(pool: Any) -> Window:
         stride=square(pool.stride, "stride"),
         padding=2 * square(pool.padding, "padding"),
         dilation=square(getattr(pool, "dilation", 1), "dilation"),
-        ceil_mode=pool.ceil_mode,
+        ceil_mode=getattr(pool, "ceil_mode", False),
     )
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from gzoo import _escnn, groups
 from gzoo.backbones import resnet_cifar
 from gzoo.convert import convert_in_place
-from gzoo.nn import LiftingConv2d, SymmetricBlur2d, SymmetricPool2d, keep_original_strides
+from gzoo.nn import LiftingConv2d, SymmetricBlur2d, SymmetricPool2d, SymmetricUnpool2d, keep_original_strides
 from gzoo.nn.resample import Window, resample, square
 from tests.conftest import GRID_GROUPS, random_fields, random_image, worst_error
 
@@ -43,6 +43,43 @@ def test_pools_and_their_gradients_commute_with_the_group_at_every_size(group, p
     layer = SymmetricPool2d(POOLS[pool]())
     for size in SIZES:
         assert worst_error(layer, group, random_fields(group, 2, size)) < 1e-12
+
+
+class PutBack(nn.Module):
+    """Maxima at the pixels that they are from, of a map as it is behind a ReLU."""
+
+    def __init__(self, kernel, ceil_mode=False, with_size=True):
+        super().__init__()
+        self.pool = SymmetricPool2d(nn.MaxPool2d(kernel, return_indices=True, ceil_mode=ceil_mode))
+        self.unpool, self.with_size = SymmetricUnpool2d(nn.MaxUnpool2d(kernel)), with_size
+
+    def forward(self, x):
+        y, shares = self.pool(x.relu())
+        # Other numbers than the maxima: those of a window of zeros have a place, too.
+        return self.unpool(y + 1, shares, x.shape if self.with_size else None)
+
+
+@pytest.mark.parametrize(("kernel", "ceil_mode", "with_size"), [(2, False, True), (2, True, True), (3, False, False)])
+@pytest.mark.parametrize("group", GRID_GROUPS)
+def test_maxima_return_to_their_pixels_and_equal_ones_share_them(group, kernel, ceil_mode, with_size):
+    layer = PutBack(kernel, ceil_mode, with_size)
+    for size in SIZES:
+        assert worst_error(layer, group, random_fields(group, 2, size)) < 1e-12
+
+
+def test_where_no_maxima_are_equal_they_return_as_torchs_do():
+    x = random_image(3, (9, 12))
+    y, shares = SymmetricPool2d(nn.MaxPool2d(3, return_indices=True))(x)
+    expected = F.max_unpool2d(y + 1, F.max_pool2d(x, 3, return_indices=True)[1], 3)
+    assert torch.equal(SymmetricUnpool2d(nn.MaxUnpool2d(3))(y + 1, shares), expected)
+
+
+@pytest.mark.parametrize("options", [(3, 2), (2, 2, 1), (2, 3)])
+def test_maxima_of_windows_that_do_not_lie_side_by_side_have_no_place_to_return_to(options):
+    with pytest.raises(ValueError, match="overlap or leave pixels out"):
+        SymmetricUnpool2d(nn.MaxUnpool2d(*options))
+    with pytest.raises(ValueError, match="overlap or leave pixels out"):
+        SymmetricPool2d(nn.MaxPool2d(*options, return_indices=True))
 
 
 @pytest.mark.parametrize("pool", ["max 2", "avg 2 ceil", "avg 4/3"])
