@@ -102,7 +102,7 @@ def test_rows_of_stages_add_up_to_the_total():
 
 
 def test_a_grouped_convolution_keeps_groups_near_the_plain_ones():
-    model = convert_in_place(timm.create_model("resnext26ts", num_classes=5, layers=(1, 1, 1, 1)), "p4m")
+    model = convert_in_place(timm.create_model("resnext50_32x4d", num_classes=5, layers=(1, 1, 1, 1)), "p4m")
     grouped = [m for m in model.modules() if isinstance(m, GroupConv2d) and m.groups > 1]
     assert grouped
     for layer in grouped:
