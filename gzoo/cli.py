@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -67,8 +68,8 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.add_argument("--pretrained", action="store_true", help="load a registered model's weights")
     command.add_argument("--data", required=True, help="folder of images or parquet files, or dataset on the Hub")
     command.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: test")
-    command.add_argument("--batch-size", type=int, default=256)
-    command.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    command.add_argument("--batch-size", type=_at_least(1), default=256)
+    command.add_argument("--workers", type=_at_least(0), default=0, help="processes that decode images")
     command.add_argument("--bf16", action="store_true", help="autocast to bfloat16, unless a CPU would emulate it")
     command.add_argument(
         "--transforms",
@@ -130,7 +131,9 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.add_argument("--size", nargs="+", type=_size, default=[(32, 32), (33, 33), (32, 49)], metavar="SIZE")
     command.add_argument("--group", help="needed for plain networks: the group to check, such as p4m")
     command.add_argument("--dtype", choices=("float64", "float32"), default="float64")
-    command.add_argument("--tolerance", type=float, help="largest error, default: 1e-12 in float64, 1e-5 in float32")
+    command.add_argument(
+        "--tolerance", type=_at_least(0, float), help="largest error, default: 1e-12 in float64, 1e-5 in float32"
+    )
 
     command = commands.add_parser("bench", help="time models against escnn and the plain network of the expanded width")
     command.set_defaults(run=_bench)
@@ -258,9 +261,9 @@ def _eval(args: argparse.Namespace) -> int:
 
     data = open_split(args.data, args.split)
     pretrained = args.pretrained or names_weights(args.model)
+    model = load_model(args.model, pretrained)
     if not pretrained:
         print(f"gzoo: these are random weights; --pretrained loads those of {args.model}", file=sys.stderr)
-    model = load_model(args.model, pretrained)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     result = evaluate(
         model, data, args.batch_size, args.workers, args.bf16, args.transforms, rotation_seed=args.rotation_seed
@@ -276,9 +279,24 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _writable(path: str) -> Path:
     """A file that can be written once there is something to write, which may be after hours."""
-    if not Path(path).expanduser().absolute().parent.is_dir():
+    file = Path(path).expanduser().absolute()
+    if file.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: this is a folder; give a file in it")
+    if not file.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{path}: there is no such folder to write it to")
-    return Path(path).expanduser()
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path}: no permission to write it")
+    return file
+
+
+def _at_least(least: float, kind: type = int) -> Callable[[str], Any]:
+    def number(text: str) -> Any:
+        if not kind(text) >= least:  # as no NaN is
+            raise argparse.ArgumentTypeError(f"{text} is not at least {least}")
+        return kind(text)
+
+    number.__name__ = kind.__name__  # which argparse names where the text is no number
+    return number
 
 
 def _write_report(args: argparse.Namespace, report: dict[str, Any]) -> None:

@@ -747,7 +747,8 @@ def image_for(probe: nn.Module) -> Tensor:
         )
     raise ValueError(
         f"the converted {type(probe).__name__} does not run ({reason}). Plain widths that its forward fixes in numbers "
-        f"must be kept as an attribute, or taken from the shape of a map. {WHOLE_NETWORK}"
+        "must be kept as an attribute, or taken from the shape of a map. If it takes apart the logits that a layer "
+        f"makes, name that layer, as in classifier='head'. {WHOLE_NETWORK}"
     ) from reason
 
 

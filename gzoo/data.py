@@ -13,6 +13,7 @@ import random
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -134,6 +135,15 @@ def class_folders(source: str) -> list[Path]:
     return list(_split_folders(folder).values()) if folder.is_dir() and not _has_parquet(folder) else []
 
 
+def classes_without_training(source: str) -> list[str]:
+    """Class folders of other splits of a folder of images, such as test/cat, that the first split has not."""
+    first, *others = [
+        {child.name: child for child in folder.iterdir() if child.is_dir()} for folder in class_folders(source)
+    ] or [{}]
+    found = [child for own in others for name, child in own.items() if name not in first and name[0] != "."]
+    return sorted(f"{child.parent.name}/{child.name}" for child in found)
+
+
 def _find_splits(source: str) -> dict[str, Callable[[], _Rows]]:
     """The splits that there are, each as a function that finds its images: a fault in one is none of the others'."""
     folder = Path(source).expanduser()
@@ -201,7 +211,17 @@ def _class_images(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
                 f"{folder}: {inside} lies in a folder within a folder, so its class is unclear; images go to "
                 f"<class>/*, those of splits to train/<class>/*, val/<class>/* and test/<class>/*"
             )
+    if others := _other_files(folder, names):
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
+        print(f"gzoo: {folder}: left out as files of no format that PIL opens: {counts}", file=sys.stderr)
     return names, images
+
+
+def _other_files(folder: Path, classes: list[str]) -> Counter[str]:
+    """How many files in class folders are no images by their suffix, by that."""
+    known, found = set(_extensions()), [entry for name in classes for entry in os.scandir(folder / name)]
+    suffixes = [Path(entry.name).suffix.lower() for entry in found if entry.is_file() and entry.name[0] != "."]
+    return Counter(suffix or "without an ending" for suffix in suffixes if suffix not in known)
 
 
 def _extensions() -> list[str]:

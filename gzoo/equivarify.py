@@ -5,7 +5,6 @@ The network itself may be anything: neither looks at its layers.
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -72,7 +71,7 @@ def equivarify(
             f"mode='layerwise' needs an nn.Sequential, not a {type(net).__name__}, and no forward of its own; take "
             "mode='whole'"
         )
-    groups.require_directions(vectors, sys.maxsize)  # the channels are known when it runs
+    groups.require_directions(vectors)  # the channels are known when it runs
     if vectors and (head == "pose" or pool == "max"):
         raise ValueError(f"vectors={vectors!r} are turned back and averaged; leave head='pose' and pool='max' out")
     return Equivarified(net, _grid_group(group), head, pool, batched, mode, vectors)
@@ -185,7 +184,7 @@ def canonicalize(net: nn.Module, group: str | Group, canonizer: nn.Module, vecto
     """
     require_network("net", net)
     require_network("canonizer", canonizer)
-    groups.require_directions(vectors, sys.maxsize)
+    groups.require_directions(vectors)
     group, own = _grid_group(group), group_of(canonizer)
     if own not in (None, group):  # of a group as large (p4 and d2) its scores would have the same shape
         raise ValueError(

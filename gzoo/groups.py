@@ -8,6 +8,7 @@ degrees. The tests compare order, products and action with escnn's.
 import math
 import operator
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -292,16 +293,18 @@ def _gspace(group: Group) -> "GSpace":
     return gspaces.rot2dOnR2(group.rotations) if group.rotations > 1 else gspaces.trivialOnR2()
 
 
-def require_directions(vectors: Any, channels: int) -> None:
-    """Raises ValueError unless each of ``vectors`` is two or more of so many channels, and no channel is in two."""
+def require_directions(vectors: Any, channels: int | None = None) -> None:
+    """Raises ValueError unless each of ``vectors`` is two or more of the channels, and no channel is in two."""
     try:
         flat = [channel for places in vectors for channel in (*places, *(() if len(places) > 1 else (None,)))]
     except TypeError:
         flat = [None]
-    if not all(type(channel) is int and 0 <= channel < channels for channel in flat) or len(set(flat)) < len(flat):
+    most = sys.maxsize if channels is None else channels
+    if not all(type(channel) is int and 0 <= channel < most for channel in flat) or len(set(flat)) < len(flat):
+        known = "channels" if channels is None else f"{channels} channels"
         raise ValueError(
-            f"the channels that are vectors are {vectors!r}; accepted are pairs (right, down) of two of the {channels} "
-            "channels, as in [(0, 1)], or distances (left, top, right, bottom), each channel in one at most"
+            f"the channels that are vectors are {vectors!r}; accepted are pairs (right, down) of two of the {known}, "
+            "as in [(0, 1)], or distances (left, top, right, bottom), each channel in one at most"
         )
 
 

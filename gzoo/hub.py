@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from gzoo.card import UNNAMED
 from gzoo.weights import FILENAME, HUB_ORGANIZATION, card_folder, write_pin
@@ -33,6 +35,7 @@ def push(source: str, organization: str = HUB_ORGANIZATION, name: str | None = N
 
     Raises:
         FileNotFoundError: there is no such folder, or it lacks a file.
+        ValueError: the Hub takes no such name of a repository.
         PermissionError: nobody is logged in, or may not write there.
         ConnectionError: the Hub cannot be reached, or refuses for another reason.
     """
@@ -46,8 +49,6 @@ def push(source: str, organization: str = HUB_ORGANIZATION, name: str | None = N
         raise PermissionError(
             "you are not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN"
         ) from error
-    except HFValidationError as error:
-        raise ValueError(f"{repository} is no name of a repository: {error}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status in (401, 403):
@@ -99,5 +100,12 @@ def planned(source: str, organization: str, name: str | None = None) -> tuple[Pa
     default = folder.name if is_card else json.loads((folder / "config.json").read_text()).get("architecture")
     if not default and not name:
         raise ValueError(f"{folder}/config.json names no architecture; make the folder anew with `gzoo train`")
+    repository = f"{organization}/{name or default}"
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ValueError(f"{repository} is no name of a repository: {error}") from error
+    if (folder.parent / "checkpoint.pt").is_file() and not (folder.parent / "results.json").is_file():
+        print(f"gzoo: {folder.parent}: this run has not finished; these are its weights so far", file=sys.stderr)
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return folder, f"{organization}/{name or default}", files
+    return folder, repository, files

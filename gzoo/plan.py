@@ -624,8 +624,9 @@ def comparison(name: str, group: str, basis: BasisName | None = None) -> str:
         ValueError: timm has no such model; or as `plan`.
     """
     if not timm.is_model(name):
-        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), 3)) or "see timm.list_models()"
-        raise ValueError(f"timm has no model {name!r}; near it are: {near}")
+        close = difflib.get_close_matches(name, timm.list_models(), 3)
+        near = f"near it are {', '.join(close)}" if close else "give a plain one's name, as timm.list_models() has them"
+        raise ValueError(f"timm has no model {name!r}; {near}")
     with torch.device("meta"):
         model = timm.create_model(name)
     chain = groups.chain(group)

@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -48,6 +49,8 @@ def load_model(name: str, pretrained: bool, **model_args: Any) -> nn.Module:
             raise ValueError(f"{name}: there are no pretrained weights; `timm.list_pretrained()` lists what has some")
     try:
         return timm.create_model(name, pretrained=pretrained, **model_args)
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ConnectionError(f"{name}: it cannot be fetched from the Hugging Face Hub: {error}") from error
     # AttributeError: timm looks for the layers that the config of the weights names.
     except (RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{name}: the model cannot be built, or its weights cannot be loaded: {error}") from error
@@ -109,7 +112,10 @@ def count_poses(model: nn.Module, logits: Any) -> int:
     if isinstance(logits, torch.Tensor) and logits.ndim == 3 and group is not None and logits.shape[2] == group.order:
         return group.order
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-        raise ValueError(f"{type(model).__name__} gives no logits (B, classes), so it is no classifier of images")
+        raise ValueError(
+            f"{type(model).__name__} gives no logits (B, classes), so it is no classifier of images; "
+            "`gzoo train`, eval and predict are for those, and other networks take a loop of your own"
+        )
     return 1
 
 

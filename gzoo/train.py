@@ -56,6 +56,7 @@ from gzoo.data import (
     Augmentation,
     ImageData,
     class_folders,
+    classes_without_training,
     eval_loader,
     eval_transform,
     input_config,
@@ -482,6 +483,11 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     if getattr(optimizer, "is_second_order", False):
         raise ValueError(f"optimizer {name} needs second derivatives, which gzoo does not take")
     learned = subset_parameters(model)
+    if config.subset_lr != TrainConfig.subset_lr and not learned:
+        raise ValueError(
+            f"subset_lr is {config.subset_lr}, and {config.model} is not partial; give model_args partial=true, or "
+            "leave it out"
+        )
     if learned:  # at the rate of the weights they would hardly leave the whole group
         apart = set(learned)
         for group in optimizer.param_groups:
@@ -515,11 +521,16 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int)
 
 
 def _open_data(config: TrainConfig, out: Path) -> tuple[ImageData, ImageData | None]:
-    """Training and validation images; the test split is never looked at."""
+    """Training and validation images; of the test split only the names of classes are looked at."""
     splits, place = split_names(config.data), out.resolve()
     lies_in_data = place.is_relative_to(Path(config.data).expanduser().resolve())  # else no walk through all images
     if lies_in_data and any(place.is_relative_to(folder.resolve()) for folder in class_folders(config.data)):
         raise ValueError(f"{out} lies in {config.data}, whose folders are classes; give another --out")
+    if unknown := classes_without_training(config.data):
+        print(
+            f"gzoo: {config.data}: no training images for the classes in {unknown}; `gzoo eval` will refuse that split",
+            file=sys.stderr,
+        )
     train_data = open_split(config.data, "train")
     if "val" in splits:
         return train_data, open_split(config.data, "val")
@@ -597,6 +608,8 @@ def _augmentation(config: TrainConfig) -> Augmentation:
 
 def _freeze_backbone(model: nn.Module, config: TrainConfig) -> None:
     if config.freeze_backbone:
+        if not (config.pretrained or config.grown_from):
+            print("gzoo: freeze_backbone keeps random weights, as pretrained is not set", file=sys.stderr)
         model.requires_grad_(False)
         for classifier in classifiers(model):
             classifier.requires_grad_(True)

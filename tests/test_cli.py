@@ -101,6 +101,11 @@ def test_an_error_of_the_user_is_one_line_and_exit_code_1(arguments, message, ca
         ["check", "--size", "33", "p4m_resnet20"],
         *(["check", "p4_cnn7", "--size", size] for size in ("28x", "x28", "28x28x28", "28.0")),
         ["mnist6", "--mnist", "m", "--json", "no/such/folder.json"],
+        ["mnist6", "--mnist", "m", "--json", "."],
+        ["eval", "--model", "m", "--data", "d", "--batch-size", "0"],
+        ["eval", "--model", "m", "--data", "d", "--batch-size", "two"],
+        ["eval", "--model", "m", "--data", "d", "--workers", "-1"],
+        ["check", "p4_cnn7", "--tolerance", "nan"],
     ],
 )
 def test_a_wrong_command_line_is_exit_code_2(arguments, capsys):

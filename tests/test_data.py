@@ -14,6 +14,7 @@ from torchvision.transforms import InterpolationMode
 
 from gzoo.data import (
     Augmentation,
+    classes_without_training,
     decode_file,
     eval_loader,
     eval_transform,
@@ -399,6 +400,24 @@ def test_a_class_folder_without_images_is_told_of(tmp_path, capsys):
     told = capsys.readouterr().err
     assert "no images in the folders ['d'], so they are no classes" in told
     assert "no image to train on has the classes ['c']" in told
+    assert "left out" not in told
+
+
+def test_files_of_other_formats_are_counted(tmp_path, capsys):
+    folder = write_images(tmp_path / "x", ("a", "b"))
+    for name in ("a/1.heic", "a/2.HEIC", "b/array.npy", "b/image", "b/.hidden"):
+        (folder / name).write_bytes(b"")
+    assert len(open_split(str(folder), "train")) == 8
+    told = capsys.readouterr().err
+    assert "left out as files of no format that PIL opens: 2 .heic, 1 .npy, 1 without an ending\n" in told
+
+
+def test_classes_of_other_splits_that_training_has_not(tmp_path):
+    write_images(tmp_path / "x" / "train", ("a", "b"))
+    write_images(tmp_path / "x" / "testing", ("A", "b", "c"))
+    (tmp_path / "x" / "testing" / ".hidden").mkdir()
+    assert classes_without_training(str(tmp_path / "x")) == ["testing/A", "testing/c"]
+    assert classes_without_training(str(tmp_path / "x" / "train")) == []
 
 
 # --- transforms and loaders

@@ -212,6 +212,7 @@ def test_a_dry_run_uploads_nothing(here: Hub, capsys: pytest.CaptureFixture[str]
         ((CARD, "--org", "lab"), "hf_wrong", "the Hub refused (401). Log in with a token that may write to lab"),
         ((CARD, "--org", "closed"), TOKEN, "the Hub refused (403)"),
         ((CARD, "--org", "two words"), TOKEN, "two words/p4_cnn7.rotmnist is no name of a repository"),
+        ((CARD, "--name", "a b", "--dry-run"), TOKEN, "a b is no name of a repository"),
         (("nope.nothing",), TOKEN, "nope.nothing: no card and no folder of that name"),
     ],
 )
@@ -243,13 +244,18 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
         planned(str(tmp_path), "lab", None)
 
 
-def test_a_run_is_pushed_by_its_folder(tmp_path: Path) -> None:
+def test_a_run_is_pushed_by_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model").mkdir()
     for name, text in (("config.json", '{"architecture": "p4_cnn7"}'), ("model.safetensors", "")):
         (tmp_path / "model" / name).write_text(text)
     folder, repository, files = planned(str(tmp_path), "lab", None)
     assert (folder, repository) == ((tmp_path / "model").resolve(), "lab/p4_cnn7")
     assert files == ["config.json", "model.safetensors"]
+    (tmp_path / "checkpoint.pt").touch()
+    for finished in (False, True):
+        planned(str(tmp_path), "lab")
+        assert ("this run has not finished" in capsys.readouterr().err) == (not finished)
+        (tmp_path / "results.json").touch()
 
 
 def test_a_trained_folder_is_pushed_under_the_name_of_its_network(tmp_path: Path) -> None:

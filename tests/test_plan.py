@@ -140,7 +140,7 @@ def test_gzoo_plan_says_where_a_match_misses_its_ten_percent(group, misses, caps
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resnet19", "--group", "p4"], "timm has no model 'resnet19'; near it are: "),
+        (["resnet19", "--group", "p4"], "timm has no model 'resnet19'; near it are resnet18"),
         (["resnet18", "--group", "p5"], "unknown group 'p5'; accepted are p4"),
         (["p4_resnet20", "--group", "p4m"], "EquivariantStagedCNN is equivariant already; convert the plain network"),
         (["d8d4d1_resnet20", "--group", "p4"], "is equivariant already"),

@@ -263,9 +263,10 @@ def test_the_learning_rate_warms_up_and_falls_at_every_update(settings, monkeypa
     assert len(set(rates)) == 9
 
 
-def test_freezing_the_backbone_trains_the_classifier_only_and_leaves_norm_statistics(settings):
+def test_freezing_the_backbone_trains_the_classifier_only_and_leaves_norm_statistics(settings, capsys):
     torch.manual_seed(0)
     train(TrainConfig(**settings | {"freeze_backbone": True, "val_fraction": 0, "epochs": 1}))
+    assert "freeze_backbone keeps random weights, as pretrained is not set" in capsys.readouterr().err
     after = weights(settings["out"])
     gzoo.train.seed_everything(0)
     before = timm.create_model("test_resnet", num_classes=2).state_dict()
@@ -907,6 +908,8 @@ def test_the_soft_penalty_holds_the_residual_filters_near_zero(settings):
     assert norms[0] > 2 * norms[1] > 0
     with pytest.raises(ValueError, match="is not soft"):
         train(TrainConfig(**settings | {"soft_penalty": 1.0}))
+    with pytest.raises(ValueError, match=r"subset_lr is 1.0, and \w+ is not partial"):
+        train(TrainConfig(**settings | {"subset_lr": 1.0}))
     with pytest.raises(ValueError, match=r"soft_penalty is -1.0; it must be at least 0"):
         TrainConfig(**settings | {"soft_penalty": -1.0})
 
