@@ -29,7 +29,7 @@ from gzoo.bases import BasisName
 from gzoo.check import KeepDouble, check, first_broken_layer, in_channels, input_size, leaves, relative_error
 from gzoo.equivariant import EquivariantClassifier, group_of, make_equivariant, removing, tensors_in
 from gzoo.groups import Group
-from gzoo.nn import FibreNorm, GroupMapNorm, PoseConv2d, PoseLinear, Restriction, restrict_output
+from gzoo.nn import FibreNorm, GroupMapNorm, PoseConv2d, PoseLinear, Restriction, VectorPool, restrict_output
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.nn.fibre import share_along_fibre
 from gzoo.nn.functions import SymmetricForward, act_symmetrically
@@ -810,8 +810,10 @@ def _check_poses(
             "steps or pads of maps with channels last, a position embedding, a split of channels"
         )
     if broken is not None:
+        has_vectors = any(isinstance(module, VectorPool) for module in probe.modules())
         raise ValueError(
             f"the output{broken} of {type(probe).__name__} is not equivariant {at_size}, though each module is: look "
             "for a step in its forward that treats some pixels or channels unlike others, such as a shift or a crop of "
             "one axis. If it takes apart the logits that a layer makes, name that layer, as in classifier='head'"
+            f"{'. Angles, activations and scales of vectors are to be taken outside the network' if has_vectors else ''}"
         )

@@ -315,6 +315,20 @@ def test_vectors_that_no_layer_makes_are_refused(vectors, message):
         gzoo.convert(Instances(), "p4", vectors=vectors)
 
 
+def test_the_angle_of_a_vector_is_no_output():
+    class Angle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.arrow = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            right, down = self.arrow(self.body(x).relu().mean((2, 3))).T
+            return torch.atan2(down, right)
+
+    with pytest.raises(ValueError, match=r"Angles, activations and scales of vectors are to be taken outside"):
+        gzoo.convert(Angle(), "p4", vectors={"arrow": [(0, 1)]})
+
+
 def test_a_linear_layer_at_each_pixel_makes_no_vectors():
     class Last(nn.Module):
         def __init__(self) -> None:
