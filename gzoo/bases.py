@@ -331,8 +331,9 @@ def expand(weight: Tensor, basis: Basis) -> Tensor:
         height, width = ((basis.size - side) // 2 for side in weight.shape[-2:])
         if height or width:
             weight = F.pad(weight, (width, width, height, height))
-    # A compiler derives the gradient itself; it does not take a Function with a jvp.
-    spread = _Spread.forward if torch.compiler.is_compiling() else _Spread.apply
+    # A compiler derives the gradient itself; it does not take a Function with a jvp, and ONNX takes none.
+    is_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    spread = _Spread.forward if is_graph else _Spread.apply
     filters: Tensor = spread(weight.flatten(2), basis.source)  # (out, |G|, in, |G| or 1 * pixels or functions)
     if basis.samples is not None:
         functions = basis.samples.shape[1]

@@ -811,9 +811,10 @@ def _check_poses(
         )
     if broken is not None:
         has_vectors = any(isinstance(module, VectorPool) for module in probe.modules())
+        of_vectors = ". Angles, activations and scales of vectors are to be taken outside the network"
         raise ValueError(
             f"the output{broken} of {type(probe).__name__} is not equivariant {at_size}, though each module is: look "
             "for a step in its forward that treats some pixels or channels unlike others, such as a shift or a crop of "
             "one axis. If it takes apart the logits that a layer makes, name that layer, as in classifier='head'"
-            f"{'. Angles, activations and scales of vectors are to be taken outside the network' if has_vectors else ''}"
+            f"{of_vectors if has_vectors else ''}"
         )

@@ -17,6 +17,7 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
+from timm.models._features import FeatureGetterNet
 from timm.models._pretrained import PretrainedCfg
 from torch import nn
 
@@ -342,10 +343,12 @@ def _factory(name: str, entry: Entry | None) -> Callable[..., nn.Module]:
             with torch.device("meta"):
                 plain: Any = _BACKBONES[entry.backbone].plain()
             levels["out_indices"] = tuple(range(len(plain.feature_info)))
+        if kwargs.get("features_only") and kwargs.get("global_pool") == "":
+            kwargs["num_classes"] = 0  # a classifier would be given a map
         with weights.explained(config) if pretrained else nullcontext():
             if pretrained:
                 overlay |= weights.verified(config, kwargs.get("cache_dir"))
-            return build_model_with_cfg(
+            model = build_model_with_cfg(
                 build,
                 name,
                 pretrained,
@@ -355,6 +358,9 @@ def _factory(name: str, entry: Entry | None) -> Callable[..., nn.Module]:
                 feature_cfg=levels,
                 **kwargs,
             )
+        if isinstance(model, FeatureGetterNet):
+            model.register_load_state_dict_pre_hook(_move_keys_inside)
+        return model
 
     create.__name__ = create.__qualname__ = name
     create.__module__ = __name__
@@ -365,6 +371,14 @@ def _factory(name: str, entry: Entry | None) -> Callable[..., nn.Module]:
     else:
         create.__doc__ = f"{entry.backbone} over {entry.group or 'no group: the plain network'}. {entry.paper}".strip()
     return create
+
+
+def _move_keys_inside(getter: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """So that features take the state of the network with a classifier, as those of plain networks do."""
+    inside = f"{prefix}model."
+    own = [key for key in state_dict if key.startswith(prefix)]
+    if not any(key.startswith(inside) for key in own):
+        state_dict |= {inside + key.removeprefix(prefix): state_dict.pop(key) for key in own}
 
 
 # What those that are not converted by `Entry.build` do without; over continuous groups partial=True is an option.

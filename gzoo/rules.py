@@ -13,7 +13,13 @@ from typing import Any, Literal
 import timm.layers as tl
 import torch
 import torch.nn.functional as F
-from timm.layers.adaptive_avgmax_pool import AdaptiveCatAvgMaxPool2d, FastAdaptiveAvgPool
+from timm.layers.adaptive_avgmax_pool import (
+    AdaptiveCatAvgMaxPool2d,
+    FastAdaptiveAvgMaxPool,
+    FastAdaptiveAvgPool,
+    FastAdaptiveCatAvgMaxPool,
+    FastAdaptiveMaxPool,
+)
 from timm.layers.grn import GlobalResponseNorm
 from timm.layers.pool2d_same import MaxPool2dSame
 from timm.layers.split_attn import RadixSoftmax
@@ -846,7 +852,8 @@ def _prelu(plain: nn.PReLU, recipe: Recipe) -> nn.Module:
     nn.GLU,  # whose gates are whole fields, as the trace ties one half of the channels to the other
     # These reduce all pixels alike; a flattened map that still has pixels is met by an error at the next layer.
     *REDUCTIONS,
-    *(tl.SelectAdaptivePool2d, tl.AdaptiveAvgMaxPool2d, AdaptiveCatAvgMaxPool2d, FastAdaptiveAvgPool),
+    *(tl.SelectAdaptivePool2d, tl.AdaptiveAvgMaxPool2d, AdaptiveCatAvgMaxPool2d),
+    *(FastAdaptiveAvgPool, FastAdaptiveMaxPool, FastAdaptiveAvgMaxPool, FastAdaptiveCatAvgMaxPool),
 )
 def _unchanged(plain: nn.Module, recipe: Recipe) -> nn.Module:
     return plain

@@ -7,6 +7,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from timm.utils.onnx import onnx_export
 from torch import nn
 
 import gzoo
@@ -84,9 +85,17 @@ ANY_SIZE = {2 + i: 32 * torch.export.Dim(name, min=1, max=64) for i, name in enu
 def test_a_model_exports_for_any_batch_and_any_size_that_its_strides_divide():
     (model, _), x = model_and_image("p4_resnet20"), torch.randn(2, 3, 64, 64)
     exported = torch.export.export(model, (x,), dynamic_shapes=(ANY_BATCH | ANY_SIZE,)).module()
-    for images in (x[:1], torch.randn(1, 3, 32, 96)):
+    for images in (x[:1], torch.randn(1, 3, 32, 96), torch.randn(1, 3, 96, 32)):
         with torch.no_grad():
             torch.testing.assert_close(exported(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_traced_model_is_of_one_size(recwarn):
+    (model, _), x = model_and_image("p4_resnet20"), torch.randn(1, 3, 33, 32)
+    traced = torch.jit.trace(model, x)  # warns of each number that it keeps
+    torch.testing.assert_close(traced(x), model(x))
+    with pytest.raises(torch.jit.Error, match="the network was traced at another size of images"):
+        traced(x[:, :, :32])
 
 
 def test_onnx_runtime_gives_the_same_for_any_batch_size(tmp_path):
@@ -99,3 +108,11 @@ def test_onnx_runtime_gives_the_same_for_any_batch_size(tmp_path):
         (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(found), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_timms_exporter_traces_a_network_with_gradients(tmp_path, recwarn):
+    model, x = model_and_image("p4_cnn7")
+    onnx_export(model, tmp_path / "model.onnx", example_input=x, use_dynamo=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-4, atol=1e-4)

@@ -68,7 +68,7 @@ class FibreNorm(nn.Module):
             raise ValueError(f"x has {channels} channels, no whole number of fields of |G| = {order}; lift it first")
         rows = x.reshape(batch, channels // order, order * (pixels or [1])[0], *pixels[1:])  # a view of x
         result: Tensor = self.norm(rows)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or torch.jit.is_tracing():
             return result.reshape(x.shape)
         # Were it a view, an activation in place behind it would have autograd copy gradients: 5% of a training step. No
         # one else holds the norm's result, so torch need not know that they share memory.

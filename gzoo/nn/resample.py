@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -64,15 +65,17 @@ def resample(x: Tensor, window: Window) -> tuple[Tensor, int, int]:
     if not window.symmetric:
         return x, (window.padding + 1) // 2, window.stride
     height, width = x.shape[-2:]
-    if window.stride == 1 and window.padding % 2 == 0 and min(height, width) + window.padding >= window.extent:
+    # Each side by itself: the smaller of two is one of them alone in an export for any size.
+    fits = all(side + window.padding >= window.extent for side in (height, width))
+    if window.stride == 1 and window.padding % 2 == 0 and fits:
         return x, window.padding // 2, 1  # fits everywhere
     counts = window.output_size(height), window.output_size(width)
     padding = (window.padding + 1) // 2
     size = [(count - 1) * window.stride + window.extent - 2 * padding for count in counts]
-    if min(size) < 1:  # a single pixel under an even kernel: round the padding down and go on beyond the border
+    if any(n < 1 for n in size):  # a single pixel under an even kernel: pad less, and go on beyond the border
         padding = window.padding // 2
         size = [(count - 1) * window.stride + window.extent - 2 * padding for count in counts]
-    if min(*counts, *size) < 1:
+    if any(n < 1 for n in (*counts, *size)):
         raise ValueError(
             f"a map of {height}x{width} pixels is too small for a window of {window.extent} pixels with "
             f"{window.padding} pixels of padding in all; give the network a larger image"
@@ -80,11 +83,13 @@ def resample(x: Tensor, window: Window) -> tuple[Tensor, int, int]:
     if window.extent == 1 and not padding:
         return centre(x, size, window.stride), 0, 1
     # torch's strided convolution of 1 pixel in bfloat16 leaves part of the gradient of its weight unwritten on a CPU.
-    return centre(x, size), padding, window.stride if max(counts) > 1 else 1
+    return centre(x, size), padding, window.stride if any(n > 1 for n in counts) else 1
 
 
 def centre(x: Tensor, size: list[int], step: int = 1) -> Tensor:
     """Every ``step``-th of ``size`` samples of (B, C, H, W), one pixel apart, in the middle of it."""
+    if torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export():
+        x = _require_size(x, int(x.shape[2]), int(x.shape[3]))
     for axis, n in enumerate(size, start=2):
         spare = x.shape[axis] - n
         if spare < 0:  # the border goes on
@@ -100,6 +105,14 @@ def centre(x: Tensor, size: list[int], step: int = 1) -> Tensor:
             x = (left + right).mul_(0.5)
         else:
             x = _every(step, x.narrow(axis, spare // 2, n) if spare else x, axis)
+    return x
+
+
+@torch.jit.script_if_tracing
+def _require_size(x: Tensor, height: int, width: int) -> Tensor:
+    """x; a traced network, whose ways do not depend on the size any more, raises RuntimeError at another."""
+    if x.shape[2] != height or x.shape[3] != width:
+        raise RuntimeError("the network was traced at another size of images; torch.export takes dynamic shapes")
     return x
 
 
