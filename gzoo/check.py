@@ -132,6 +132,10 @@ def check(
             no images of that size.
     """
     require_network("model", model)
+    if not isinstance(group, str | Group | None):
+        raise ValueError(f"group is {group!r}; accepted are names such as 'p4m', and a gzoo.groups.Group")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}; accepted are torch.float64, torch.float32 and their like")
     group = groups.get(group) if isinstance(group, str) else group
     own_group, asked = group_of(model), group
     around = isinstance(model, Equivarified | Canonicalized)  # follows its own group, whatever network is in it
@@ -236,15 +240,24 @@ def _sides(size: Any) -> tuple[int, int]:
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int] | None:
-    """Channels, height and width of the images that a network says are its own; None if it does not."""
-    return (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    """Channels, height and width of the images that a network says are its own; None if it does not.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    is_size = isinstance(size, tuple | list) and len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size)
+    if size is not None and not is_size:
+        raise ValueError(f"pretrained_cfg['input_size'] is {size!r}; it takes channels, height and width: (3, 64, 64)")
+    return size
 
 
 def in_channels(model: nn.Module) -> int:
     """The channels of the image that ``model`` takes: those that it says itself, or those of its first convolution."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    if "first_conv" not in config and config.get("input_size"):  # timm's does not know of in_chans
-        return int(config["input_size"][0])
+    size = input_size(model)
+    if "first_conv" not in config and size:  # timm's does not know of in_chans
+        return size[0]
     folded = 1
     for module in model.modules():
         if isinstance(module, SpaceToDepth | nn.PixelUnshuffle):
@@ -368,6 +381,7 @@ def first_broken_layer(
     tolerance: float = 1e-8,
     elements: Iterable[int] | None = None,
     stage: tuple[nn.Module | None, nn.Module | None] = (None, None),
+    inner: bool = True,
 ) -> str | None:
     """The name of the first leaf module whose output does not transform with x; None if all do.
 
@@ -378,11 +392,12 @@ def first_broken_layer(
 
     Args:
         model: float64, in eval mode.
-        x: (B, C, H, W) with H = W.
+        x: (B, C, H, W), with H = W if ``inner``.
         group: which group.
         tolerance: the largest error that is rounding.
         elements: which elements; by default all that are exact on the grid.
         stage: the leaves that run first and next after the ones looked at; None for all from the start, or to the end.
+        inner: whether leaves are looked at, not the network's own outputs alone.
     """
     expected, signed = _recorded_outputs(model, x), _has_vectors(model)
     outputs_of_all = [name for name in expected if name == "" or name.startswith("[")]
@@ -391,7 +406,7 @@ def first_broken_layer(
     first, end = (None if leaf is None else ran.index(paths[leaf]) for leaf in stage)
     for g in group.grid_elements if elements is None else elements:
         outputs = _recorded_outputs(model, group.transform_image(x, g))
-        for name in ran[first:end]:
+        for name in ran[first:end] if inner else outputs_of_all:
             found = outputs[name]
             laws = _possible(group, expected[name], g, found, signed and name not in pairs)
             if name not in outputs_of_all:

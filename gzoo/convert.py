@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 
 from gzoo import groups
 from gzoo.bases import BasisName
-from gzoo.check import KeepDouble, check, first_broken_layer, in_channels, input_size, leaves, relative_error
+from gzoo.check import KeepDouble, first_broken_layer, in_channels, input_size, leaves, relative_error
 from gzoo.equivariant import EquivariantClassifier, group_of, make_equivariant, removing, tensors_in
 from gzoo.groups import Group
 from gzoo.nn import FibreNorm, GroupMapNorm, PoseConv2d, PoseLinear, Restriction, VectorPool, restrict_output
@@ -301,7 +301,9 @@ def _coupling(model: nn.Module, planned: Plan) -> list[tuple[str, Any]]:
     outputs = planned.trace.outputs
     logits = {part for path in planned.classifiers for part in flat(outputs.get(path, ()))}
     coupled = [
-        (path, model.get_submodule(path)) for path, own in planned.trace.coupled if not logits.issuperset(flat(own))
+        (path, model.get_submodule(path))
+        for path, own in planned.trace.coupled
+        if not (logits.issuperset(flat(own)) or all(part.image for part in flat(own)))
     ]
     softmax = nn.Softmax, nn.LogSoftmax, nn.Softmax2d  # whose rule leaves them as they are
     return [(path, module) for path, module in coupled if type(module) not in RULES or isinstance(module, softmax)]
@@ -398,8 +400,8 @@ def _walk(module: nn.Module, recipe: Recipe, done: dict[nn.Module, nn.Module]) -
 def _share_own(module: nn.Module, own: list[str], recipe: Recipe) -> list[str]:
     """Shares parameters that hold one number a channel along the fibre, in place.
 
-    Single numbers, and such of the image's channels, stay as they are. Returns the names of those that are none of
-    these.
+    Single numbers, several that are taken one by one, and such of the image's channels stay as they are. Returns the
+    names of those that are none of these.
     """
     unknown = []
     for name in own:
@@ -408,7 +410,7 @@ def _share_own(module: nn.Module, own: list[str], recipe: Recipe) -> list[str]:
             continue
         channels = flat(recipe.plan.trace.own.get(recipe.path, {}).get(name, ()))
         are_followed = bool(channels) and recipe.plan.followed.issuperset(channels)
-        if are_followed and all(segment.image for segment in channels):
+        if channels and all(segment.image for segment in channels):
             continue
         if not are_followed or name in module._buffers or any(segment.image for segment in channels):
             unknown.append(name)
@@ -481,6 +483,8 @@ def _channel_counts(model: Any, plan: Plan) -> Callable[[], None]:
     info = getattr(model, "feature_info", None)
     for level in getattr(info, "info", info) or ():
         segments = seen.outputs.get(level.get("module"))
+        if "num_chs" not in level:  # of a network of one's own, whose stages are enough
+            continue
         if segments is None or sum(part.size for part in flat(segments)) != level["num_chs"]:
             segments = totals.get(level["num_chs"])
         todo.append((functools.partial(level.__setitem__, "num_chs"), segments, 1))
@@ -543,23 +547,25 @@ def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
         for image in flatten([x], odd_images(probe, x)):
             for own, stage in stages:
                 _check_poses(probe, image, own, tolerance, own.grid_generators, stage)
-    if any(isinstance(module, SymmetricForward) for module in probe.modules()):
-        _check_oblong(probe, x, tolerance)
+    if not isinstance(probe, EquivariantClassifier) or any(isinstance(m, SymmetricForward) for m in probe.modules()):
+        _check_oblong(probe, x, stages[-1][0], tolerance)
 
 
-def _check_oblong(probe: nn.Module, x: Tensor, tolerance: float) -> None:
-    """Raises ValueError if the outputs do not follow an image a pixel wider, whose sides a function may take unlike."""
-    size = x.shape[2], x.shape[3] + 1
-    try:
-        calibrate(probe, F.pad(x, (0, 1), mode="reflect"))
-        report = check(probe, size)
-    except Exception:  # a network for squares, or for other sizes, says so in any way
+def _check_oblong(probe: nn.Module, x: Tensor, group: Group, tolerance: float) -> None:
+    """Raises ValueError if the outputs do not follow a wider image, odd or else even; a forward may mix up sides."""
+    for more in (x.shape[3] // 2 + 1, x.shape[3] // 2):
+        wide = F.pad(x, (0, more, 0, 0), mode="reflect")
+        try:
+            calibrate(probe, wide)
+            broken = first_broken_layer(probe, wide, group, tolerance, group.grid_generators, inner=False)
+        except Exception:  # a network for squares, or for other sizes, says so in any way
+            continue
+        if broken is not None:
+            raise ValueError(
+                f"{type(probe).__name__} is not equivariant at {wide.shape[2]}x{wide.shape[3]} pixels, though it is on "
+                "squares: look for a function in its forward that treats height and width unlike"
+            )
         return
-    if not report.worst < tolerance:
-        raise ValueError(
-            f"{type(probe).__name__} is not equivariant at {size[0]}x{size[1]} pixels, though it is on squares: look "
-            "for a function in its forward that treats height and width unlike"
-        )
 
 
 def _has_idle_layers(probe: nn.Module, x: Tensor) -> bool:
@@ -599,12 +605,12 @@ def _check_mean(plain: nn.Module, converted: nn.Module, logits: Collection[str],
     """Raises ValueError unless the outputs of ``converted``, filled from ``plain``, are the mean of its over all poses.
 
     Those of the network, or of the layers ``logits``, if there are any, where it bends those (to probabilities). Both
-    with other weights, which hide nothing, at an image size that all windows fit, if one of two does. Only for networks
-    of torch's own layers: of others there are some that become symmetric by being changed.
+    with other weights, which hide nothing, at an image size that all windows fit, if one of two does. Not for networks
+    with layers of timm: there are some that become symmetric by being changed.
     """
     group = group_of(converted)
     layers = [module for module in plain.modules() if not any(True for _ in module.children())]
-    if group is None or any(not type(leaf).__module__.startswith("torch.nn.") for leaf in layers):
+    if group is None or any(type(leaf).__module__.startswith("timm.") for leaf in layers):
         return
     probe, image = randomized(plain)
     odd = next(odd_images(probe, image), None)  # changes the statistics of the norms
@@ -625,7 +631,7 @@ def _check_mean(plain: nn.Module, converted: nn.Module, logits: Collection[str],
             if pairs:
                 ways = [[group.transform_vectors(z, g, pairs) for g, z in enumerate(turned)]]
             means = [torch.stack(way).mean(0) for way in ways if len({z.shape for z in way}) == 1]
-            if means and y.shape[1] == means[0].shape[1] * group.order:
+            if means and y.ndim > 1 and y.shape[1] == means[0].shape[1] * group.order:
                 y = y.unflatten(1, (-1, group.order)).mean(2)
             if min((relative_error(y, mean) for mean in means), default=math.inf) > 1e-8:
                 raise ValueError(

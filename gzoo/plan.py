@@ -133,13 +133,13 @@ class Plan:
             return []
 
         info = getattr(self.model, "feature_info", None)
-        paths = [level["module"] for level in getattr(info, "info", info) or ()]
+        paths = [level.get("module") for level in getattr(info, "info", info) or ()]
         modules = dict(self.model.named_modules())
         convolutions = [name for name, module in modules.items() if isinstance(module, nn.Conv2d)]
         stages = [
             path
             for path in paths
-            if "stem" not in path and path in modules and any(name.startswith(f"{path}.") for name in convolutions)
+            if path in modules and "stem" not in path and any(name.startswith(f"{path}.") for name in convolutions)
         ]
         if len(stages) < len(self.groups):
             raise ValueError(

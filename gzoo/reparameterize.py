@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from timm.models import byobnet, fastvit, ghostnet, lcnetv2, repghost, repvit
 from torch import Tensor, nn
 
-from gzoo.equivariant import group_of
+from gzoo.equivariant import group_of, require_network
 from gzoo.interop import replace_modules
 from gzoo.nn import FibreNorm, GroupConv2d, LiftingConv2d
 from gzoo.nn.expand import along_fibre
 from gzoo.nn.merged import MergedConv2d
 from gzoo.partial import subsets
-from gzoo.rules import SymmetricGhostV3
 from gzoo.soft import residuals
 
 
@@ -52,6 +51,7 @@ def reparameterize(model: nn.Module) -> nn.Module:
         ValueError: ``model`` is not equivariant, or it is partial or soft; the branches of a block are plain ones, or
             have norms that are no fixed scale and shift, such as layer norm. Names the block.
     """
+    require_network("model", model)
     if group_of(model) is None:
         raise ValueError(f"{type(model).__name__} is not equivariant; use timm.models.reparameterize_model for it")
     if residuals(model) or any(subsets(model)):
@@ -61,7 +61,7 @@ def reparameterize(model: nn.Module) -> nn.Module:
 
 def _merged(path: str, module: nn.Module) -> nn.Module | None:
     """What stands in the place of ``module``: its convolution, or itself with less in it; None keeps it."""
-    merge = _MERGE.get(type(module))
+    merge = next((_MERGE[kind] for kind in type(module).__mro__ if kind in _MERGE), None)
     if merge is None or getattr(module, "reparam_conv", None) is not None:  # or merged already
         return None
     try:
@@ -228,7 +228,6 @@ _MERGE: dict[type[nn.Module], Callable[[Any], nn.Module | None]] = {
     repvit.RepVggDw: _rep_vgg_dw,
     repghost.RepGhostModule: _rep_ghost,
     ghostnet.GhostModuleV3: _ghost_v3,
-    SymmetricGhostV3: _ghost_v3,
     ghostnet.GhostBottleneckV3: _ghost_v3_bottleneck,
     lcnetv2.RepDepthwiseSeparable: _lcnet_v2,
 }

@@ -29,7 +29,6 @@ from timm.models import (
     edgenext,
     efficientvit_mit,
     fastvit,
-    ghostnet,
     hgnet,
     inception_next,
     metaformer,
@@ -40,7 +39,6 @@ from timm.models import (
     selecsls,
     swiftformer,
 )
-from timm.models.inception_v3 import InceptionB, InceptionD  # the name in timm.models is the function
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d, Permute, StochasticDepth  # type: ignore[import-untyped]
 
@@ -79,7 +77,7 @@ from gzoo.nn.functions import act_symmetrically, is_whole
 from gzoo.nn.linear import Head, Pooling
 from gzoo.nn.mixed import Run
 from gzoo.nn.norm import CHANNELS_FIRST, channel_dim
-from gzoo.nn.resample import Window, centre, square
+from gzoo.nn.resample import Window, square
 from gzoo.plan import REDUCTIONS, Plan, nearest_divisor
 from gzoo.segments import Segments, flat
 from gzoo.trace import side_folded_by
@@ -543,6 +541,11 @@ def _one_for_all_poses(plain: Any, recipe: Recipe, what: str = "attention") -> N
     *(tl.FrozenBatchNormAct2d, FrozenBatchNorm2d),
 )
 def _batch_norm(plain: Any, recipe: Recipe) -> nn.Module:
+    if recipe.per_element and getattr(plain, "track_running_stats", True) is False:
+        raise ValueError(
+            "it norms by the statistics of the batch in evaluation, too, which are one for all poses here, and each "
+            "pose's own in the plain network; convert with fresh weights, or let it track running statistics"
+        )
     side = _side_of_map(recipe) if recipe.path in recipe.plan.trace.flattened else 1
     plain.num_features = recipe.in_fields * side**2
     if side > 1:
@@ -692,59 +695,6 @@ def _hgnet_stem(plain: Any, recipe: Recipe) -> nn.Module:
     window = Window(kernel=2, stride=1, padding=1)
     plain.stem2a.conv.window = plain.stem2b.conv.window = window
     plain.pool = SymmetricPool2d(nn.MaxPool2d(2, stride=1, padding=1), window)
-    return plain
-
-
-class _SymmetricPoolLast:
-    """A block of Inception-v3 whose last branch pools in a function, with a stride: behind the resampling rule here."""
-
-    pool: SymmetricPool2d
-
-    def _forward(self, x: Tensor) -> list[Tensor]:
-        return [*super()._forward(x)[:-1], self.pool(x)]  # type: ignore[misc]
-
-
-class _SymmetricInceptionB(_SymmetricPoolLast, InceptionB): ...
-
-
-class _SymmetricInceptionD(_SymmetricPoolLast, InceptionD): ...
-
-
-@rule(InceptionB, InceptionD)
-def _inception_reduction(plain: Any, recipe: Recipe) -> nn.Module:
-    plain.__class__ = _SymmetricInceptionB if isinstance(plain, InceptionB) else _SymmetricInceptionD
-    plain.pool = SymmetricPool2d(nn.MaxPool2d(3, stride=2))
-    return plain
-
-
-class _SymmetricGate:
-    """A module of GhostNet whose gate sees half of the pixels: its forward pools and enlarges them in functions."""
-
-    pool: SymmetricPool2d
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate_fn(self.short_conv(self.pool(x)))  # type: ignore[attr-defined]
-        out = self.ungated(x)  # type: ignore[attr-defined]
-        # To an odd size torch's own 'nearest' would take the pixel in the middle from one side.
-        return out * centre(F.interpolate(gate, scale_factor=2, mode="nearest"), list(out.shape[-2:]))
-
-
-class SymmetricGhostV2(_SymmetricGate, ghostnet.GhostModuleV2):
-    def ungated(self, x: Tensor) -> Tensor:
-        own: Any = self
-        return ghostnet.GhostModule.forward(own, x)  # the first version, which has no gate
-
-
-class SymmetricGhostV3(_SymmetricGate, ghostnet.GhostModuleV3):
-    def ungated(self, x: Tensor) -> Tensor:
-        return ghostnet.GhostModuleV3.forward(self, x)[:, : self.out_chs]
-
-
-@rule(ghostnet.GhostModuleV2, ghostnet.GhostModuleV3)
-def _ghost_gate(plain: Any, recipe: Recipe) -> nn.Module:
-    if getattr(plain, "mode", "shortcut") == "shortcut":  # of the third version's modules, some have no gate
-        plain.__class__ = SymmetricGhostV2 if isinstance(plain, ghostnet.GhostModuleV2) else SymmetricGhostV3
-        plain.pool, plain.mode = SymmetricPool2d(nn.AvgPool2d(2)), "original"
     return plain
 
 

@@ -111,7 +111,7 @@ def trace(model: nn.Module, x: Tensor, training: bool = False) -> Trace:
             "If it takes other channels, or one size only, say so: "
             "model.pretrained_cfg = {'input_size': (channels, height, width)}"
         )
-        if isinstance(error, TypeError):
+        if isinstance(error, TypeError) and not getattr(error, "gzoo_path", ""):
             hint = "gzoo converts networks of one argument, images; of one with more, convert the parts that run on one"
         at = getattr(error, "gzoo_path", "")
         raise ValueError(
@@ -527,6 +527,11 @@ class _Follow(TorchFunctionMode):
         x, index = args
         channels = _channels(x)
         index = index if isinstance(index, tuple) else (index,)
+        are_image = channels is not None and all(segment.image for segment in flat(channels.segments))
+        is_order = len(index) > 1 and isinstance(index[0], slice) and isinstance(index[1], list)
+        if channels and are_image and channels.dim == 1 and is_order:  # colours in another order
+            _mark(outputs[0], 1, (Segment(len(index[1]), image=True),))
+            return True
         if channels is None or not all(i is None or i is ... or isinstance(i, int | slice) for i in index):
             return False
         used = sum(i is not None and i is not ... for i in index)
@@ -540,6 +545,11 @@ class _Follow(TorchFunctionMode):
             if old == channels.dim:
                 if i == 0 and len(channels.segments) == total(channels.segments) == 1 and outputs[0].ndim == 1:
                     outputs[0].gzoo_squeezed = channels.segments  # type: ignore[attr-defined]
+                if isinstance(i, int) and are_image:  # one colour, (B, H, W), which may become a map of one channel
+                    outputs[0].gzoo_reduced = new  # type: ignore[attr-defined]
+                if isinstance(i, int) and x.ndim == 1:  # a number of its own among the parameters of a module
+                    for segment in flat(channels.segments):
+                        segment.image = True
                 if isinstance(i, int) or i.step not in (None, 1):
                     return False
                 if i == slice(None):  # all of them: a step along pixels, whose numbers are no widths
@@ -740,7 +750,7 @@ class _Follow(TorchFunctionMode):
                 _mark(out, last, tie_copies(segments, new[last]))
                 return True
             for first in range(dim):  # the dimensions before the channels are taken in, as copies of them
-                if leading == math.prod(old[:first]) and leading * new[e] == before * count:
+                if count > 1 and leading == math.prod(old[:first]) and leading * new[e] == before * count:
                     heads = segments * math.prod(old[first:dim])
                     self._tie_attention(heads)
                     _mark(out, e, heads)
@@ -777,7 +787,7 @@ class _Follow(TorchFunctionMode):
 
 _REDUCTIONS = (
     *("mean", "sum", "amax", "amin", "max", "min", "std", "var", "logsumexp", "prod", "median"),
-    *("std_mean", "var_mean"),
+    *("std_mean", "var_mean", "nanmean", "nansum", "nanmedian", "mode", "any", "all", "count_nonzero", "aminmax"),
 )
 _RESHAPES = ("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze")
 READ_FLATTENED = nn.Linear | nn.BatchNorm1d | nn.SyncBatchNorm
@@ -808,10 +818,15 @@ _FOLLOWED: dict[str, Callable[..., bool]] = {
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _Follow._transpose),
     "mT": lambda self, outputs, inputs, *_: self._transpose(outputs, inputs, (inputs[0], -2, -1), {}),
     **dict.fromkeys(_REDUCTIONS, _Follow._reduce),
-    **dict.fromkeys(("norm", "linalg_vector_norm"), lambda self, *given: self._reduce(*given, place=2)),
+    **dict.fromkeys(
+        ("norm", "linalg_norm", "linalg_vector_norm", "quantile", "kthvalue", "cosine_similarity"),
+        lambda self, *given: self._reduce(*given, place=2),
+    ),
+    "topk": lambda self, *given: self._over(given, 2, -1),
+    **dict.fromkeys(("sort", "argsort"), lambda self, *given: self._over(given, 1, -1)),
     **dict.fromkeys(("matmul", "bmm", "__matmul__"), _Follow._matmul),
     "scaled_dot_product_attention": _Follow._attention,
-    **dict.fromkeys(("softmax", "log_softmax"), lambda self, *given: self._over(given, 1, None)),
+    **dict.fromkeys(("softmax", "log_softmax", "softmin"), lambda self, *given: self._over(given, 1, None)),
     "normalize": lambda self, *given: self._over(given, 2, 1),
     **dict.fromkeys(("group_norm", "layer_norm", "rms_norm"), lambda self, *given: self._over(given, 9, None)),
     "einsum": _Follow._lose,

@@ -33,7 +33,7 @@ from timm.layers import SpaceToDepth
 from torch import Tensor, nn
 
 from gzoo.bases import expand
-from gzoo.equivariant import SIGNATURE, Equivariant, copied, group_of
+from gzoo.equivariant import SIGNATURE, Equivariant, copied, group_of, require_network
 from gzoo.groups import Group
 from gzoo.nn import (
     FibreNorm,
@@ -103,7 +103,8 @@ def grow(model: nn.Module, smaller: nn.Module) -> None:
             mixes filters or weighs pixels by what it sees in all of them; a further block changes what it is given; or
             ``model`` is partial. It then is as it was.
     """
-    for network in (model, smaller):
+    for name, network in {"model": model, "smaller": smaller}.items():
+        require_network(name, network)
         if not isinstance(network, Equivariant) and (SIGNATURE in network.state_dict() or group_of(network)):
             raise ValueError(f"{type(network).__name__} is no network that gzoo.convert made, so it does not grow")
     if isinstance(model, Equivariant) != isinstance(smaller, Equivariant):

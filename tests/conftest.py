@@ -1,8 +1,8 @@
 """What several test files share: random fields, the action on them, and errors of values and gradients."""
 
 import copy
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -51,6 +51,19 @@ def _seed():
 
 def pytest_configure():
     torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
+
+
+class Network(nn.Module):
+    """Layers by name and a forward given as a function."""
+
+    def __init__(self, forward: Callable, **layers: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.run = forward
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
 
 
 def elements(group: str) -> range:

@@ -212,6 +212,12 @@ def test_a_network_of_one_size_is_checked_at_that():
     assert gzoo.check(plain, 91, "p4").worst > 0.01
 
 
+class Sized(nn.Conv2d):
+    def __init__(self, size):
+        super().__init__(3, 1, 3)
+        self.pretrained_cfg = {"input_size": size}
+
+
 class Nothing(nn.Module):
     def forward(self, x):
         return {"boxes": None}
@@ -227,6 +233,13 @@ class Nothing(nn.Module):
         ),
         (lambda: gzoo.check(nn.Conv2d(1, 1, 3), size=(1, 2, 3), group="p4"), r"size is \(1, 2, 3\); it takes a number"),
         (lambda: gzoo.check(nn.Conv2d(1, 1, 3), group="p5"), "unknown group 'p5'"),
+        (lambda: gzoo.check(nn.Conv2d(1, 1, 3), group=4), "group is 4; accepted are names such as 'p4m'"),
+        (lambda: gzoo.check(nn.Conv2d(1, 1, 3), group="p4", dtype="float32"), "dtype is 'float32'; accepted are torch"),
+        (
+            lambda: gzoo.check(Sized((96, 96)), group="p4"),
+            r"input_size'\] is \(96, 96\); it takes channels",
+        ),
+        (lambda: gzoo.check(Sized(96), group="p4"), r"pretrained_cfg\['input_size'\] is 96; it takes"),
         (lambda: gzoo.check(Nothing(), group="p4", in_chans=1), "Nothing gives a dict without a tensor in it to check"),
     ],
 )

@@ -36,20 +36,7 @@ from gzoo.convert import convert_in_place
 from gzoo.nn import GroupConv2d, InvariantLinear, LiftingConv2d
 from gzoo.plan import plan
 from gzoo.rules import RULES, SymmetricFusion
-from tests.conftest import GRID_GROUPS, random_image, with_random_statistics, worst_error
-
-
-class Network(nn.Module):
-    """Layers by name and a forward given as a function."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        self.run = forward
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.run(self, x)
+from tests.conftest import GRID_GROUPS, Network, random_image, with_random_statistics, worst_error
 
 
 class Counting(nn.Module):

@@ -24,7 +24,7 @@ from gzoo.convert import convert_in_place
 from gzoo.nn import FibreNorm, GroupConv2d, InvariantLinear
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.rules import RULES
-from tests.conftest import random_image, with_random_statistics
+from tests.conftest import Network, random_image, with_random_statistics
 
 
 def resnet(**options):
@@ -485,6 +485,12 @@ COUPLINGS = {
     "a variance with its mean": lambda net, y: torch.var_mean(y, 1, keepdim=True)[0],
     "the largest number": lambda net, y: 1 / y.amax(),
     "softmax": lambda net, y: y.mean((2, 3), keepdim=True).softmax(1),
+    "softmin": lambda net, y: F.softmin(y, 1),
+    "a norm by its short name": lambda net, y: torch.linalg.norm(y, dim=1, keepdim=True),
+    "cosine similarity": lambda net, y: F.cosine_similarity(y, y + 1, dim=1)[:, None],
+    "the largest of the channels": lambda net, y: y.topk(1, 1)[0],
+    "the channels in order": lambda net, y: y.sort(1)[0][:, -1:],
+    "a mean of what is a number": lambda net, y: y.nanmean(1, keepdim=True),
     "normalize": lambda net, y: F.normalize(y),
     "group norm": lambda net, y: F.group_norm(y, 2),
     "maximum": lambda net, y: y.amax(1, keepdim=True),
@@ -497,9 +503,6 @@ UNCARRIED = {
         [y.narrow(1, 0, 4), y.narrow(1, 4, y.shape[1] - 4).relu()], 1
     ),
     "how many channels there are": lambda y: (y * y.shape[1] ** -0.5).tanh(),
-    "softmin": lambda y: F.softmin(y, 1),
-    "cosine similarity": lambda y: y * F.cosine_similarity(y, y.abs(), dim=1)[:, None],
-    "the largest of the channels": lambda y: y - y.topk(1, 1)[0],
     "a sum of products": lambda y: y * torch.einsum("bchw,bchw->bhw", y, y)[:, None],
 }
 
@@ -520,6 +523,81 @@ class Between(nn.Module):
 def test_a_forward_that_the_mean_over_poses_does_not_pass_is_an_error(step, bend):
     with pytest.raises(ValueError, match=r"^Between is not carried over: with weights='transfer' the output differs"):
         gzoo.convert(Between(UNCARRIED[step], bend), "p4", weights="transfer")
+
+
+class Called(nn.Module):
+    """A module of one's own without weights."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+def test_so_is_one_with_modules_of_ones_own():
+    for step in UNCARRIED.values():
+        with pytest.raises(ValueError, match=r"^Between is not carried over"):
+            gzoo.convert(Between(Called(step), nn.Identity()), "p4", weights="transfer")
+    plain, x = Between(Called(lambda y: y * y.sigmoid()), nn.Identity()).double().eval(), random_image(3, (17, 17))
+    model = gzoo.convert(plain, "p4", weights="transfer")
+    assert relative_error(model(x), mean_over_poses(plain, "p4", x)) < 1e-12
+
+
+PREPARED = {
+    "gray": lambda x: x.mean(1, keepdim=True).expand_as(x),
+    "standardized": lambda x: (x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True),
+    "of one length": lambda x: F.normalize(x),
+    "colours one by one": lambda x: torch.cat([x[:, i].unsqueeze(1) * (i + 1) - 0.5 for i in range(3)], 1),
+    "colours in another order": lambda x: x[:, [2, 0, 1]],
+    "two colours": lambda x: torch.cat([x[:, [2, 1]], x[:, :1] ** 2], 1),
+}
+
+
+@pytest.mark.parametrize("prepare", PREPARED)
+def test_what_prepares_the_image_converts_and_transfers(prepare):
+    body = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+    plain = Network(
+        lambda self, x: self.body(PREPARED[prepare](x)), body=nn.Sequential(*body, nn.Flatten(), nn.Linear(8, 5))
+    )
+    plain, x = plain.double().eval(), random_image(3, (16, 19))
+    assert gzoo.check(gzoo.convert(plain, "p4m"), (16, 19)).worst < 1e-12
+    expected = mean_over_poses(plain, "p4m", x)
+    assert relative_error(gzoo.convert(plain, "p4m", weights="transfer")(x), expected) < 1e-12
+
+
+def test_logits_that_are_squeezed_transfer():
+    plain = Network(
+        lambda self, x: self.fc(F.adaptive_avg_pool2d(self.conv(x).relu(), 1).squeeze()),
+        conv=nn.Conv2d(3, 8, 3, padding=1),
+        fc=nn.Linear(8, 5),
+    )
+    plain, x = plain.double().eval(), random_image(3, (9, 9))
+    model = gzoo.convert(plain, "p4", weights="transfer")
+    assert relative_error(model(x), mean_over_poses(plain, "p4", x)) < 1e-12
+
+
+def test_a_sum_weighted_by_single_parameters_transfers():
+    def run(self, x):
+        weights = self.weights.relu()
+        weights = weights / (weights.sum() + 1e-4)
+        return self.fc((weights[0] * self.a(x) + weights[1] * self.b(x)).relu().mean((2, 3)))
+
+    convolutions = {name: nn.Conv2d(3, 8, 3, padding=1) for name in "ab"}
+    plain = Network(run, **convolutions, fc=nn.Linear(8, 5), weights=nn.Parameter(torch.tensor([1.0, 2.0])))
+    plain, x = plain.double().eval(), random_image(3, (9, 12))
+    assert gzoo.check(gzoo.convert(plain, "p4m"), (9, 12)).worst < 1e-12
+    model = gzoo.convert(plain, "p4", weights="transfer")
+    assert relative_error(model(x), mean_over_poses(plain, "p4", x)) < 1e-12
+
+
+def test_norms_by_the_batch_alone_do_not_transfer():
+    norm = nn.BatchNorm2d(8, track_running_stats=False)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    gzoo.convert(plain, "p4")
+    with pytest.raises(ValueError, match="1: it norms by the statistics of the batch in evaluation, too"):
+        gzoo.convert(plain, "p4", weights="transfer")
 
 
 class Coupled(nn.Module):
