@@ -373,12 +373,15 @@ def _recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         yield outputs
 
 
+ROUNDING = 1e-8
+"""The largest error in float64 that no broken symmetry makes, of networks with random weights."""
+
+
 @torch.no_grad()
 def first_broken_layer(
     model: nn.Module,
     x: Tensor,
     group: Group,
-    tolerance: float = 1e-8,
     elements: Iterable[int] | None = None,
     stage: tuple[nn.Module | None, nn.Module | None] = (None, None),
     inner: bool = True,
@@ -394,7 +397,6 @@ def first_broken_layer(
         model: float64, in eval mode.
         x: (B, C, H, W), with H = W if ``inner``.
         group: which group.
-        tolerance: the largest error that is rounding.
         elements: which elements; by default all that are exact on the grid.
         stage: the leaves that run first and next after the ones looked at; None for all from the start, or to the end.
         inner: whether leaves are looked at, not the network's own outputs alone.
@@ -415,7 +417,7 @@ def first_broken_layer(
                 laws = chain(laws, _possible_rows(expected[name], found, signed))
             if pairs.get(name) and expected[name].ndim > 1:  # not what is computed of one of their channels
                 laws = iter([group.transform_vectors(expected[name], g, pairs[name])])
-            if not any(relative_error(found, moved) <= tolerance for moved in laws):
+            if not any(relative_error(found, moved) <= ROUNDING for moved in laws):
                 return name
     return None
 

@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 
 from gzoo import groups
 from gzoo.bases import BasisName
-from gzoo.check import KeepDouble, first_broken_layer, in_channels, input_size, leaves, relative_error
+from gzoo.check import ROUNDING, KeepDouble, first_broken_layer, in_channels, input_size, leaves, relative_error
 from gzoo.equivariant import EquivariantClassifier, group_of, make_equivariant, removing, tensors_in
 from gzoo.groups import Group
 from gzoo.nn import FibreNorm, GroupMapNorm, PoseConv2d, PoseLinear, Restriction, VectorPool, restrict_output
@@ -517,7 +517,7 @@ def _rename(model: Any, chain: tuple[Group, ...]) -> None:
         model.pretrained_cfg = model.default_cfg = config
 
 
-def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
+def check_itself(model: nn.Module) -> None:
     """Runs random images in all poses, in float64, through a copy of ``model`` with random norms and biases.
 
     Also at odd sizes, where windows of even stride without resampling show, if the network takes such.
@@ -546,18 +546,18 @@ def check_itself(model: nn.Module, tolerance: float = 1e-8) -> None:
             return  # as it is meant to be there, so that nothing can be compared
         for image in flatten([x], odd_images(probe, x)):
             for own, stage in stages:
-                _check_poses(probe, image, own, tolerance, own.grid_generators, stage)
+                _check_poses(probe, image, own, own.grid_generators, stage)
     if not isinstance(probe, EquivariantClassifier) or any(isinstance(m, SymmetricForward) for m in probe.modules()):
-        _check_oblong(probe, x, stages[-1][0], tolerance)
+        _check_oblong(probe, x, stages[-1][0])
 
 
-def _check_oblong(probe: nn.Module, x: Tensor, group: Group, tolerance: float) -> None:
+def _check_oblong(probe: nn.Module, x: Tensor, group: Group) -> None:
     """Raises ValueError if the outputs do not follow a wider image, odd or else even; a forward may mix up sides."""
     for more in (x.shape[3] // 2 + 1, x.shape[3] // 2):
         wide = F.pad(x, (0, more, 0, 0), mode="reflect")
         try:
             calibrate(probe, wide)
-            broken = first_broken_layer(probe, wide, group, tolerance, group.grid_generators, inner=False)
+            broken = first_broken_layer(probe, wide, group, group.grid_generators, inner=False)
         except Exception:  # a network for squares, or for other sizes, says so in any way
             continue
         if broken is not None:
@@ -633,7 +633,7 @@ def _check_mean(plain: nn.Module, converted: nn.Module, logits: Collection[str],
             means = [torch.stack(way).mean(0) for way in ways if len({z.shape for z in way}) == 1]
             if means and y.ndim > 1 and y.shape[1] == means[0].shape[1] * group.order:
                 y = y.unflatten(1, (-1, group.order)).mean(2)
-            if min((relative_error(y, mean) for mean in means), default=math.inf) > 1e-8:
+            if min((relative_error(y, mean) for mean in means), default=math.inf) > ROUNDING:
                 raise ValueError(
                     f"{type(plain).__name__} is not carried over: with weights='transfer' the output differs from the "
                     "mean over all poses. Look for a step in its forward that mixes channels, or counts or splits them "
@@ -796,12 +796,11 @@ def _check_poses(
     probe: nn.Module,
     x: Tensor,
     group: Group,
-    tolerance: float,
     elements: tuple[int, ...],
     stage: tuple[nn.Module | None, nn.Module | None],
 ) -> None:
     at_size = f"under {group.name} at {x.shape[-2]}x{x.shape[-1]} pixels"
-    broken = first_broken_layer(probe, x, group, tolerance, elements, stage)
+    broken = first_broken_layer(probe, x, group, elements, stage)
     if broken is not None and _is_random(probe, x):
         raise ValueError(
             f"{type(probe).__name__} gives two results for one image, in evaluation, too, so its symmetry cannot be "
