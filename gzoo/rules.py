@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import timm.layers as tl
 import torch
-import torch.nn.functional as F
 from timm.layers.adaptive_avgmax_pool import (
     AdaptiveCatAvgMaxPool2d,
     FastAdaptiveAvgMaxPool,
@@ -32,7 +31,6 @@ from timm.models import (
     hgnet,
     inception_next,
     metaformer,
-    mobilenetv5,
     mobilevit,
     nfnet,
     rdnet,
@@ -695,25 +693,6 @@ def _hgnet_stem(plain: Any, recipe: Recipe) -> nn.Module:
     window = Window(kernel=2, stride=1, padding=1)
     plain.stem2a.conv.window = plain.stem2b.conv.window = window
     plain.pool = SymmetricPool2d(nn.MaxPool2d(2, stride=1, padding=1), window)
-    return plain
-
-
-class SymmetricFusion(mobilenetv5.MobileNetV5MultiScaleFusionAdapter):
-    """Brings maps that no whole number enlarges to the size of the first between their pixels, not to the next one,
-    which is the one on one side; all else is as in timm."""
-
-    def forward(self, inputs: list[Tensor]) -> Tensor:
-        size = inputs[0].shape[-2:]
-        height, width = size
-        resized = [
-            F.interpolate(x, size, mode="bilinear") if height % x.shape[2] or width % x.shape[3] else x for x in inputs
-        ]
-        return super().forward(resized)
-
-
-@rule(mobilenetv5.MobileNetV5MultiScaleFusionAdapter)
-def _fusion(plain: Any, recipe: Recipe) -> nn.Module:
-    plain.__class__ = SymmetricFusion
     return plain
 
 
