@@ -1,6 +1,7 @@
 """What several test files share: random fields, the action on them, and errors of values and gradients."""
 
 import copy
+import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,9 @@ def _seed():
     torch.manual_seed(0)
 
 
-def pytest_configure():
+def pytest_configure() -> None:
+    # Of the processes that run the tests: else memory is given back and fetched again all the time, a sixth of it.
+    os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
     torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 
 
