@@ -34,7 +34,15 @@ def model(request):
     return with_random_statistics(request.param.build(**shallow(request.param.name))).eval()
 
 
-CASES = [pytest.param(entry, size, id=f"{entry.name}-{size}") for entry in EQUIVARIANT for size in sizes(entry)]
+def one_of_the_sizes(i):
+    """Of entry i: odd and oblong in turn."""
+    return sizes(EQUIVARIANT[i])[i % len(sizes(EQUIVARIANT[i]))]
+
+
+CASES = [
+    pytest.param(entry, one_of_the_sizes(i), id=f"{entry.name}-{one_of_the_sizes(i)}")
+    for i, entry in enumerate(EQUIVARIANT)
+]
 
 
 @pytest.mark.parametrize(("model", "size"), CASES, indirect=["model"])

@@ -140,7 +140,7 @@ LOPSIDED = {
     "roll": (lambda y: y + y.roll(1, 2), "is not equivariant"),
     "height for width": (
         lambda y: F.adaptive_max_pool2d(y, y.shape[2] // 4),
-        "at 64x97 pixels, though on squares it is",
+        "at 64x33 pixels, though on squares it is",
     ),
     "oblong pool": (lambda y: F.max_pool2d(y, (1, 2)), r"kernel_size=\(1, 2\) differs between the axes"),
     "whole numbers": (lambda y: y * F.interpolate((y > 0)[:, :, ::2, ::2].float(), y.shape[2:]), "has no means of two"),
