@@ -262,7 +262,8 @@ def merges_channels(x: Tensor, y: Tensor) -> bool:
 
 def _pooled(x: Tensor, pool: Any) -> Tensor:
     """By a pool of one window or of many, whose windows then are symmetric."""
-    return pool(x) if _covers(x, pool.kernel_size) else SymmetricPool2d(pool)(x)
+    is_single = _covers(x, pool.kernel_size) and not getattr(pool, "return_indices", False)
+    return pool(x) if is_single else SymmetricPool2d(pool)(x)
 
 
 def _first(y: Any) -> Tensor:
