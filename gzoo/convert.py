@@ -546,7 +546,7 @@ def check_itself(model: nn.Module) -> None:
             return  # as it is meant to be there, so that nothing can be compared
         for image in flatten([x], odd_images(probe, x)):
             for own, stage in stages:
-                _check_poses(probe, image, own, own.grid_generators, stage)
+                _check_poses(probe, image, own, stage)
     if not isinstance(probe, EquivariantClassifier) or any(isinstance(m, SymmetricForward) for m in probe.modules()):
         _check_oblong(probe, x, stages[-1][0])
 
@@ -798,11 +798,10 @@ def _check_poses(
     probe: nn.Module,
     x: Tensor,
     group: Group,
-    elements: tuple[int, ...],
     stage: tuple[nn.Module | None, nn.Module | None],
 ) -> None:
     at_size = f"under {group.name} at {x.shape[-2]}x{x.shape[-1]} pixels"
-    broken = first_broken_layer(probe, x, group, elements, stage)
+    broken = first_broken_layer(probe, x, group, group.grid_generators, stage)
     if broken is not None and _is_random(probe, x):
         raise ValueError(
             f"{type(probe).__name__} gives two results for one image, in evaluation, too, so its symmetry cannot be "

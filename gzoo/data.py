@@ -14,7 +14,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -129,17 +129,17 @@ def split_names(source: str) -> list[str]:
     return sorted(_find_splits(source))
 
 
-def class_folders(source: str) -> list[Path]:
-    """The folders whose subfolders are classes: those of the splits, or the one of all images; none for parquet."""
+def class_folders(source: str) -> dict[str, Path]:
+    """By split the folder whose subfolders are classes; that of all images is "train". None for parquet."""
     folder = Path(source).expanduser()
-    return list(_split_folders(folder).values()) if folder.is_dir() and not _has_parquet(folder) else []
+    return _split_folders(folder) if folder.is_dir() and not _has_parquet(folder) else {}
 
 
-def classes_without_training(source: str) -> list[str]:
-    """Class folders of other splits of a folder of images, such as test/cat, that the first split has not."""
+def classes_without_training(folders: Mapping[str, Path]) -> list[str]:
+    """Of `class_folders` those of classes, such as test/cat, that the first split has not."""
     first, *others = [
-        {child.name: child for child in folder.iterdir() if child.is_dir()} for folder in class_folders(source)
-    ] or [{}]
+        {child.name: child for child in folder.iterdir() if child.is_dir()} for folder in folders.values()
+    ]
     found = [child for own in others for name, child in own.items() if name not in first and name[0] != "."]
     return sorted(f"{child.parent.name}/{child.name}" for child in found)
 

@@ -329,8 +329,8 @@ def _pointwise_pool(module: SymmetricPool2d, field_type: "FieldType") -> nn.Modu
     enn, pool, window = _escnn.load().nn, module.pool, module.window
     if window.extent == 1 and window.symmetric:
         return None  # no pooling at all: `resample` takes the steps
-    if getattr(pool, "return_indices", False):
-        return None  # escnn's gives no places
+    if module.gives_shares:
+        return None  # escnn's gives none
     sizes = (window.kernel, window.stride, window.padding // 2)
     if type(pool) is nn.MaxPool2d:
         new = enn.PointwiseMaxPool2D(field_type, *sizes, dilation=window.dilation, ceil_mode=window.ceil_mode)

@@ -415,6 +415,9 @@ def _set_up(config: TrainConfig, out: Path, processes: PartialState, fresh: bool
     model = load_model(config.model, config.pretrained and fresh, num_classes=classes, **config.model_args)
     if fresh and names_weights(config.model) and not config.pretrained and processes.is_main_process:
         print(f"gzoo: starting from random weights; --pretrained starts from those of {config.model}", file=sys.stderr)
+    is_random = not (config.pretrained or config.grown_from)
+    if config.freeze_backbone and is_random and fresh and processes.is_main_process:
+        print("gzoo: freeze_backbone keeps random weights, as pretrained is not set", file=sys.stderr)
     if config.grown_from and fresh:
         grow(model, load_model(config.grown_from, pretrained=True, num_classes=classes))
     if config.averaged_with and fresh:
@@ -522,11 +525,11 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int)
 
 def _open_data(config: TrainConfig, out: Path) -> tuple[ImageData, ImageData | None]:
     """Training and validation images; of the test split only the names of classes are looked at."""
-    splits, place = split_names(config.data), out.resolve()
-    lies_in_data = place.is_relative_to(Path(config.data).expanduser().resolve())  # else no walk through all images
-    if lies_in_data and any(place.is_relative_to(folder.resolve()) for folder in class_folders(config.data)):
+    folders, place = class_folders(config.data), out.resolve()
+    splits = folders or split_names(config.data)  # not both, as each walks through all images
+    if any(place.is_relative_to(folder.resolve()) for folder in folders.values()):
         raise ValueError(f"{out} lies in {config.data}, whose folders are classes; give another --out")
-    if unknown := classes_without_training(config.data):
+    if folders and (unknown := classes_without_training(folders)):
         print(
             f"gzoo: {config.data}: no training images for the classes in {unknown}; `gzoo eval` will refuse that split",
             file=sys.stderr,
@@ -608,8 +611,6 @@ def _augmentation(config: TrainConfig) -> Augmentation:
 
 def _freeze_backbone(model: nn.Module, config: TrainConfig) -> None:
     if config.freeze_backbone:
-        if not (config.pretrained or config.grown_from):
-            print("gzoo: freeze_backbone keeps random weights, as pretrained is not set", file=sys.stderr)
         model.requires_grad_(False)
         for classifier in classifiers(model):
             classifier.requires_grad_(True)

@@ -69,6 +69,17 @@ class Network(nn.Module):
         return self.run(self, x)
 
 
+class Calling(nn.Module):
+    """A module of one's own without weights, which calls a function."""
+
+    def __init__(self, function: Callable) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
 def elements(group: str) -> range:
     return range(groups.get(group).order)
 

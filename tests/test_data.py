@@ -14,6 +14,7 @@ from torchvision.transforms import InterpolationMode
 
 from gzoo.data import (
     Augmentation,
+    class_folders,
     classes_without_training,
     decode_file,
     eval_loader,
@@ -416,8 +417,8 @@ def test_classes_of_other_splits_that_training_has_not(tmp_path):
     write_images(tmp_path / "x" / "train", ("a", "b"))
     write_images(tmp_path / "x" / "testing", ("A", "b", "c"))
     (tmp_path / "x" / "testing" / ".hidden").mkdir()
-    assert classes_without_training(str(tmp_path / "x")) == ["testing/A", "testing/c"]
-    assert classes_without_training(str(tmp_path / "x" / "train")) == []
+    assert classes_without_training(class_folders(str(tmp_path / "x"))) == ["testing/A", "testing/c"]
+    assert classes_without_training(class_folders(str(tmp_path / "x" / "train"))) == []
 
 
 # --- transforms and loaders

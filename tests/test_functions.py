@@ -15,7 +15,7 @@ from gzoo.check import relative_error
 from gzoo.nn import GroupConv2d, GroupMapLinear, GroupMapNorm, GroupVectorMap
 from gzoo.nn.functions import Calls, SymmetricForward, act_symmetrically
 from gzoo.plan import plan
-from tests.conftest import GRID_GROUPS, random_fields, random_image, with_random_statistics, worst_error
+from tests.conftest import GRID_GROUPS, Calling, random_fields, random_image, with_random_statistics, worst_error
 
 SIZES = ((16, 16), (17, 17), (15, 15), (18, 18), (17, 22), (19, 14))
 
@@ -83,15 +83,6 @@ def test_where_a_step_is_symmetric_it_is_what_the_plain_network_does(step):
     assert any(symmetric(x).allclose(plain.step(x)) for x in (even, odd)) == (step not in NEVER)
 
 
-class Calling(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args):
-        return self.function(*args)
-
-
 FITTING = {"max pool": 16, "max pool of torch": 17, "every second pixel": 19, "nearest to half the size": 0}
 
 
@@ -102,6 +93,13 @@ def test_transferred_weights_give_the_mean_where_the_step_is_symmetric_as_it_sta
     x = torch.randn(2, 3, size or 16, size or 16)
     mean = sum(plain(x.rot90(r, (2, 3))) for r in range(4)) / 4
     assert model(x).allclose(mean, atol=1e-5) == (size > 0)
+
+
+def test_maxima_of_one_window_return_to_their_pixels_too():
+    step = act_symmetrically(Calling(STEPS["maxima put back"]), Calls())
+    assert worst_error(step, "p4m", random_fields("p4m", 2, (2, 2))) < 1e-12
+    x = random_image(3, (2, 2))
+    assert step(x).allclose(STEPS["maxima put back"](x))
 
 
 def test_an_input_that_is_named_is_one_all_the_same():

@@ -24,7 +24,7 @@ from gzoo.convert import convert_in_place
 from gzoo.nn import FibreNorm, GroupConv2d, InvariantLinear
 from gzoo.nn.expand import ExpandedLayer
 from gzoo.rules import RULES
-from tests.conftest import Network, random_image, with_random_statistics
+from tests.conftest import Calling, Network, random_image, with_random_statistics
 
 
 def resnet(**options):
@@ -525,22 +525,11 @@ def test_a_forward_that_the_mean_over_poses_does_not_pass_is_an_error(step, bend
         gzoo.convert(Between(UNCARRIED[step], bend), "p4", weights="transfer")
 
 
-class Called(nn.Module):
-    """A module of one's own without weights."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs):
-        return self.function(*inputs)
-
-
 def test_so_is_one_with_modules_of_ones_own():
     for step in UNCARRIED.values():
         with pytest.raises(ValueError, match=r"^Between is not carried over"):
-            gzoo.convert(Between(Called(step), nn.Identity()), "p4", weights="transfer")
-    plain, x = Between(Called(lambda y: y * y.sigmoid()), nn.Identity()).double().eval(), random_image(3, (17, 17))
+            gzoo.convert(Between(Calling(step), nn.Identity()), "p4", weights="transfer")
+    plain, x = Between(Calling(lambda y: y * y.sigmoid()), nn.Identity()).double().eval(), random_image(3, (17, 17))
     model = gzoo.convert(plain, "p4", weights="transfer")
     assert relative_error(model(x), mean_over_poses(plain, "p4", x)) < 1e-12
 
@@ -558,9 +547,7 @@ PREPARED = {
 @pytest.mark.parametrize("prepare", PREPARED)
 def test_what_prepares_the_image_converts_and_transfers(prepare):
     body = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
-    plain = Network(
-        lambda self, x: self.body(PREPARED[prepare](x)), body=nn.Sequential(*body, nn.Flatten(), nn.Linear(8, 5))
-    )
+    plain = nn.Sequential(Calling(PREPARED[prepare]), *body, nn.Flatten(), nn.Linear(8, 5))
     plain, x = plain.double().eval(), random_image(3, (16, 19))
     assert gzoo.check(gzoo.convert(plain, "p4m"), (16, 19)).worst < 1e-12
     expected = mean_over_poses(plain, "p4m", x)

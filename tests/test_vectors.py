@@ -9,7 +9,7 @@ import gzoo
 from gzoo import groups
 from gzoo.check import relative_error
 from gzoo.nn import VectorPool
-from tests.conftest import GRID_GROUPS, random_image, shallow, with_random_statistics
+from tests.conftest import GRID_GROUPS, Network, random_image, shallow, with_random_statistics
 
 SIZES = ((16, 16), (17, 17), (13, 18))
 
@@ -315,31 +315,24 @@ def test_vectors_that_no_layer_makes_are_refused(vectors, message):
         gzoo.convert(Instances(), "p4", vectors=vectors)
 
 
-def test_the_angle_of_a_vector_is_no_output():
-    class Angle(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.arrow = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 2)
+def arrows(run):
+    """A convolution, and the layer ``arrow`` behind it, which ``run`` calls."""
+    return Network(run, body=nn.Conv2d(3, 8, 3, padding=1), arrow=nn.Linear(8, 2))
 
-        def forward(self, x: Tensor) -> Tensor:
-            right, down = self.arrow(self.body(x).relu().mean((2, 3))).T
-            return torch.atan2(down, right)
+
+def test_the_angle_of_a_vector_is_no_output():
+    def angle(self, x):
+        right, down = self.arrow(self.body(x).relu().mean((2, 3))).T
+        return torch.atan2(down, right)
 
     with pytest.raises(ValueError, match=r"Angles, activations and scales of vectors are to be taken outside"):
-        gzoo.convert(Angle(), "p4", vectors={"arrow": [(0, 1)]})
+        gzoo.convert(arrows(angle), "p4", vectors={"arrow": [(0, 1)]})
 
 
 def test_a_linear_layer_at_each_pixel_makes_no_vectors():
-    class Last(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.body(x).relu().permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    with pytest.raises(ValueError, match="'head', which is linear at each pixel; use a 1x1 convolution"):
-        gzoo.convert(Last(), "p4", vectors={"head": [(0, 1)]})
+    plain = arrows(lambda self, x: self.arrow(self.body(x).relu().permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+    with pytest.raises(ValueError, match="'arrow', which is linear at each pixel; use a 1x1 convolution"):
+        gzoo.convert(plain, "p4", vectors={"arrow": [(0, 1)]})
 
 
 @pytest.mark.parametrize("options", [{"partial": True}, {"head": "pose"}, {"weights": "project"}])

@@ -142,7 +142,8 @@ class SymmetricPool2d(nn.Module):
         super().__init__()
         self.pool = pool
         self.window = window or _window(pool)
-        if getattr(pool, "return_indices", False):
+        self.gives_shares = bool(getattr(pool, "return_indices", False))
+        if self.gives_shares:
             _require_side_by_side(self.window)
 
     def forward(self, x: Tensor) -> Any:
@@ -153,7 +154,7 @@ class SymmetricPool2d(nn.Module):
         if padding < (self.window.padding + 1) // 2:  # rounded down, for a single pixel
             pool = copy.copy(pool)
             pool.padding = padding
-        if not getattr(pool, "return_indices", False):
+        if not self.gives_shares:
             return pool(x)
         y, _ = pool(x)
         side = self.window.kernel
