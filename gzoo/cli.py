@@ -20,7 +20,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run `gzoo ARGUMENTS`. Returns the exit code: 0, or 1 after an error; a wrong command line exits with 2."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        args = _parser(argv).parse_args(argv)
+        parser = _parser(argv)
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:
+            parser.error(f"no argument is called {unknown[0]}; gzoo {argv[0]} --help lists them")
         args.command_line = shlex.join([*_launcher(), *argv])
         return args.run(args)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -51,9 +54,11 @@ class _Versions(argparse.Action):
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:
+    # A flag cut short would be another: --subset, which there is not, --subset-lr.
+    whole_flags = functools.partial(argparse.ArgumentParser, allow_abbrev=False)
     parser = argparse.ArgumentParser("gzoo", description="Group-equivariant CNNs for timm.")
     parser.add_argument("--version", action=_Versions, nargs=0, help="versions of gzoo and of what it stands on")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=whole_flags)
 
     command = commands.add_parser("train", help="train or fine-tune a model")
     command.set_defaults(run=_train)
@@ -182,7 +187,9 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.add_argument("--private", action="store_true", help="make a new repository private")
     command.add_argument("--dry-run", action="store_true", help="list what would be uploaded")
 
-    data = commands.add_parser("data", help="make data sets").add_subparsers(required=True, metavar="DATA")
+    data = commands.add_parser("data", help="make data sets").add_subparsers(
+        required=True, metavar="DATA", parser_class=whole_flags
+    )
     command = data.add_parser("rotmnist", help="rotated MNIST: 12,000 images to train, 50,000 to test")
     command.set_defaults(run=_data_rotmnist)
     command.add_argument("--mnist", required=True, help="MNIST: folder of parquet files, or dataset on the Hub")

@@ -106,6 +106,8 @@ def test_an_error_of_the_user_is_one_line_and_exit_code_1(arguments, message, ca
         ["eval", "--model", "m", "--data", "d", "--batch-size", "two"],
         ["eval", "--model", "m", "--data", "d", "--workers", "-1"],
         ["check", "p4_cnn7", "--tolerance", "nan"],
+        ["train", "--subset", "0.1"],  # which is not --subset-lr cut short
+        ["data", "rotmnist", "--mnist", "m", "--ou", "o"],
     ],
 )
 def test_a_wrong_command_line_is_exit_code_2(arguments, capsys):
