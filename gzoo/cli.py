@@ -45,6 +45,13 @@ def _launcher() -> list[str]:
     return ["python", "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "-m", "gzoo.cli"]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes no flag cut short, which would be another: --subset, which there is not, --subset-lr."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, allow_abbrev=False)
+
+
 class _Versions(argparse.Action):
     """As argparse's own, but reads the versions where they are asked for, not in every command."""
 
@@ -54,11 +61,9 @@ class _Versions(argparse.Action):
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:
-    # A flag cut short would be another: --subset, which there is not, --subset-lr.
-    whole_flags = functools.partial(argparse.ArgumentParser, allow_abbrev=False)
-    parser = argparse.ArgumentParser("gzoo", description="Group-equivariant CNNs for timm.")
+    parser = _Parser(prog="gzoo", description="Group-equivariant CNNs for timm.")
     parser.add_argument("--version", action=_Versions, nargs=0, help="versions of gzoo and of what it stands on")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=whole_flags)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("train", help="train or fine-tune a model")
     command.set_defaults(run=_train)
@@ -187,9 +192,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     command.add_argument("--private", action="store_true", help="make a new repository private")
     command.add_argument("--dry-run", action="store_true", help="list what would be uploaded")
 
-    data = commands.add_parser("data", help="make data sets").add_subparsers(
-        required=True, metavar="DATA", parser_class=whole_flags
-    )
+    data = commands.add_parser("data", help="make data sets").add_subparsers(required=True, metavar="DATA")
     command = data.add_parser("rotmnist", help="rotated MNIST: 12,000 images to train, 50,000 to test")
     command.set_defaults(run=_data_rotmnist)
     command.add_argument("--mnist", required=True, help="MNIST: folder of parquet files, or dataset on the Hub")
