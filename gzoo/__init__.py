@@ -5,11 +5,13 @@ from gzoo.check import check
 from gzoo.convert import convert, rule
 from gzoo.equivarify import canonicalize, equivarify, pose_loss
 from gzoo.fields import field_types, geometric, transform_features
+from gzoo.groups import DoubleAngle
 from gzoo.interop import from_escnn, to_escnn
 from gzoo.reparameterize import reparameterize
 from gzoo.transfer import grow
 
 __all__ = [
+    "DoubleAngle",
     "canonicalize",
     "check",
     "convert",

@@ -121,10 +121,12 @@ def convert(
             holds there: see `gzoo.soft`. Not with ``partial``.
         vectors: where numbers have directions: the channels that are vectors (right, down), such as a flow, by the path
             of the convolution or linear layer that makes them, as in {"flow": [(0, 1)]}. They turn with the image; the
-            layer's other channels are logits. For numbers up, give the negative to the loss. More channels than two are
+            layer's other channels are logits. For numbers up, give the negative to the loss. What half a turn brings
+            back, such as an orientation or an ellipticity, is a `gzoo.DoubleAngle` (0, 1). More channels than two are
             numbers of as many directions, evenly spaced, from the left clockwise, which change places: the distances of
             a pixel to the sides of a box, {"box": [(0, 1, 2, 3)]} for left, top, right and bottom, or 32 rays to the
-            border of a cell. Not with ``partial``, ``head="pose"`` and "project".
+            border of a cell. Opposite directions may share a channel: (0, 1, 0, 1) are a width and a height, which
+            quarter turns exchange. Not with ``partial``, ``head="pose"`` and "project".
 
     Returns:
         The network; ``model.group`` is its group, the last one of several. Feature maps are (B, fields * |G|, H, W).

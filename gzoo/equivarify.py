@@ -48,8 +48,8 @@ def equivarify(
             batch norm takes its statistics over all poses of a batch, or over one.
         mode: "layerwise" applies each layer of an nn.Sequential to all poses before the next, "whole" the network; the
             result is the same.
-        vectors: the channels of the result that are vectors (right, down), such as a flow, or numbers of more
-            directions, as `gzoo.convert` has them: they are turned back like the map, as in [(0, 1)].
+        vectors: the channels of the result that are vectors (right, down), such as a flow, double angles, or numbers
+            of more directions, as `gzoo.convert` has them: they are turned back like the map, as in [(0, 1)].
 
     Raises:
         ValueError: an option is unknown; elements of the group turn pixels between pixels; the net is no nn.Sequential.

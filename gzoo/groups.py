@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -25,9 +25,26 @@ if TYPE_CHECKING:
     from escnn.gspaces import GSpace
     from escnn.nn import FieldType
 
-# Of channels: pairs are vectors, how far to the right and how far down; more than two are numbers of as many
-# directions, evenly spaced from the left clockwise, such as the distances (left, top, right, bottom) to sides of a box.
+# Of channels: pairs are vectors, how far to the right and how far down, or of twice the angle; more than two are
+# numbers of as many directions, evenly spaced from the left clockwise, such as the distances (left, top, right, bottom)
+# to sides of a box. Opposite directions may share theirs: (0, 1, 0, 1) are a width and a height.
 Directions = Sequence[tuple[int, ...]]
+
+
+class DoubleAngle(NamedTuple):
+    """Two channels of what half a turn brings back, such as the orientation of a fibre or of the long side of a box, or
+    the ellipticity (e1, e2) of a galaxy: its size times cos 2a and sin 2a.
+
+    Attributes:
+        cosine: the channel of the first; a is the angle from the right downwards, as rows count.
+        sine: the channel of the second, along the diagonal from the top left; for an angle upwards it is the negative.
+
+    Source: Granlund 1978, "In search of a general picture processing operator".
+    """
+
+    cosine: int
+    sine: int
+
 
 _ALIASES = {"c4": "p4", "d4": "p4m"}
 _GRAMMAR = (
@@ -140,9 +157,10 @@ class Group:
         Args:
             x: (B, C, H, W); or (B, C) without pixels.
             g: an element of `grid_elements`; without pixels any element.
-            vectors: the channels of each: a pair is a vector, how far to the right and how far down (as rows count).
-                More are numbers of that many directions from the left clockwise, such as (left, top, right, bottom).
-                The other channels are numbers, which only move.
+            vectors: the channels of each: a pair is a vector, how far to the right and how far down (as rows count); a
+                `DoubleAngle` turns by twice the angle. More are numbers of that many directions from the left
+                clockwise, such as (left, top, right, bottom) or (width, height, width, height). The other channels are
+                numbers, which only move.
 
         Raises:
             ValueError: as `transform_image` and `turn`, or ``vectors`` names no channels of x.
@@ -152,24 +170,29 @@ class Group:
         if vectors:
             channels = list(x.unbind(1))
             for places in vectors:
-                for place, row in zip(places, self.turn(g, len(places)), strict=True):
+                rows = self.turn(g, len(places), 2 if isinstance(places, DoubleAngle) else 1)
+                for place, row in zip(places, rows, strict=True):
                     parts = [factor * x[:, source] for factor, source in zip(row, places, strict=True) if factor]
                     channels[place] = torch.stack(parts).sum(0)
             x = torch.stack(channels, 1)
         return self.transform_image(x, g) if x.ndim > 2 else x
 
-    def turn(self, g: int, numbers: int) -> tuple[tuple[float, ...], ...]:
+    def turn(self, g: int, numbers: int, frequency: int = 1) -> tuple[tuple[float, ...], ...]:
         """The matrix of g for a vector (right, down), exact for multiples of 90 degrees; or for more numbers than two,
         of as many directions, evenly spaced, from the left clockwise.
+
+        Args:
+            frequency: 2 turns a pair of numbers by twice the angle, see `DoubleAngle`.
 
         Raises:
             ValueError: the group takes some of these directions to none of them.
         """
         if numbers == 2:
-            angle = 2 * math.pi * (g % self.rotations) / self.rotations
+            angle = 2 * math.pi * (g % self.rotations) * frequency / self.rotations
             cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
-            side = -1.0 if g >= self.rotations else 1.0  # a reflection acts first
-            return (side * cos, sin), (-side * sin, cos)
+            # A reflection acts first: a becomes 180 degrees - a.
+            first, second = ((-1.0) ** frequency, -((-1.0) ** frequency)) if g >= self.rotations else (1.0, 1.0)
+            return (first * cos, second * sin), (-first * sin, second * cos)
         if numbers % self.rotations or (self.reflections and numbers % 2):
             raise ValueError(
                 f"{self.name} takes some of {numbers} directions between two others; it permutes multiples of "
@@ -296,7 +319,7 @@ def _gspace(group: Group) -> "GSpace":
 def require_directions(vectors: Any, channels: int | None = None) -> None:
     """Raises ValueError unless each of ``vectors`` is two or more of the channels, and no channel is in two."""
     try:
-        flat = [channel for places in vectors for channel in (*places, *(() if len(places) > 1 else (None,)))]
+        flat = [channel for places in vectors for channel in (*_once(places), *(() if len(places) > 1 else (None,)))]
     except TypeError:
         flat = [None]
     most = sys.maxsize if channels is None else channels
@@ -304,8 +327,15 @@ def require_directions(vectors: Any, channels: int | None = None) -> None:
         known = "channels" if channels is None else f"{channels} channels"
         raise ValueError(
             f"the channels that are vectors are {vectors!r}; accepted are pairs (right, down) of two of the {known}, "
-            "as in [(0, 1)], or distances (left, top, right, bottom), each channel in one at most"
+            "as in [(0, 1)], gzoo.DoubleAngle(0, 1), distances (left, top, right, bottom), or (width, height, width, "
+            "height), each channel in one at most"
         )
+
+
+def _once(places: Any) -> Any:
+    """The channels of some directions, those that opposite ones share but once."""
+    half = len(places) // 2
+    return places[:half] if half > 1 and places[:half] == places[half:] else places
 
 
 def get(name: str) -> Group:

@@ -25,7 +25,7 @@ from gzoo import groups
 from gzoo.bases import BasisName, lifting_basis, regular_basis
 from gzoo.check import in_channels, input_size
 from gzoo.equivariant import classifiers, group_of, like, tensors_in
-from gzoo.groups import Directions, Group
+from gzoo.groups import Directions, DoubleAngle, Group
 from gzoo.nn.functions import Calls
 from gzoo.segments import Segment, Segments, flat
 from gzoo.trace import Trace, channels_of, is_table, sources_of, trace
@@ -565,7 +565,8 @@ def _vector_outputs(seen: Trace, vectors: Vectors) -> list[Directions]:
         given: list[tuple[int, ...]] = []
         for path, channels in ((path, channels) for path, own in vectors.items() for channels in own):
             places = [[i for i, place in enumerate(made) if place == (path, channel)] for channel in channels]
-            given += zip(*places, strict=False)  # none where one of them stands in another tensor
+            kind = DoubleAngle._make if isinstance(channels, DoubleAngle) else tuple
+            given += map(kind, zip(*places, strict=False))  # none where one of them stands in another tensor
         found.append(given)
     return found
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import gzoo
-from gzoo import groups
+from gzoo import DoubleAngle, groups
 from gzoo.check import relative_error
 from gzoo.nn import VectorPool
 from tests.conftest import GRID_GROUPS, Network, random_image, shallow, with_random_statistics
@@ -84,17 +84,18 @@ class Boxes(nn.Module):
         self.body = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
         self.down = nn.Conv2d(16, 32, 3, stride=2, padding=1)
         self.box, self.bins, self.rays = nn.Conv2d(32, 4, 3, padding=1), nn.Conv2d(32, 12, 1), nn.Conv2d(32, 16, 1)
-        self.kind = nn.Conv2d(32, 5, 1)
+        self.kind, self.oriented = nn.Conv2d(32, 5, 1), nn.Conv2d(32, 7, 1)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         y = self.down(self.body(x)).relu()
         shares = self.bins(y).unflatten(1, (4, 3)).softmax(2)  # of each distance, as in distribution focal loss
         named = {"box": self.box(y).exp(), "bins": shares.flatten(1, 2), "rays": nn.functional.softplus(self.rays(y))}
-        return named | {"kind": self.kind(y)}
+        return named | {"oriented": self.oriented(y), "kind": self.kind(y)}
 
 
 BINS = [(i, 3 + i, 6 + i, 9 + i) for i in range(3)]
-DIRECTIONS = {"box": [(0, 1, 2, 3)], "bins": BINS, "rays": [tuple(range(16))]}
+ORIENTED = [DoubleAngle(6, 4), (0, 1), (2, 3, 2, 3)]  # where the long side points, offset, width and height; a class
+DIRECTIONS = {"box": [(0, 1, 2, 3)], "bins": BINS, "rays": [tuple(range(16))], "oriented": ORIENTED}
 
 
 @pytest.mark.parametrize("group", [*GRID_GROUPS, "d2"])
@@ -109,9 +110,13 @@ def test_distances_to_the_sides_change_places_as_the_image_turns(group):
                 assert relative_error(z[name], model.group.transform_vectors(y[name], g, vectors)) < 1e-12
         assert gzoo.check(model, size).worst < 1e-12
     left, top, right, bottom = model(x)["box"].unbind(1)
+    extents = model(x)["oriented"][:, 2:4]
+    assert relative_error(*extents.unbind(1)) > 0.01
     if group == "p4":  # counterclockwise, what was above is at the left
         turned = model(x.rot90(1, (2, 3)))["box"]
         assert relative_error(turned, torch.stack((top, right, bottom, left), 1).rot90(1, (2, 3))) < 1e-12
+        exchanged = model(x.rot90(1, (2, 3)))["oriented"][:, 2:4]
+        assert relative_error(exchanged, extents.flip(1).rot90(1, (2, 3))) < 1e-12
     if group == "d1":
         mirrored = model(x.flip(3))["box"]
         assert relative_error(mirrored, torch.stack((right, top, left, bottom), 1).flip(3)) < 1e-12
@@ -120,31 +125,30 @@ def test_distances_to_the_sides_change_places_as_the_image_turns(group):
 def test_transferred_distances_are_the_mean_of_the_plain_ones_turned_back():
     plain = Boxes().eval()
     model = gzoo.convert(plain, "p4m", weights="transfer", vectors=DIRECTIONS).eval()
-    x, G, mean = torch.randn(1, 3, 17, 17), model.group, 0
-    for g in range(8):
-        rays = nn.functional.softplus(plain.rays(plain.down(plain.body(G.transform_image(x, G.inverse(g)))).relu()))
-        mean = mean + G.transform_vectors(rays.expm1().log(), g, DIRECTIONS["rays"]) / 8  # before the softplus
-    assert relative_error(model(x)["rays"], nn.functional.softplus(mean)) < 1e-5
+    x, G = torch.randn(1, 3, 17, 17), model.group
+    for name, activation in (("rays", nn.functional.softplus), ("oriented", nn.Identity())):
+        mean = 0
+        for g in range(8):
+            pose = plain.down(plain.body(G.transform_image(x, G.inverse(g)))).relu()
+            mean = mean + G.transform_vectors(plain.get_submodule(name)(pose), g, DIRECTIONS[name]) / 8
+        assert relative_error(model(x)[name], activation(mean)) < 1e-5
 
 
 def test_directions_between_which_a_group_turns_are_refused():
     gzoo.convert(Boxes(), "c8", vectors={"rays": DIRECTIONS["rays"]})  # 16 rays, which 8 turns permute
     with pytest.raises(ValueError, match=r"box: c8 takes some of 4 directions between two others; .* multiples of 8"):
         gzoo.convert(Boxes(), "c8", vectors=DIRECTIONS)
+    with pytest.raises(ValueError, match=r"oriented: c8 takes some of 4 directions between two others"):
+        gzoo.convert(Boxes(), "c8", vectors={"oriented": [(2, 3, 2, 3)]})
     with pytest.raises(ValueError, match=r"d1 takes some of 3 directions between two others; .* multiples of 2"):
         groups.get("d1").turn(1, 3)
 
 
-def test_a_layer_makes_vectors_of_one_length():
-    with pytest.raises(ValueError, match=r"rays: the vectors of one layer have lengths \[2, 4\]"):
-        gzoo.convert(Boxes(), "p4", vectors={"rays": [(0, 1), (2, 3, 4, 5)]})
-
-
 @pytest.mark.parametrize("group", ["p4m", "c8", "d6"])
-@pytest.mark.parametrize("numbers", [2, 24])
-def test_the_turns_of_directions_are_a_representation(group, numbers):
+@pytest.mark.parametrize(("numbers", "frequency"), [(2, 1), (2, 2), (24, 1)])
+def test_the_turns_of_directions_are_a_representation(group, numbers, frequency):
     G = groups.get(group)
-    matrices = [torch.tensor(G.turn(g, numbers)).double() for g in range(G.order)]
+    matrices = [torch.tensor(G.turn(g, numbers, frequency)).double() for g in range(G.order)]
     for g in range(G.order):
         for h in range(G.order):
             assert torch.allclose(matrices[G.multiply(g, h)], matrices[g] @ matrices[h], atol=1e-12)
@@ -158,6 +162,30 @@ def test_more_directions_turn_as_the_vectors_that_they_are_along():
     for g in range(12):
         turned = G.transform_vectors(vector, g) @ along
         assert torch.allclose(turned, G.transform_vectors(vector @ along, g, [tuple(range(12))]), atol=1e-12)
+
+
+@pytest.mark.parametrize("group", ["d6", "d8"])
+def test_a_double_angle_turns_as_twice_the_angle_of_a_vector(group):
+    G, vector = groups.get(group), torch.randn(5, 2, dtype=torch.float64)
+
+    def doubled(vector: Tensor) -> Tensor:
+        angle = 2 * torch.atan2(vector[:, 1], vector[:, 0])
+        return torch.stack((angle.sin(), angle.cos()), 1) * vector.norm(dim=1, keepdim=True)
+
+    for g in range(G.order):
+        turned = G.transform_vectors(doubled(vector), g, [DoubleAngle(cosine=1, sine=0)])
+        assert torch.allclose(turned, doubled(G.transform_vectors(vector, g)), atol=1e-12)
+
+
+def test_a_double_angle_is_equivarified_too():
+    plain = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    ).double()
+    model, x = gzoo.equivarify(plain, "p4m", vectors=[DoubleAngle(0, 1)]), random_image(3, (9, 9))
+    for g in range(8):
+        turned = model.group.transform_vectors(model(x), g, [DoubleAngle(0, 1)])
+        assert relative_error(model(model.group.transform_image(x, g)), turned) < 1e-12
+    assert relative_error(model(x.rot90(1, (2, 3))), -model(x)) < 1e-12
 
 
 def test_without_vectors_the_same_layers_give_numbers_that_do_not_turn():
@@ -196,8 +224,13 @@ def test_a_checkpoint_of_other_vectors_is_refused():
 
     state = network(vectors={"offset": [(0, 1)]}).state_dict()
     network(vectors={"offset": [(0, 1)]}).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"vectors at offset.1 are channels \[\[0, 1\]\], but the model has"):
+    with pytest.raises(ValueError, match=r"vectors at offset.1 are channels \[\(0, 1\)\], but the model has \[\(1,"):
         network(vectors={"offset": [(1, 0)]}).load_state_dict(state)
+    doubled = network(vectors={"offset": [DoubleAngle(0, 1)]})
+    with pytest.raises(ValueError, match=r"offset.1.channels is \(1, 2\), not \(1, 3\)"):
+        doubled.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"are channels \[DoubleAngle\(cosine=0, sine=1\)\], but the model has \[Dou"):
+        network(vectors={"offset": [DoubleAngle(1, 0)]}).load_state_dict(doubled.state_dict())
     with pytest.raises(ValueError, match=r"offset.1.channels is not in the model"):
         network(classifier=["offset", "kind"]).load_state_dict(state)
 
@@ -307,6 +340,9 @@ def test_the_meta_device_keeps_the_turns():
         ({"offset": []}, "and its channels"),
         ({"offset": [(0,)]}, "accepted are pairs"),
         ({"offset": [(0, 2)]}, r"vectors of offset: .* of two of the 2 channels"),
+        ({"offset": [DoubleAngle(0, 0)]}, "each channel in one at most"),
+        ({"offset": [(0, 1, 1, 0)]}, "each channel in one at most"),
+        ({"kind": [(0, 1, 0, 1), (1, 2)]}, "each channel in one at most"),
         ({"body.0": [(0, 1)]}, "'body.0', whose channels 'body.3' reads"),
     ],
 )

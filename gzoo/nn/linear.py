@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gzoo.bases import regular_basis
-from gzoo.groups import Directions, Group
+from gzoo.groups import Directions, DoubleAngle, Group
 from gzoo.nn.constant import Constants, on_default_device
 from gzoo.nn.conv import require_fields
 from gzoo.nn.expand import ExpandedLayer, along_fibre
@@ -135,16 +135,26 @@ class GroupPool(nn.Module):
         return f"group_order={self.group_order}, pool={self.pool!r}"
 
 
+_NONE, _DOUBLED = -1, -2  # in a row of channels: nothing more, and turns by twice the angle
+
+
+def _rows(vectors: Directions) -> Tensor:
+    """The channels of each of ``vectors`` as rows of one tensor."""
+    rows = [(*places, _DOUBLED) if isinstance(places, DoubleAngle) else tuple(places) for places in vectors]
+    longest = max(map(len, rows))
+    return torch.tensor([(*row, *(longest - len(row)) * (_NONE,)) for row in rows], device="cpu")
+
+
 class VectorPool(Constants, GroupPool):
     """Group pooling to vectors: pairs of regular fields become vectors that turn with the image. Exact for every group.
 
-    With f the two fields of a pair and rho(g) the matrix of g, the vector is the mean over g of rho(g) f(g). More than
-    two fields become numbers of as many directions, which rho(g) permutes, as the distances to the sides of a box.
+    With f the two fields of a pair and rho(g) the matrix of g, the vector is the mean over g of rho(g) f(g). For a
+    `gzoo.DoubleAngle` rho(g) turns by twice the angle. More than two fields become numbers of as many directions, which
+    rho(g) permutes, as the distances to the sides of a box.
 
     Args:
         group: any point group.
-        vectors: the fields of each vector, how far to the right and how far down; or, all alike, of each directions'
-            numbers, evenly spaced from the left clockwise. Other fields are pooled.
+        vectors: the fields of each, as `Group.transform_vectors` has them. Other fields are pooled.
         pool: group pooling of those, "mean" or "max".
         dim: where the channels are, 1 or -1.
 
@@ -152,47 +162,44 @@ class VectorPool(Constants, GroupPool):
         x: (B, fields * |G|, ...); result: (B, fields, ...). Or (B, ..., fields * |G|) and (B, ..., fields).
 
     Raises:
-        ValueError: the vectors have different lengths, or are directions that the group does not permute.
+        ValueError: as `Group.transform_vectors`; a checkpoint is of other vectors.
 
-    Source: regular fields to irreps of frequency 1, Weiler & Cesa 2019, arXiv:1911.08251, section 2.6; and to quotient
-    fields.
+    Source: regular fields to irreps of frequency 1 and 2, Weiler & Cesa 2019, arXiv:1911.08251, section 2.6; and to
+    quotient fields.
     """
 
     constants: ClassVar[tuple[str, ...]] = ("turns", "channels")
 
     def __init__(self, group: Group, vectors: Directions, pool: Pooling = "mean", dim: Literal[1, -1] = 1) -> None:
         super().__init__(group.order, pool, dim)
-        self.group, self.vectors = group, tuple(tuple(places) for places in vectors)
-        lengths = {len(places) for places in self.vectors}
-        if len(lengths) != 1:
-            raise ValueError(
-                f"the vectors of one layer have lengths {sorted(lengths)}; make those of each length by a layer of "
-                "their own"
-            )
-        matrices = [group.turn(g, *lengths) for g in range(group.order)]
-        turns = torch.tensor(matrices, device="cpu")  # (|G|, length, length)
+        self.group, self.vectors = group, tuple(vectors)
+        self.own = sorted({channel for places in vectors for channel in places})  # the fields that become vectors
+        units = torch.eye(self.own[-1] + 1, device="cpu")
+        columns = torch.stack([group.transform_vectors(units, g, vectors) for g in range(group.order)])
+        turns = columns.mT[:, self.own][..., self.own]  # (|G|, numbers, numbers)
         self.register_buffer("turns", on_default_device(turns), persistent=False)
-        # In the state_dict, as other channels, or none, would make other outputs of the same weights.
-        self.register_buffer("channels", on_default_device(torch.tensor(self.vectors, device="cpu")))
+        # In the state_dict, as other vectors, or none, would make other outputs of the same weights.
+        self.register_buffer("channels", on_default_device(_rows(self.vectors)))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         found = state_dict.get(f"{prefix}channels")
-        if found is not None and found.tolist() != [list(places) for places in self.vectors]:
+        if found is not None and found.tolist() != _rows(self.vectors).tolist():
+            rows = [tuple(channel for channel in row if channel != _NONE) for row in found.tolist()]
+            given = [DoubleAngle(*row[:2]) if row[-1] == _DOUBLED else row for row in rows]
             raise ValueError(
-                f"this checkpoint is of a network whose vectors at {prefix[:-1]} are channels {found.tolist()}, but "
-                f"the model has {list(self.vectors)}; convert it with the vectors of the checkpoint"
+                f"this checkpoint is of a network whose vectors at {prefix[:-1]} are channels {given}, but the model "
+                f"has {list(self.vectors)}; convert it with the vectors of the checkpoint"
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, x: Tensor) -> Tensor:
         fibres = x.movedim(self.dim, -1).unflatten(-1, (-1, self.group_order))  # (B, ..., fields, |G|)
-        given = torch.stack([fibres[..., list(own), :] for own in zip(*self.vectors, strict=True)], -1)
-        vectors = torch.einsum("...gi,gji->...j", given, self.turns.to(x.dtype)) / self.group_order
+        vectors = torch.einsum("...ig,gji->...j", fibres[..., self.own, :], self.turns.to(x.dtype)) / self.group_order
         numbers = fibres.amax(-1) if self.pool == "max" else fibres.mean(-1)
         places = list(range(fibres.shape[-2]))
-        for i, channel in enumerate(channel for own in self.vectors for channel in own):
+        for i, channel in enumerate(self.own):
             places[channel] = len(places) + i
-        return torch.cat((numbers, vectors.flatten(-2)), -1)[..., places].movedim(-1, self.dim)
+        return torch.cat((numbers, vectors), -1)[..., places].movedim(-1, self.dim)
 
     def extra_repr(self) -> str:
         return f"{self.group.name}, vectors={self.vectors}, pool={self.pool!r}"
