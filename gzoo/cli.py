@@ -20,10 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run `gzoo ARGUMENTS`. Returns the exit code: 0, or 1 after an error; a wrong command line exits with 2."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        parser = _parser(argv)
-        args, unknown = parser.parse_known_args(argv)
-        if unknown:
-            parser.error(f"no argument is called {unknown[0]}; gzoo {argv[0]} --help lists them")
+        args = _parser(argv).parse_args(argv)
         args.command_line = shlex.join([*_launcher(), *argv])
         return args.run(args)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -50,6 +47,13 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs, allow_abbrev=False)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse's own, but what is unknown to a command is said by that command, with its usage."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"no argument is called {unknown[0]}; {self.prog} --help lists them")
+        return known, unknown
 
 
 class _Versions(argparse.Action):

@@ -190,8 +190,8 @@ class Group:
         if numbers == 2:
             angle = 2 * math.pi * (g % self.rotations) * frequency / self.rotations
             cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
-            # A reflection acts first: a becomes 180 degrees - a.
-            first, second = ((-1.0) ** frequency, -((-1.0) ** frequency)) if g >= self.rotations else (1.0, 1.0)
+            side = -1.0 if g >= self.rotations else 1.0  # a reflection acts first: a becomes 180 degrees - a
+            first, second = side**frequency, side ** (frequency + 1)
             return (first * cos, second * sin), (-first * sin, second * cos)
         if numbers % self.rotations or (self.reflections and numbers % 2):
             raise ValueError(

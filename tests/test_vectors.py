@@ -126,12 +126,11 @@ def test_transferred_distances_are_the_mean_of_the_plain_ones_turned_back():
     plain = Boxes().eval()
     model = gzoo.convert(plain, "p4m", weights="transfer", vectors=DIRECTIONS).eval()
     x, G = torch.randn(1, 3, 17, 17), model.group
+    poses = [plain.down(plain.body(G.transform_image(x, G.inverse(g)))).relu() for g in range(8)]
     for name, activation in (("rays", nn.functional.softplus), ("oriented", nn.Identity())):
-        mean = 0
-        for g in range(8):
-            pose = plain.down(plain.body(G.transform_image(x, G.inverse(g)))).relu()
-            mean = mean + G.transform_vectors(plain.get_submodule(name)(pose), g, DIRECTIONS[name]) / 8
-        assert relative_error(model(x)[name], activation(mean)) < 1e-5
+        layer = plain.get_submodule(name)
+        turned = [G.transform_vectors(layer(pose), g, DIRECTIONS[name]) for g, pose in enumerate(poses)]
+        assert relative_error(model(x)[name], activation(torch.stack(turned).mean(0))) < 1e-5
 
 
 def test_directions_between_which_a_group_turns_are_refused():

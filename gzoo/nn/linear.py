@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from gzoo.bases import regular_basis
 from gzoo.groups import Directions, DoubleAngle, Group
@@ -141,8 +142,7 @@ _NONE, _DOUBLED = -1, -2  # in a row of channels: nothing more, and turns by twi
 def _rows(vectors: Directions) -> Tensor:
     """The channels of each of ``vectors`` as rows of one tensor."""
     rows = [(*places, _DOUBLED) if isinstance(places, DoubleAngle) else tuple(places) for places in vectors]
-    longest = max(map(len, rows))
-    return torch.tensor([(*row, *(longest - len(row)) * (_NONE,)) for row in rows], device="cpu")
+    return pad_sequence([torch.tensor(row, device="cpu") for row in rows], batch_first=True, padding_value=_NONE)
 
 
 class VectorPool(Constants, GroupPool):
