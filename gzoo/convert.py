@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models._input import update_model_args
 from timm.models._pretrained import filter_pretrained_cfg
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
@@ -292,7 +293,8 @@ def convert_in_place(
         make_partial(converted, chain[0], group_pool, image_for(copy.deepcopy(converted).eval()))
     if soft:
         make_soft(converted)
-    _rename(converted, chain)
+    asked = {"match": match or _MATCH[weights], "basis": basis, "head": head, "partial": partial, "soft": soft}
+    _rename(converted, chain, {name: value for name, value in asked.items() if value != OPTIONS[name]})
     if not input_size(converted) and planned.side != SIDES[0]:  # it takes others only
         converted.pretrained_cfg = {"input_size": (in_channels(converted), planned.side, planned.side)}  # type: ignore[assignment]
     return converted
@@ -510,13 +512,19 @@ def _restrict(model: nn.Module, plan: Plan) -> None:
         level["group"] = plan.groups[plan.stages.index(path) + 1] if path in plan.stages else plan.group_at(path)
 
 
-def _rename(model: Any, chain: tuple[Group, ...]) -> None:
-    """Names the network in timm's config after its group, and drops where the plain weights came from."""
+# Of the zoo's entries, too: `timm.create_model` takes them, with these defaults.
+OPTIONS: dict[str, Any] = {"match": "params", "basis": None, "head": "invariant", "partial": False, "soft": False}
+
+
+def _rename(model: Any, chain: tuple[Group, ...], model_args: dict[str, Any]) -> None:
+    """Names the network in timm's config after its group, with the arguments that make it by that name from the zoo,
+    and drops where the plain weights came from."""
     config = getattr(model, "pretrained_cfg", None)
     if config:
         config = filter_pretrained_cfg(config, remove_source=True) | {"tag": None}
         config["architecture"] = f"{groups.spell(chain).replace(':', '')}_{config.get('architecture')}"
         model.pretrained_cfg = model.default_cfg = config
+        update_model_args(model, **model_args)
 
 
 def check_itself(model: nn.Module) -> None:

@@ -24,7 +24,7 @@ from torch import nn
 from gzoo import backbones, equivision, foreign, groups, redet, weights
 from gzoo.bases import BasisName
 from gzoo.continuous import ContinuousCNN13, ContinuousResNet
-from gzoo.convert import convert_in_place
+from gzoo.convert import OPTIONS, convert_in_place
 from gzoo.nn.linear import Head, Pooling
 from gzoo.plan import Fit, Match, plan
 
@@ -187,7 +187,7 @@ class Entry:
                 "match": match,
                 "basis": basis,
             }
-            for name, default in {**_OF_ENTRIES, "partial": False}.items():
+            for name, default in _OF_ENTRIES.items():
                 if (value := asked[name]) != default:
                     whose = f"those over a group, p4_{self.name}"
                     raise ValueError(f"{self.name} is a plain network; {name}={value!r} is for {whose}")
@@ -381,14 +381,14 @@ def _move_keys_inside(getter: nn.Module, state_dict: dict[str, Any], prefix: str
         state_dict |= {inside + key.removeprefix(prefix): state_dict.pop(key) for key in own}
 
 
-# What those that are not converted by `Entry.build` do without; over continuous groups partial=True is an option.
-_OF_ENTRIES: dict[str, Any] = {"head": "invariant", "soft": False, "subgroup": None, "match": "params", "basis": None}
+_OF_ENTRIES: dict[str, Any] = {**OPTIONS, "subgroup": None}
 
 
 def _refuse_options(name: str, kwargs: dict[str, Any]) -> None:
-    """Takes the options of `Entry.build` out of ``kwargs``; raises ValueError if one asks for something."""
+    """Takes the options of `Entry.build` out of ``kwargs``, for networks that it does not make; raises ValueError if
+    one asks for something. Networks over continuous groups have a ``partial`` of their own."""
     for option, default in _OF_ENTRIES.items():
-        if (given := kwargs.pop(option, default)) != default:
+        if option != "partial" and (given := kwargs.pop(option, default)) != default:
             raise ValueError(
                 f"{name} takes {option}={default!r} alone, not {given!r}: it is no plain network that gzoo converts. "
                 f"Leave {option} out, or take one that is, such as p4_resnet18 or c8_cnn7"

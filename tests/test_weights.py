@@ -379,6 +379,27 @@ def test_weights_of_a_network_that_pools_otherwise_are_refused(strict):
         nn.Sequential(mean).load_state_dict(nn.Sequential(maximum).state_dict())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weights": "transfer"},
+        {"weights": "project"},
+        {"match": "flops"},
+        {"basis": "steerable"},
+        {"head": "pose"},
+        {"partial": True},
+        {"soft": True},
+    ],
+    ids=str,
+)
+def test_a_converted_network_is_saved_with_the_options_that_make_it_again(tmp_path, options):
+    model = gzoo.convert(timm.create_model("resnet20", num_classes=3, in_chans=1), "p4", **options).eval()
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(2, 1, 9, 9)
+    assert torch.equal(again(x), model(x))
+
+
 def test_a_network_that_timm_would_build_by_another_name_is_refused(tmp_path):
     # The zoo's p4_cnn7 pools by the maximum, and timm knows the converted network by its name alone.
     save_for_hf(gzoo.convert(timm.create_model("cnn7"), "p4"), tmp_path, safe_serialization=True)
