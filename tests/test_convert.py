@@ -1556,6 +1556,10 @@ REFUSED = {
         lambda: Network(lambda self, x: self.b(F.pixel_shuffle(self.a(x), 2)), a=conv(3, 16), b=conv(4, 3)),
         r"^b: its channels come out of the function 'pixel_shuffle'; use the module torch\.nn\.PixelShuffle",
     ),
+    "function that makes the output": (
+        lambda: Network(lambda self, x: F.pixel_shuffle(self.a(x), 2), a=conv(3, 16)),
+        r"^Network gives what the function 'pixel_shuffle' makes; use the module torch\.nn\.PixelShuffle",
+    ),
     "attention": (
         lambda: Network(
             lambda self, x: self.head(
