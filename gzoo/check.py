@@ -108,7 +108,8 @@ def check(
 ) -> Report:
     """Measures the equivariance error of logits and stage feature maps for every element that is exact on the grid.
 
-    Vectors are held to be invariant, and pose logits (B, classes, |G|) to be regular fields. Feature maps are regular
+    Vectors are held to be invariant, but for those that `gzoo.convert` left as regular fields, as the style of a Cellpose
+    network or the code of an autoencoder, and pose logits (B, classes, |G|) to be regular fields. Feature maps are regular
     fields, or plain channels where the model is a plain network; of a partial network, what a layer drops is zero. A
     map of logits, which the model pooled over the group, is trivial fields: it is held to move like an image. So may
     each map of a network with several outputs, if it pools at all. The rows of a table (B, rows, numbers), as detectors
@@ -161,6 +162,7 @@ def check(
     pools = pooled or any(isinstance(layer, GroupPool | QuotientPool) for layer in ran)
     mixture = _mixture(ran)
     signed, pairs = _has_vectors(model), _vector_channels(model, list(expected))
+    codes = _vectors_of_fields(model, list(expected))
     levels = dict(zip(expected, level_groups(model), strict=False))
     errors: dict[str, dict[int, float]] = {name: {} for name in expected}
     given_up: dict[int, float] = {}
@@ -201,6 +203,8 @@ def check(
                     moved = law.transform_features(moved, own_g)
             elif own_group is not None and own_g is not None and _is_pose(moved, law):
                 moved = _move_pose(law, moved, own_g)
+            elif name in codes and own_g is not None:
+                moved = _move_fibres(law, moved, own_g)
             row[g] = min(relative_error(value, y) for y in (moved, *others))
     return Report(group, (height, width), dtype, errors, given_up)
 
@@ -331,6 +335,12 @@ def _vector_channels(model: Any, names: list[str]) -> dict[str, Directions] | No
     if names[-1:] == ["logits"] or names == [""]:  # behind the stages, which are fields
         return {**dict.fromkeys(names, ()), names[-1]: held[1][0]} if held.get(1) else None
     return dict(zip(names, held[len(names)], strict=True)) if len(names) in held else None
+
+
+def _vectors_of_fields(model: Any, names: list[str]) -> list[str]:
+    """The outputs that are vectors of regular fields, of a network that `gzoo.convert` made."""
+    are_fields = getattr(model, "field_outputs", {}).get(len(names), ())
+    return [name for name, fields in zip(names, are_fields, strict=bool(are_fields)) if fields]
 
 
 def _mixture(ran: list[nn.Module]) -> "FieldType | None":

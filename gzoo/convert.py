@@ -277,6 +277,8 @@ def convert_in_place(
     make_equivariant(converted, chain, group_pool, gives_fibres)
     if planned.vector_outputs:
         converted.vector_outputs = planned.vector_outputs  # type: ignore[assignment]  # what gzoo.check goes by
+    if not isinstance(converted, EquivariantClassifier) and not gives_fibres:  # which pool such vectors
+        converted.field_outputs = planned.field_outputs  # type: ignore[assignment]  # so are these
     _restrict(converted, planned)
     if isinstance(converted, EquivariantClassifier):
         converted.says_pose = head == "pose"

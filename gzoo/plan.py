@@ -96,6 +96,7 @@ class Plan:
         side: of the images that the plain network ran on, in pixels.
         vector_outputs: the same of each tensor that the network gives, by the number of these tensors, which
             may be more in training.
+        field_outputs: whether each of them is a vector of regular fields, in the same way.
         widths: plain channels -> fields, where they are given.
         basis: of the kernels, as `gzoo.nn.GroupConv2d` takes it.
         scale: fields for each plain channel in the first stage; in the others as ``match`` has it for their group.
@@ -119,6 +120,7 @@ class Plan:
     idle: frozenset[str] = frozenset()
     side: int = SIDES[0]
     vector_outputs: dict[int, list[Directions]] = field(default_factory=dict)
+    field_outputs: dict[int, list[bool]] = field(default_factory=dict)
     _known: dict[Segment, int] = field(default_factory=dict)
 
     @property
@@ -464,6 +466,9 @@ def plan(
     for run in (training, evaluation) if vectors else ():
         pairs = _vector_outputs(run, vectors) if run else []
         made.vector_outputs[len(pairs)] = pairs
+    for run in (training, evaluation):
+        are_fields = [_is_vector_of_fields(y) for y in tensors_in(run.result) if y.ndim] if run else []
+        made.field_outputs[len(are_fields)] = are_fields
     if not seen.inputs.keys() & seen.outputs.keys() & {name for name, _ in _layers(model)}:
         lost = next(
             (f"{name}: {made.why_lost(name)}" for name in seen.lost), "no layer with parameters runs on an image"
@@ -575,6 +580,12 @@ def _vector_outputs(seen: Trace, vectors: Vectors) -> list[Directions]:
             given += map(kind, zip(*places, strict=False))  # none where one of them stands in another tensor
         found.append(given)
     return found
+
+
+def _is_vector_of_fields(y: Tensor) -> bool:
+    """Whether what the plain network gives as numbers an image, (B, C), has a fibre for each in the converted one."""
+    parts = channels_of(y)
+    return y.ndim == 2 and bool(parts) and not any(part.image for part in parts)
 
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -902,7 +913,7 @@ def _say_that_fields_stay(model: nn.Module, x: Tensor, made: Plan) -> None:
     for result in tensors_in(seen.result):
         is_decoder = result.ndim == 4 and result.shape[2:] == x.shape[2:] and not is_flat
         parts = set(channels_of(result))
-        is_vector = result.ndim == 2 and not made.gives_fibres and bool(parts) and not any(p.image for p in parts)
+        is_vector = not made.gives_fibres and _is_vector_of_fields(result)
         if is_decoder or is_vector:
             layers = [name for name in seen.order if isinstance(model.get_submodule(name), _MAKES_LOGITS)]
             makers = _makers(parts, layers, seen) or layers[-1:]

@@ -201,6 +201,30 @@ def test_each_of_several_outputs_is_judged_by_itself():
     assert report.worst < 1e-12
 
 
+class Styled(nn.Module):
+    """A mask, and the style of the image: a vector of fields, as a Cellpose network gives it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.mask, self.add = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 3, 1), nn.Linear(8, 8)
+
+    def forward(self, x):
+        features = self.body(x).relu()
+        style = features.mean((2, 3))
+        return self.mask(features + self.add(style)[..., None, None]), style / style.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("group", ["p4", "p4m"])
+def test_a_vector_that_stays_fields_is_held_to_turn_its_fibres(group):
+    model = gzoo.convert(Styled(), group, classifier="mask")
+    assert gzoo.check(model, (9, 12)).worst < 1e-12
+    broken = copy.deepcopy(model)
+    broken.field_outputs = {2: [False, False]}  # were it invariant
+    assert gzoo.check(broken, (9, 12)).worst > 1e-3
+    features = gzoo.convert(nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), Mean(), nn.Linear(8, 6)), group, classifier="")
+    assert gzoo.check(features, (9, 12)).worst < 1e-12
+
+
 def test_a_network_of_one_size_is_checked_at_that():
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
     report = gzoo.check(gzoo.equivarify(vit, "p4"))
