@@ -108,14 +108,14 @@ def check(
 ) -> Report:
     """Measures the equivariance error of logits and stage feature maps for every element that is exact on the grid.
 
-    Vectors are held to be invariant, but for those that `gzoo.convert` left as regular fields, as the style of a Cellpose
-    network or the code of an autoencoder, and pose logits (B, classes, |G|) to be regular fields. Feature maps are regular
-    fields, or plain channels where the model is a plain network; of a partial network, what a layer drops is zero. A
-    map of logits, which the model pooled over the group, is trivial fields: it is held to move like an image. So may
-    each map of a network with several outputs, if it pools at all. The rows of a table (B, rows, numbers), as detectors
-    give one for each anchor of each pixel, may change places. The channels that ``vectors`` named turn with it.
-    (Inside a network of one's own, where gzoo does not know them, channels may be exchanged and change their sign.) The
-    model is copied, so its weights, mode and dtype stay as they are.
+    Vectors are held to be invariant, but for those that `gzoo.convert` left as regular fields, as the style of a
+    Cellpose network or the code of an autoencoder, and pose logits (B, classes, |G|) to be regular fields. Feature maps
+    are regular fields, or plain channels where the model is a plain network; of a partial network, what a layer drops
+    is zero. A map of logits, which the model pooled over the group, is trivial fields: it is held to move like an
+    image. So may each map of a network with several outputs, if it pools at all. The rows of a table (B, rows,
+    numbers), as detectors give one for each anchor of each pixel, may change places. The channels that ``vectors``
+    named turn with it. (Inside a network of one's own, where gzoo does not know them, channels may be exchanged and
+    change their sign.) The model is copied, so its weights, mode and dtype stay as they are.
 
     Args:
         model: a classifier (B, C, H, W) -> (B, classes), or of each pixel -> (B, classes, H, W) or (B, H, W); with

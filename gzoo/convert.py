@@ -40,7 +40,7 @@ from gzoo.nn.resample import Window
 from gzoo.partial import make_partial
 from gzoo.plan import SIDES, WHOLE_NETWORK, Fit, Match, Plan, Vectors, bent_logits, example, plan
 from gzoo.rules import ON_IMAGE, RULES, WHOLE, Recipe, Rule, rule
-from gzoo.segments import Segments, flat
+from gzoo.segments import Segments, flat, total
 from gzoo.soft import make_soft, residuals
 from gzoo.trace import READ_FLATTENED
 from gzoo.transfer import Weights, fill
@@ -406,13 +406,15 @@ def _walk(module: nn.Module, recipe: Recipe, done: dict[nn.Module, nn.Module]) -
 def _share_own(module: nn.Module, own: list[str], recipe: Recipe) -> list[str]:
     """Shares parameters that hold one number a channel along the fibre, in place.
 
-    Single numbers, several that are taken one by one, and such of the image's channels stay as they are. Returns the
-    names of those that are none of these.
+    Single numbers, several that are taken one by one, and such of the image's channels stay as they are. So do tables
+    that no forward writes to and that have no number a channel, such as the ones by which HoVer-Net enlarges a map:
+    whether it turns with the image all the same, the self-check sees. Returns the names of what is none of these.
     """
-    unknown = []
+    unknown, given = [], recipe.plan.trace.inputs.get(recipe.path, ())
     for name in own:
         tensor: Tensor = getattr(module, name)
-        if tensor.numel() == 1:
+        is_table = sum(size > 1 for size in tensor.shape) > 1 and total(given) not in tensor.shape
+        if tensor.numel() == 1 or (is_table and (f"{recipe.path}.{name}").removeprefix(".") in recipe.plan.constants):
             continue
         channels = flat(recipe.plan.trace.own.get(recipe.path, {}).get(name, ()))
         are_followed = bool(channels) and recipe.plan.followed.issuperset(channels)

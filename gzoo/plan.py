@@ -93,6 +93,7 @@ class Plan:
         vectors: the channels that are vectors, by path, of those of them that make vectors.
         sides: "start" or "end", of maps that are padded or cropped there more than on the other side, at any size.
         idle: paths of modules with parameters that run neither in evaluation nor in training.
+        constants: names of the buffers that no run changes, in training neither.
         side: of the images that the plain network ran on, in pixels.
         vector_outputs: the same of each tensor that the network gives, by the number of these tensors, which
             may be more in training.
@@ -118,6 +119,7 @@ class Plan:
     vectors: Vectors = field(default_factory=dict)
     sides: set[str] = field(default_factory=set)
     idle: frozenset[str] = frozenset()
+    constants: frozenset[str] = frozenset()
     side: int = SIDES[0]
     vector_outputs: dict[int, list[Directions]] = field(default_factory=dict)
     field_outputs: dict[int, list[bool]] = field(default_factory=dict)
@@ -463,6 +465,7 @@ def plan(
     made.sides = sides
     if training:  # else it may want more than images then, and run what stays idle in evaluation
         made.idle = _idle(model, evaluation.ran | training.ran)
+        made.constants = frozenset(dict(model.named_buffers()).keys() - evaluation.written - training.written)
     for run in (training, evaluation) if vectors else ():
         pairs = _vector_outputs(run, vectors) if run else []
         made.vector_outputs[len(pairs)] = pairs

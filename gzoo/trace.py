@@ -45,6 +45,7 @@ class Trace:
         unflattened: side of the maps that linear layers make as vectors, if they have several pixels.
         tables: linear layers whose vector is an output with more than two dimensions, which no layer read as a map.
         own: what may be channels of the parameters and buffers that a module holds itself, by their names.
+        written: buffers that the run changed, by their whole names.
         asymmetric: modules whose own forward calls functions that `gzoo.nn.functions` makes symmetric.
         one_sided: of the modules that pad or crop maps more on one side themselves, "start" or "end".
         padded: numbers of channels that are put before and after others, with those, the others, and those after.
@@ -73,6 +74,7 @@ class Trace:
     unflattened: dict[str, int] = field(default_factory=dict)
     tables: set[str] = field(default_factory=set)
     own: dict[str, dict[str, Segments]] = field(default_factory=dict)
+    written: set[str] = field(default_factory=set)
     asymmetric: set[str] = field(default_factory=set)
     one_sided: dict[str, set[str]] = field(default_factory=dict)
     padded: list[tuple[tuple[int, int], tuple[Segments, Segments, Segments]]] = field(default_factory=list)
@@ -140,6 +142,7 @@ def _run(copied: Callable[[], nn.Module], x: Tensor, makes_maps: bool = False) -
         module.register_forward_pre_hook(follow.enter(name), with_kwargs=True)
         module.register_forward_hook(follow.leave(name), with_kwargs=True)
     _mark(x, 1, (Segment(x.shape[1], image=True),))
+    before = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
     try:
         with torch.no_grad(), follow:
             seen.result = model(x)
@@ -148,6 +151,10 @@ def _run(copied: Callable[[], nn.Module], x: Tensor, makes_maps: bool = False) -
         raise
     if follow.reads_maps and not makes_maps:
         return _run(copied, x, makes_maps=True)
+    now = dict(model.named_buffers())
+    seen.written = {
+        name for name, (buffer, version) in before.items() if now.get(name) is not buffer or buffer._version != version
+    }
     for name, module in model.named_modules():
         module._forward_pre_hooks.clear()
         module._forward_hooks.clear()

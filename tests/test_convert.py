@@ -424,6 +424,34 @@ class Position(nn.Module):
         return x + self.embedding
 
 
+class Tables(nn.Module):
+    """A fixed filter for each channel, or for every one alike, which training may go on changing."""
+
+    def __init__(self, table, written=False):
+        super().__init__()
+        self.register_buffer("table", table)
+        self.written = written
+
+    def forward(self, x):
+        if self.written and self.training:
+            self.table.lerp_(x.mean((0, 1))[:3, :3], 0.1)
+        if len(self.table) > 1:
+            return F.conv2d(x, self.table, padding=1, groups=x.shape[1])
+        return F.conv2d(x.flatten(0, 1)[:, None], self.table, padding=1).view(x.shape)
+
+
+class Enlarged(nn.Module):
+    """To twice the size, by a Kronecker product (HoVer-Net)."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("ones", torch.ones(2, 2))
+
+    def forward(self, x):
+        y = torch.tensordot(x.unsqueeze(-1), self.ones.unsqueeze(0), dims=1).permute(0, 1, 2, 4, 3, 5)
+        return y.reshape(-1, x.shape[1], 2 * x.shape[2], 2 * x.shape[3])
+
+
 class SpatialAttention(nn.Module):
     """Where to look, from the mean and the maximum over channels (CBAM)."""
 
@@ -878,6 +906,17 @@ class Joined(nn.Module):
     def forward(self, x, y):
         nothing = torch.empty(len(x), 0, *x.shape[2:], dtype=x.dtype, device=x.device)
         return torch.cat((nothing, x, F.interpolate(y, x.shape[2:], mode="bilinear")), 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"weights": "transfer"}], ids=str)
+def test_tables_that_nothing_writes_to_stay(options):
+    blur = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]])[None, None] / 16
+    layers = {"a": block(3, 12), "up": Enlarged(), "blur": Tables(blur), "head": nn.Sequential(conv(12, 8), *head(8))}
+    plain = Network(lambda self, x: self.head(self.blur(self.up(self.a(x)))), **layers).eval()
+    model = with_random_statistics(gzoo.convert(plain, "p4m", **options)).eval()
+    assert torch.equal(model.blur.table, blur)
+    for size in (9, (12, 7)):
+        assert gzoo.check(model, size).worst < 1e-12
 
 
 @pytest.mark.parametrize("group", ["p4", "d2"])
@@ -1497,6 +1536,18 @@ REFUSED = {
     "unknown module before the first convolution": (
         lambda: nn.Sequential(nn.ZeroPad2d((0, 1, 0, 0)), conv(3, 16), *head(16)),
         r"^0: it pads \(0, 1, 0, 0\) pixels \(left, right, top, bottom\): a quarter turn exchanges the axes",
+    ),
+    "filter a channel in a table": (
+        lambda: nn.Sequential(conv(3, 16), Tables(torch.ones(16, 1, 3, 3) / 9), *head(16)),
+        r"^1 is a .*Tables with parameters or buffers of its own \(table\)",
+    ),
+    "table that is written in training": (
+        lambda: nn.Sequential(conv(3, 16), Tables(torch.ones(1, 1, 3, 3), written=True), *head(16)),
+        r"^1 is a .*Tables with parameters or buffers of its own \(table\)",
+    ),
+    "table with a direction": (
+        lambda: nn.Sequential(conv(3, 16), Tables(torch.tensor([[[[0.0, 1, 0], [1, 0, -1], [0, -1, 0]]]])), *head(16)),
+        r"^1 \(Tables\) is not equivariant under p4",
     ),
     "position embedding": (
         lambda: nn.Sequential(conv(3, 16), Position(), *head(16)),
