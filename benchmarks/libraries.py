@@ -1,6 +1,7 @@
-"""Which networks of torchvision, segmentation_models_pytorch and MONAI convert, and how exactly they follow the image.
+"""Which networks of torchvision, segmentation_models_pytorch, MONAI and nnU-Net convert, and how exactly.
 
-    uv run --with segmentation-models-pytorch --with monai python benchmarks/libraries.py
+    uv run --with segmentation-models-pytorch --with monai --with dynamic-network-architectures \\
+        python benchmarks/libraries.py
 
 Each is converted over p4m with random weights and checked in float64 on an image of 64x96 pixels, a multiple of what
 most of them reduce by, or of another size that it needs. A row a network goes to libraries.csv.
@@ -8,7 +9,7 @@ most of them reduce by, or of another size that it needs. A row a network goes t
 
 import argparse
 import csv
-import importlib
+import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,21 @@ PLAIN, BARE = {"init_weights": False}, {"weights": None, "weights_backbone": Non
 IN_TWO = {"spatial_dims": 2, "in_channels": 3, "out_channels": 2}
 STRIDED = IN_TWO | {"channels": (16, 32, 64), "strides": (2, 2)}
 SQUARE = {"in_shape": (3, 64, 64), "classes": 4, "channels": (16, 32, 64), "strides": (2, 2, 2)}
+NNUNET = "dynamic_network_architectures.architectures.unet"
+PLANNED: dict[str, Any] = {  # as nnU-Net plans them for small images
+    "input_channels": 3,
+    "n_stages": 4,
+    "features_per_stage": (32, 64, 128, 256),
+    "conv_op": nn.Conv2d,
+    "kernel_sizes": 3,
+    "strides": (1, 2, 2, 2),
+    "num_classes": 2,
+    "conv_bias": True,
+    "norm_op": nn.InstanceNorm2d,
+    "norm_op_kwargs": {"affine": True},
+    "nonlin": nn.LeakyReLU,
+}
+PLAIN_UNET = PLANNED | {"n_conv_per_stage": 2, "n_conv_per_stage_decoder": 2}
 USUAL, LARGE = (64, 96), (128, 160)
 NETWORKS: list[tuple[str, str, dict[str, Any], tuple[int, int]]] = [
     *((TORCHVISION, name, {}, USUAL) for name in ("alexnet", "squeezenet1_1", "shufflenet_v2_x1_0", "mnasnet1_0")),
@@ -47,15 +63,18 @@ NETWORKS: list[tuple[str, str, dict[str, Any], tuple[int, int]]] = [
     (MONAI, "FlexibleUNet", IN_TWO | {"backbone": "resnet18"}, USUAL),
     (MONAI, "SEResNet50", {"spatial_dims": 2, "in_channels": 3, "num_classes": 2}, USUAL),
     (MONAI, "Classifier", SQUARE, (64, 64)),
+    *((NNUNET, "PlainConvUNet", PLAIN_UNET | {"deep_supervision": deep}, USUAL) for deep in (False, True)),
+    (NNUNET, "ResidualEncoderUNet", PLANNED | {"n_blocks_per_stage": 2, "n_conv_per_stage_decoder": 1}, USUAL),
 ]
 COLUMNS = ("library", "version", "network", "options", "parameters", "equivariant", "error", "reason")
-SHOWN = ("encoder_name", "num_res_units", "aux_logits")
+SHOWN = ("encoder_name", "num_res_units", "aux_logits", "deep_supervision")
+SHORT = {"segmentation_models_pytorch": "smp", "dynamic_network_architectures": "nnU-Net"}
 HERE = Path(__file__).parent
 
 
 def one_network(library: str, name: str, options: dict[str, Any], size: tuple[int, int]) -> dict[str, object]:
     """Converts, and checks at a size in pixels; a row of the table."""
-    version = importlib.import_module(library.partition(".")[0]).__version__
+    version = importlib.metadata.version(library.partition(".")[0])
     make: Callable[..., nn.Module] = getattr(importlib.import_module(library), name)
     plain = make(**{"encoder_name": "resnet18", "encoder_weights": None} | options if library == SMP else options)
     row: dict[str, object] = dict.fromkeys(COLUMNS, "")
@@ -76,7 +95,7 @@ def table(rows: list[dict[str, str]]) -> str:
     """In Markdown: what converts, with its error; what does not is named with its reason in the file."""
     lines = ["| network | parameters, plain and over p4m | error in float64 |", "|---|---|---|"]
     for row in rows:
-        name = f"{row['library'].replace('segmentation_models_pytorch', 'smp')}: {row['network']}"
+        name = f"{SHORT.get(row['library'], row['library'])}: {row['network']}"
         options = f", `{row['options']}`" if row["options"] else ""
         sizes = [f"{int(row[key]) / 1e3:,.0f}k" for key in ("parameters", "equivariant") if row[key]]
         lines.append(f"| {name}{options} | {', '.join(sizes)} | {row['error'] or 'does not convert'} |")
