@@ -438,7 +438,7 @@ def plan(
             f"{seen.over_pixels[0]} is linear over pixels or tokens, each with a weight of its own, which has no "
             f"equivariant counterpart here; use a convolution. {WHOLE_NETWORK}"
         )
-    for step in (getattr(y, "gzoo_lost", "") for y in tensors_in(seen.result)):
+    for step in (getattr(y, "gzoo_lost", "") for y in tensors_in(seen.result) if not channels_of(y)):
         if step in _AS_MODULES and not seen.lost:  # by a layer that says so itself
             raise ValueError(
                 f"{type(model).__name__} gives what the function {step!r} makes; use the module {_AS_MODULES[step]} in "
