@@ -42,7 +42,7 @@ from gzoo.plan import SIDES, WHOLE_NETWORK, Fit, Match, Plan, Vectors, bent_logi
 from gzoo.rules import ON_IMAGE, RULES, WHOLE, Recipe, Rule, rule
 from gzoo.segments import Segments, flat, total
 from gzoo.soft import make_soft, residuals
-from gzoo.trace import READ_FLATTENED
+from gzoo.trace import READ_FLATTENED, without_numbers
 from gzoo.transfer import Weights, fill
 
 __all__ = ["convert", "rule"]
@@ -571,6 +571,8 @@ def _check_oblong(probe: nn.Module, x: Tensor, group: Group) -> None:
         return  # as no turn exchanges them
     width = x.shape[3]
     for oblong in (x[..., : width // 2 + 1], x[..., : width // 2], F.pad(x, (0, width // 2, 0, 0), mode="reflect")):
+        if _refuses(probe, oblong, x):
+            continue
         try:
             calibrate(probe, oblong)
             broken = first_broken_layer(probe, oblong, group, group.grid_generators[:1], inner=False)
@@ -717,6 +719,8 @@ def odd_images(probe: nn.Module, x: Tensor) -> Iterator[Tensor]:
             before = dict(odd)
             if before and all(before.values()):
                 return
+            if _refuses(probe, image, x):
+                continue
             try:
                 calibrate(probe, image)
             except Exception:  # a network for other sizes of image, which says so in any way: an assertion, say
@@ -725,6 +729,26 @@ def odd_images(probe: nn.Module, x: Tensor) -> Iterator[Tensor]:
             if first or sum(odd.values()) > sum(before.values()):
                 first = False
                 yield image
+
+
+def _refuses(probe: nn.Module, image: Tensor, x: Tensor) -> bool:
+    """Whether a network that says which size it takes runs on no image of another, without arithmetic, which is soon
+    said. False if it does not run without on x either."""
+    if not input_size(probe) or isinstance(probe, EquivariantClassifier):
+        return False
+    return _runs_without_numbers(probe, x) and not _runs_without_numbers(probe, image)
+
+
+def _runs_without_numbers(probe: nn.Module, x: Tensor) -> bool:
+    copied = without_numbers(probe)
+    for module in copied.modules():
+        module._forward_hooks.clear()
+    try:
+        with torch.no_grad():
+            copied(x.to("meta"))
+    except Exception:  # a network for other sizes says so in any way, by an assertion, say
+        return False
+    return True
 
 
 @torch.no_grad()

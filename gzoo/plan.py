@@ -427,7 +427,7 @@ def plan(
     training = _training(model, x)
     seen = training if training and _has_more_layers(training, evaluation) else evaluation
     sides = set(flatten.from_iterable(seen.one_sided.values()))
-    for other in (evaluation, training, _at_odd_size(model, x)):
+    for other in (evaluation, training, _at_odd_size(model, x, evaluation.with_numbers)):
         if other and other is not seen:
             seen.asymmetric |= other.asymmetric
             seen.rows |= other.rows
@@ -490,12 +490,12 @@ def plan(
     return made
 
 
-def _at_odd_size(model: nn.Module, x: Tensor) -> Trace | None:
+def _at_odd_size(model: nn.Module, x: Tensor, with_numbers: bool) -> Trace | None:
     """What a run on images a pixel larger shows, which may be the first to pad; of timm's networks that is known."""
     if hasattr(model, "get_classifier"):
         return None
     try:
-        return trace(model, torch.nn.functional.pad(x, (0, 1, 0, 1)))
+        return trace(model, torch.nn.functional.pad(x, (0, 1, 0, 1)), with_numbers=with_numbers)
     except ValueError:
         return None
 

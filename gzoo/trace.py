@@ -57,6 +57,7 @@ class Trace:
         lost: leaf modules whose input could not be followed, with the operation that lost it.
         functions: those of feature maps that ran, in order, with the channels that they were given.
         after_layers: how many of them ran before the last convolution or linear layer was done.
+        with_numbers: whether the network could not do without arithmetic.
         result: the network's output.
     """
 
@@ -88,26 +89,31 @@ class Trace:
     lost: dict[str, str] = field(default_factory=dict)
     functions: list[tuple[str, Segments]] = field(default_factory=list)
     after_layers: int = 0
+    with_numbers: bool = False
     result: Any = None
 
 
-def trace(model: nn.Module, x: Tensor, training: bool = False) -> Trace:
+def trace(model: nn.Module, x: Tensor, training: bool = False, with_numbers: bool = True) -> Trace:
     """Runs a copy of ``model`` on x and follows the channels. Without arithmetic, where the model can do without.
 
     Args:
         model: a plain network; stays as it is.
         x: images (B, C, H, W).
         training: whether it runs as in training.
+        with_numbers: whether to try arithmetic where it does not run without.
 
     Raises:
         ValueError: the network does not run.
     """
     try:
-        return _run(lambda: _without_numbers(model).train(training), x.to("meta"))
-    except Exception:  # what reads numbers, or keeps tensors that are no buffers, has to be run for real
-        pass
+        return _run(lambda: without_numbers(model).train(training), x.to("meta"))
+    except Exception as error:  # what reads numbers, or keeps tensors that are no buffers, has to be run for real
+        if not with_numbers:
+            raise ValueError(f"{type(model).__name__} does not run: {error}") from error
     try:
-        return _run(lambda: copy.deepcopy(model).train(training), x)
+        seen = _run(lambda: copy.deepcopy(model).train(training), x)
+        seen.with_numbers = True
+        return seen
     except Exception as error:
         hint = (
             "If it takes other channels, or one size only, say so: "
@@ -122,7 +128,7 @@ def trace(model: nn.Module, x: Tensor, training: bool = False) -> Trace:
         ) from error
 
 
-def _without_numbers(model: nn.Module) -> nn.Module:
+def without_numbers(model: nn.Module) -> nn.Module:
     """A copy on the meta device, made without copying what is in the tensors."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
