@@ -295,7 +295,8 @@ def convert_in_place(
         make_partial(converted, chain[0], group_pool, image_for(copy.deepcopy(converted).eval()))
     if soft:
         make_soft(converted)
-    asked = {"match": match or _MATCH[weights], "basis": basis, "head": head, "partial": partial, "soft": soft}
+    asked: dict[str, Any] = {"match": match or _MATCH[weights], "basis": basis, "head": head, "partial": partial}
+    asked |= {"soft": soft, "vectors": vectors or None}
     _rename(converted, chain, {name: value for name, value in asked.items() if value != OPTIONS[name]})
     if not input_size(converted) and planned.side != SIDES[0]:  # it takes others only
         converted.pretrained_cfg = {"input_size": (in_channels(converted), planned.side, planned.side)}  # type: ignore[assignment]
@@ -517,7 +518,14 @@ def _restrict(model: nn.Module, plan: Plan) -> None:
 
 
 # Of the zoo's entries, too: `timm.create_model` takes them, with these defaults.
-OPTIONS: dict[str, Any] = {"match": "params", "basis": None, "head": "invariant", "partial": False, "soft": False}
+OPTIONS: dict[str, Any] = {
+    "match": "params",
+    "basis": None,
+    "head": "invariant",
+    "partial": False,
+    "soft": False,
+    "vectors": None,
+}
 
 
 def _rename(model: Any, chain: tuple[Group, ...], model_args: dict[str, Any]) -> None:

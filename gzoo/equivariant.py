@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gzoo import groups
 from gzoo.bases import NAMES
-from gzoo.groups import Group
+from gzoo.groups import DoubleAngle, Group
 from gzoo.nn import FibreNorm, GroupPool, InvariantConv2d, InvariantLinear, PoseConv2d, PoseLinear
 from gzoo.nn.constant import Constants, beside
 from gzoo.nn.continuous import ContinuousGroup
@@ -192,6 +192,23 @@ class EquivariantClassifier(Equivariant):
     head_hidden_size: int
     says_pose = False
 
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """Where timm notes the arguments that make the network again, for config.json: `gzoo.DoubleAngle` as a mapping,
+        as JSON has no tuples of two kinds."""
+        try:
+            return self.__dict__["_model_args"]
+        except KeyError as error:
+            raise AttributeError("_model_args") from error
+
+    @_model_args.setter
+    def _model_args(self, args: dict[str, Any]) -> None:
+        vectors = {
+            path: [places._asdict() if isinstance(places, DoubleAngle) else places for places in channels]
+            for path, channels in (args.get("vectors") or {}).items()
+        }
+        self.__dict__["_model_args"] = {**args, "vectors": vectors} if vectors else args
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features (B, fields * |G|, H, W) to logits (B, num_classes), or to group-pooled features (B, fields).
 
@@ -228,6 +245,7 @@ class EquivariantClassifier(Equivariant):
                 f"maps and linear on vectors; create the model with global_pool={global_pool!r} instead"
             )
         forget_label_names(self)
+        self.__dict__.get("_model_args", {}).pop("vectors", None)  # which the new one makes no more
         kept = set(self.modules())
         self.head_hidden_size *= self.group.order  # timm's code counts channels, where there are any to count anew
         try:

@@ -533,9 +533,11 @@ def _require_vectors(model: nn.Module, vectors: Any) -> None:
     for path, given in vectors.items():
         layer: Any = layers.get(path)
         if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) or not given:
+            alike = [name for name in layers if name.endswith(f".{path}")]
+            hint = f" ({alike[0]!r}?)" if alike else ""
             raise ValueError(
                 f"vectors has {path!r}: {given!r:.60}; it takes the path of a convolution or Linear of "
-                f"{type(model).__name__} that makes vectors, as named_modules() spells it, and its channels"
+                f"{type(model).__name__} that makes vectors, as named_modules() spells it{hint}, and its channels"
             )
         channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         try:

@@ -25,6 +25,7 @@ from gzoo import backbones, equivision, foreign, groups, redet, weights
 from gzoo.bases import BasisName
 from gzoo.continuous import ContinuousCNN13, ContinuousResNet
 from gzoo.convert import OPTIONS, convert_in_place
+from gzoo.groups import DoubleAngle
 from gzoo.nn.linear import Head, Pooling
 from gzoo.plan import Fit, Match, plan
 
@@ -170,12 +171,14 @@ class Entry:
         subgroup: str | None = None,
         match: Match = "params",
         basis: BasisName | None = None,
+        vectors: Any = None,
         **kwargs: Any,
     ) -> nn.Module:
         """The network with random weights. `gzoo.convert` says what the arguments are, but for one.
 
         With ``subgroup``, a subgroup of the entry's group, the network over that one with the same number of fields:
-        cheaper by the square of the index, and what `gzoo.grow` starts from.
+        cheaper by the square of the index, and what `gzoo.grow` starts from. ``vectors`` may also be as JSON has them,
+        with a mapping for a `gzoo.DoubleAngle`.
         """
         plain = _BACKBONES[self.backbone].plain(**kwargs)
         if self.group is None:
@@ -186,6 +189,7 @@ class Entry:
                 "subgroup": subgroup,
                 "match": match,
                 "basis": basis,
+                "vectors": vectors,
             }
             for name, default in _OF_ENTRIES.items():
                 if (value := asked[name]) != default:
@@ -207,6 +211,7 @@ class Entry:
             head=head,
             partial=partial,
             soft=soft,
+            vectors=_directions(vectors),
         )
 
     def _widths(self, match: Match) -> Mapping[int, int]:
@@ -221,6 +226,17 @@ class Entry:
         group, smaller = groups.get(self.group), groups.get(subgroup)
         group.elements_of(smaller)  # raises
         return smaller.name, basis or (None if group.on_grid else "steerable")
+
+
+def _directions(vectors: Any) -> Any:
+    """Channels that are vectors, where they come from a config.json, in which a `gzoo.DoubleAngle` is a mapping."""
+    if not isinstance(vectors, Mapping):
+        return vectors  # for gzoo.convert to refuse
+    return dict(vectors) | {
+        path: [DoubleAngle(**item) if isinstance(item, Mapping) else item for item in channels]
+        for path, channels in vectors.items()
+        if isinstance(channels, list)
+    }
 
 
 @functools.cache

@@ -167,7 +167,8 @@ def require_fit(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """
     config: Any = model.pretrained_cfg
     own, firsts = model.state_dict(), [f"{path}.weight" for path in _paths(config["first_conv"])]
-    head = {f"{path}.{name}" for path in _paths(config["classifier"]) for name in ("weight", "bias")}
+    heads = tuple(f"{path}." for path in _paths(config["classifier"]))
+    head = {key for key in {**own, **state_dict} if key.startswith(heads)}
     relaxed = {name: own[name] for name, _ in model.named_parameters() if name.endswith(_RELAXED)}
     starts = bool(relaxed) and not any(name in state_dict for name in relaxed)
     state_dict = {**state_dict, **relaxed} if starts else state_dict

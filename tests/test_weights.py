@@ -389,6 +389,8 @@ def test_weights_of_a_network_that_pools_otherwise_are_refused(strict):
         {"head": "pose"},
         {"partial": True},
         {"soft": True},
+        {"vectors": {"head.fc": [(0, 1)]}},
+        {"vectors": {"head.fc": [gzoo.DoubleAngle(0, 2)]}},
     ],
     ids=str,
 )
@@ -398,6 +400,24 @@ def test_a_converted_network_is_saved_with_the_options_that_make_it_again(tmp_pa
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     x = torch.randn(2, 1, 9, 9)
     assert torch.equal(again(x), model(x))
+
+
+def test_a_direction_is_learned_from_pretrained_weights_saved_and_loaded(tmp_path):
+    vectors = {"head.fc": [gzoo.DoubleAngle(0, 1)]}
+    model = timm.create_model("p4m_resnet20", pretrained=True, num_classes=2, vectors=vectors).eval()
+    weights = timm.create_model("p4m_resnet20", pretrained=True).state_dict()
+    own = model.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in weights.items() if not key.startswith("head.fc."))
+    assert gzoo.check(model, (9, 12)).worst < 1e-12
+    x = torch.randn(1, 3, 9, 12)
+    direction = model(x)
+    torch.testing.assert_close(model(x.rot90(1, (2, 3))), -direction, rtol=0, atol=1e-5)  # by twice the angle
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(x), direction)
+    again.reset_classifier(3)
+    save_for_hf(again, tmp_path, safe_serialization=True)
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True)(x).shape == (1, 3)
 
 
 def test_a_network_that_timm_would_build_by_another_name_is_refused(tmp_path):
