@@ -120,7 +120,10 @@ def _dataset(name: str) -> str:
     for dataset in _DATASETS:
         if tag == dataset or tag.endswith(f"_{dataset}"):
             return dataset
-    raise ValueError(f"{name}: no title for data of the tag {tag!r}; a tag ends with one of {', '.join(_DATASETS)}")
+    raise ValueError(
+        f"{name}: no title for data of the tag {tag!r}; a tag ends with one of {', '.join(_DATASETS)}. Cards are for the "
+        "zoo's own weights; the model of a run of yours has one in its folder, which `gzoo push` fills in and uploads"
+    )
 
 
 def _with_kernels_in(dtype: torch.dtype, weights: bytes, model: nn.Module) -> bytes:

@@ -416,6 +416,8 @@ def _check(args: argparse.Namespace) -> int:
                 f"{args.model} takes no images of {height}x{width} pixels; give --size others, larger ones if it "
                 f"reduces them often: {error}"
             ) from error
+        except ValueError as error:
+            raise ValueError(f"{args.model} at {size[0]}x{size[1]} pixels: {error}") from error
         print(reports[-1], end="\n\n", flush=True)
     worst = max(report.worst for report in reports)
     passed = worst <= tolerance

@@ -383,11 +383,11 @@ def train(config: TrainConfig, resume: bool = False, command: str = "") -> dict[
     try:
         if processes.is_main_process:
             batch = min(config.batch_size, len(run.train_data))
+            batches = f"{run.steps} batch{'es' if run.steps > 1 else ''} of {batch} an epoch"
+            if left := len(run.train_data) - run.steps * batch:
+                batches += f" ({left} images, others in each, make no whole one and are left out)"
             held = f"{len(run.val_data)} to validate on" if run.val_data else "none to validate on"
-            print(
-                f"gzoo: {len(run.train_data)} images to train on, {run.steps} batches of {batch} an epoch; {held}",
-                file=sys.stderr,
-            )
+            print(f"gzoo: {len(run.train_data)} images to train on, {batches}; {held}", file=sys.stderr)
         with _deterministic(), _sigterm_as_interrupt():
             _train_epochs(run)
     except KeyboardInterrupt:
@@ -482,6 +482,8 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     except (TypeError, ValueError) as error:
         near = difflib.get_close_matches(name, list_optimizers(), 3) if "not found" in str(error) else []
         hint = f"; near are {', '.join(near)}, and timm.optim.list_optimizers() lists all" if near else ""
+        if "unexpected keyword" in str(error):
+            hint = "; the learning rate is lr, the others are those of timm's create_optimizer_v2 and of the optimizer"
         raise ValueError(f"optimizer {config.optimizer}: {error}{hint}") from error
     if getattr(optimizer, "is_second_order", False):
         raise ValueError(f"optimizer {name} needs second derivatives, which gzoo does not take")

@@ -709,7 +709,8 @@ def test_an_out_that_is_a_file_or_cannot_be_made_is_an_error(settings, tmp_path)
 
 def test_a_run_says_what_it_trains_on(settings, capsys):
     train(TrainConfig(**settings | {"epochs": 1}))
-    assert "gzoo: 18 images to train on, 2 batches of 8 an epoch; 6 to validate on\n" in capsys.readouterr().err
+    said = "18 images to train on, 2 batches of 8 an epoch (2 images, others in each, make no whole one and are left out)"
+    assert f"gzoo: {said}; 6 to validate on\n" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_where_its_images_were_moved_to(settings, tmp_path):
@@ -745,6 +746,7 @@ def test_a_wrong_setting_fails_before_anything_is_written(settings):
         ({"model": "test_resnt"}, "no such model; near are"),
         ({"model": "no/such/folder"}, "no such folder"),
         ({"optimizer": {"name": "sdg", "lr": 0.1}}, "not found in registry; near are .*sgd.*list_optimizers"),
+        ({"optimizer": {"name": "adamw", "learning_rate": 0.1}}, "unexpected keyword .*; the learning rate is lr"),
         ({"optimizer": {"name": "sgd", "lr": (0, 1)}}, r"optimizer.lr is \(0, 1\); it takes a number, such as lr=0.01"),
         ({"optimizer": {"name": "sgd", "lr": 0.1, "momentun": 0.9}}, "momentun"),
         ({"schedule": {"name": "cosin"}}, "'cosin'.*; timm's are cosine, tanh"),
