@@ -121,8 +121,8 @@ def _dataset(name: str) -> str:
         if tag == dataset or tag.endswith(f"_{dataset}"):
             return dataset
     raise ValueError(
-        f"{name}: no title for data of the tag {tag!r}; a tag ends with one of {', '.join(_DATASETS)}. Cards are for the "
-        "zoo's own weights; the model of a run of yours has one in its folder, which `gzoo push` fills in and uploads"
+        f"{name}: no title for data of the tag {tag!r}; a tag ends with one of {', '.join(_DATASETS)}. Cards are for "
+        "the zoo's own weights; the model of a run of yours has one in its folder, which `gzoo push` fills in and uploads"
     )
 
 
