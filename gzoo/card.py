@@ -122,7 +122,7 @@ def _dataset(name: str) -> str:
             return dataset
     raise ValueError(
         f"{name}: no title for data of the tag {tag!r}; a tag ends with one of {', '.join(_DATASETS)}. Cards are for "
-        "the zoo's own weights; the model of a run of yours has one in its folder, which `gzoo push` fills in and uploads"
+        "the zoo's own weights; the model of a run of yours has one in its folder, which `gzoo push` uploads"
     )
 
 
