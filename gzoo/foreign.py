@@ -65,10 +65,12 @@ def resnet(
         **kwargs: of timm's ResNet.
     """
     require_strides(strides)
-    plain = timm.create_model(f"resnet{depth}", **kwargs)
+    plain: Any = timm.create_model(f"resnet{depth}", **kwargs)
+    noted = plain._model_args
     widths = {64 * 2**i: fields * 2**i for i in range(6) if 64 * 2**i <= plain.num_features}
-    model = convert_in_place(plain, group, widths=widths, group_pool=group_pool, basis=basis, fitted=Fit(1.0))
-    config: Any = model.pretrained_cfg
+    model: Any = convert_in_place(plain, group, widths=widths, group_pool=group_pool, basis=basis, fitted=Fit(1.0))
+    model._model_args = noted  # without those of the conversion, which are no options of these entries
+    config = model.pretrained_cfg
     model.pretrained_cfg = model.default_cfg = config | {"architecture": architecture, "tag": tag} | PREPROCESSING
     return keep_original_strides(model) if strides == "original" else model
 

@@ -148,7 +148,7 @@ def _run(copied: Callable[[], nn.Module], x: Tensor, makes_maps: bool = False) -
         module.register_forward_pre_hook(follow.enter(name), with_kwargs=True)
         module.register_forward_hook(follow.leave(name), with_kwargs=True)
     _mark(x, 1, (Segment(x.shape[1], image=True),))
-    before = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
+    before = {name: (buffer, _version(buffer)) for name, buffer in model.named_buffers()}
     try:
         with torch.no_grad(), follow:
             seen.result = model(x)
@@ -159,7 +159,7 @@ def _run(copied: Callable[[], nn.Module], x: Tensor, makes_maps: bool = False) -
         return _run(copied, x, makes_maps=True)
     now = dict(model.named_buffers())
     seen.written = {
-        name for name, (buffer, version) in before.items() if now.get(name) is not buffer or buffer._version != version
+        name for name, (buffer, version) in before.items() if now.get(name) is not buffer or _version(buffer) != version
     }
     for name, module in model.named_modules():
         module._forward_pre_hooks.clear()
@@ -170,6 +170,11 @@ def _run(copied: Callable[[], nn.Module], x: Tensor, makes_maps: bool = False) -
     for path in seen.pieces:
         seen.widths[path] = _widths(model.get_submodule(path), *follow.given[path], _sizes(seen, path))
     return seen
+
+
+def _version(tensor: Tensor) -> float:
+    """How often a tensor was written to; of one of torch.inference_mode, which does not count, no number."""
+    return math.nan if tensor.is_inference() else tensor._version
 
 
 def _sizes(seen: Trace, path: str) -> set[int]:
